@@ -1,0 +1,197 @@
+"""PEFT state dict ⇄ adapters: which keys are factors of which adapter, and what every client must send alike."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .errors import UpdateError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# In a model the adapter's name stands in the key ("….lora_A.default.weight"), in a saved adapter it does not.
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.[^.]+)??(?P<end>\.weight|\.bias)?")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
+_MODULES_TO_SAVE = re.compile(r"\.modules_to_save\.[^.]+\.")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA pair: A (r, d_in) and B (d_out, r), convolutions flattened; ΔW = s·B·A."""
+
+    module: str
+    key_A: str
+    key_B: str
+    rank: int
+    d_in: int
+    d_out: int
+    dtype: torch.dtype
+
+
+class Group:
+    """Adapters of equal rank, shape and dtype, which are worked on together."""
+
+    def __init__(self, adapters: list[Adapter]):
+        self.adapters = adapters
+
+    def A(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(G, r, d_in), copied together."""
+        return torch.stack([tensors[a.key_A].detach().reshape(a.rank, a.d_in) for a in self.adapters])
+
+    def B(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(G, d_out, r), copied together."""
+        return torch.stack([tensors[a.key_B].detach().reshape(a.d_out, a.rank) for a in self.adapters])
+
+
+class Layout:
+    """What the updates of one federation have in common: their keys, shapes and dtypes, and the adapters these form.
+
+    Keys are canonical, those of a saved PEFT adapter, whichever form the caller's state dict used.
+
+    Args:
+        specs: canonical key → spec, as ``describe`` returns it.
+        client: the name to use in errors.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec], client: str):
+        self.specs = dict(specs)
+        self.adapters = tuple(_pair(specs, client))
+        factors = {key for a in self.adapters for key in (a.key_A, a.key_B)}
+        self.plain = tuple(key for key in specs if key not in factors)
+        groups: dict[tuple, list[Adapter]] = {}
+        for a in self.adapters:
+            groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)
+        self.groups = tuple(Group(adapters) for adapters in groups.values())
+
+    def check(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
+        """Raise UpdateError unless these are the same keys, shapes and dtypes as this layout's, which ``first`` has."""
+        if missing := [key for key in self.specs if key not in specs]:
+            raise UpdateError(f"{client} lacks {_listed(missing)}, which {first} has; all clients must send the same keys")
+        if extra := [key for key in specs if key not in self.specs]:
+            raise UpdateError(f"{client} has {_listed(extra)}, which {first} lacks; all clients must send the same keys")
+        for key, mine in self.specs.items():
+            theirs = specs[key]
+            if theirs.shape != mine.shape:
+                raise UpdateError(
+                    f"{client}, {key}: shape {theirs.shape}, but {first} has {mine.shape}; "
+                    "all clients must use the same ranks and the same base model"
+                )
+            if theirs.dtype != mine.dtype:
+                raise UpdateError(
+                    f"{client}, {key}: {theirs.dtype}, but {first} has {mine.dtype}; convert the updates to one dtype"
+                )
+
+    def check_reference(self, specs: Mapping[str, TensorSpec], first: str) -> None:
+        """Raise UpdateError unless the reference has these adapters in these shapes. Its plain tensors do not matter."""
+        theirs = {key for key in specs if _FACTOR.fullmatch(key) and not key.endswith(".bias")}
+        for a in self.adapters:
+            for key in (a.key_A, a.key_B):
+                if key not in specs:
+                    raise UpdateError(f"the reference lacks {key}, which {first} has; pass the adapter clients started from")
+                if specs[key].shape != self.specs[key].shape:
+                    raise UpdateError(
+                        f"the reference, {key}: shape {specs[key].shape}, but {first} has {self.specs[key].shape}; "
+                        "pass the adapter that the clients started from"
+                    )
+        if extra := theirs - self.specs.keys():
+            raise UpdateError(f"the reference has {_listed(sorted(extra))}, which {first} lacks")
+
+
+@lru_cache(maxsize=65536)
+def canonical(key: str) -> str:
+    """The key under which PEFT saves the tensor, without the adapter's name."""
+    if m := _FACTOR.fullmatch(key):
+        return f"{m['module']}.lora_{m['embedding'] or ''}{m['factor']}{m['end'] or ''}"
+    if m := _MAGNITUDE.fullmatch(key):
+        return f"{m['module']}.lora_magnitude_vector"
+    return _MODULES_TO_SAVE.sub(".", key)
+
+
+def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """Canonical key → spec, and canonical key → the caller's key, of one state dict.
+
+    Raises:
+        UpdateError: something that is not a tensor, an unsupported dtype, or two adapters in one state dict.
+    """
+    specs: dict[str, TensorSpec] = {}
+    original: dict[str, str] = {}
+    for key, x in state_dict.items():
+        if not isinstance(x, Tensor):
+            raise UpdateError(f"{client}, {key}: expected a tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise UpdateError(
+                f"{client}, {key}: {x.dtype}, shape {tuple(x.shape)}; only float16, bfloat16, float32 and float64 tensors "
+                "can be averaged, leave this key out"
+            )
+        name = canonical(key)
+        if name in original:
+            raise UpdateError(
+                f"{client}: {original[name]} and {key} are the same tensor of two adapters; "
+                "send one adapter, as peft.get_peft_model_state_dict(model, adapter_name=…) returns it"
+            )
+        specs[name], original[name] = TensorSpec(tuple(x.shape), x.dtype), key
+    return specs, original
+
+
+def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:
+    adapters = []
+    for key, spec in specs.items():
+        m = _FACTOR.fullmatch(key)
+        if m is None or m["end"] == ".bias":
+            _refuse_unknown(key, m, client)
+            continue
+        other = "B" if m["factor"] == "A" else "A"
+        partner = f"{m['module']}.lora_{m['embedding'] or ''}{other}{m['end'] or ''}"
+        if partner not in specs:
+            raise UpdateError(f"{client}: {key} {spec.shape} is without its {partner}; send both factors")
+        if m["factor"] == "A":
+            adapters.append(_adapter(m["module"], key, spec, partner, specs[partner], client))
+    if not adapters:
+        raise UpdateError(
+            f"{client} has {len(specs)} keys and no lora_A/lora_B pair among them; "
+            "pass what peft.get_peft_model_state_dict(model) returns"
+        )
+    return adapters
+
+
+def _adapter(module: str, key_A: str, A: TensorSpec, key_B: str, B: TensorSpec, client: str) -> Adapter:
+    shapes = f"{client}, {key_A} {A.shape} and {key_B} {B.shape}"
+    if len(A.shape) < 2 or len(B.shape) < 2 or 0 in A.shape + B.shape:
+        raise UpdateError(f"{shapes}: expected (r, d_in, …) and (d_out, r, …); were sharded parameters gathered?")
+    if A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1:
+        raise UpdateError(
+            f"{shapes}: the ranks {A.shape[0]} and {B.shape[1]} differ; "
+            "grouped convolutions and block-diagonal variants cannot be rotated"
+        )
+    if module.removesuffix(".base_layer").endswith(".experts"):
+        raise UpdateError(
+            f"{shapes}: LoRA on the parameters of a mixture of experts (target_parameters) stacks one adapter per expert, "
+            "which a rotation would mix; target the experts' linear layers instead"
+        )
+    if A.dtype != B.dtype:
+        raise UpdateError(f"{shapes}: {A.dtype} and {B.dtype}; convert both factors to one dtype")
+    return Adapter(module, key_A, key_B, A.shape[0], math.prod(A.shape[1:]), B.shape[0], A.dtype)
+
+
+def _refuse_unknown(key: str, factor: re.Match | None, client: str) -> None:
+    if factor is None and re.search(r"(^|\.)lora_", key) and not _MAGNITUDE.fullmatch(key):
+        raise UpdateError(
+            f"{client}, {key}: not a key of plain LoRA or DoRA; a variant that puts something between B and A "
+            "(KaSA, AdaLoRA, …) cannot be rotated"
+        )
+
+
+def _listed(keys: list[str]) -> str:
+    return f"{keys[0]}" + (f" and {len(keys) - 1} more keys" if len(keys) > 1 else "")

@@ -1,0 +1,249 @@
+"""Aggregating the updates of one round, all at once or as they arrive."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from .adapters import Layout
+from .alignment import Alignment, AlignOn, RotationGroup
+from .averaging import RunningMean
+from .diagnostics import rotation_angle
+from .errors import UpdateError
+from .methods import get_method
+from .report import AdapterReport, Report, adapter_reports
+from .updates import (
+    Update,
+    UpdateLike,
+    check_update,
+    check_weight,
+    check_weights,
+    not_finite,
+    open_reference,
+    open_update,
+    open_updates,
+)
+
+OnInvalid = Literal["raise", "drop"]
+Backend = Literal["auto", "torch"]
+
+
+@dataclass(frozen=True)
+class AggregationResult:
+    """The aggregated adapter.
+
+    Attributes:
+        state_dict: the keys, shapes and dtypes of the first update.
+        report: aggregation error and rotation angles per adapter, clients used and dropped.
+        config: the adapter_config.json of the reference's or else the first update's folder; None without folders.
+    """
+
+    state_dict: dict[str, Tensor]
+    report: Report
+    config: dict[str, Any] | None = None
+
+
+def aggregate(
+    updates: Sequence[UpdateLike],
+    weights: Sequence[float] | None = None,
+    reference: UpdateLike | None = None,
+    *,
+    method: str = "fedrot",
+    align_on: AlignOn = "alternate",
+    round: int = 0,
+    strength: float = 0.5,
+    group: RotationGroup = "SO",
+    on_invalid: OnInvalid = "raise",
+    backend: Backend = "auto",
+) -> AggregationResult:
+    """Merge the LoRA adapters of several clients into one.
+
+    Ā = Σ wᵢ RᵢᵀAᵢ and B̄ = Σ wᵢ BᵢRᵢ with rotations Rᵢ towards the reference (FedRot-LoRA, arXiv 2602.23638), or Rᵢ = I
+    (FedIT); every other tensor is averaged. Deterministic: the same inputs give the same bits.
+
+    Args:
+        updates: for every client a PEFT state dict (as from ``peft.get_peft_model_state_dict`` or with the adapter's name
+            in the keys) or a PEFT folder. float16, bfloat16, float32 or float64; all clients alike.
+        weights: a non-negative number per update, such as its example count; None for equal weights.
+        reference: the global adapter that the clients started from, in either form. None takes the update of the largest
+            weight (the first of several), for clients without a common start.
+        method: a name in ``fedrot.METHODS``.
+        align_on: the factor to align: "A", "B", "alternate" (odd rounds A, even rounds B) or "joint".
+        round: the round's number, from 0; matters to "alternate" only.
+        strength: λ; 0 is FedIT, bit for bit, 1 the full Procrustes rotation.
+        group: "SO" (rotations) or "O" (reflections too).
+        on_invalid: "raise" on NaN or Inf in an update, or "drop" that client and report it.
+        backend: "torch", or "auto", which is the same in this version.
+
+    Returns:
+        The merged adapter with a report.
+
+    Raises:
+        UpdateError: updates that cannot be averaged, by client, key and shapes.
+        ValueError: an unknown method or option.
+    """
+    aggregator = FedRotAggregator(
+        reference,
+        method=method,
+        align_on=align_on,
+        round=round,
+        strength=strength,
+        group=group,
+        on_invalid=on_invalid,
+        backend=backend,
+    )
+    return aggregator.aggregate(updates, weights)
+
+
+class FedRotAggregator:
+    """A server's aggregation over rounds. It keeps the reference (its own last result) and the round.
+
+    Either ``aggregate`` a round's updates at once, or ``add`` them as they arrive and ``finish``: then memory does not
+    grow with the number of clients, and the report has no aggregation error.
+
+    Args:
+        reference: the adapter that the clients start from; None if they have none in common yet, in which case the first
+            round must be aggregated at once.
+        method, align_on, round, strength, group, on_invalid, backend: as in ``aggregate``.
+
+    Attributes:
+        reference: the adapter that the clients of the next round start from.
+        round: the number of the next round.
+    """
+
+    def __init__(
+        self,
+        reference: UpdateLike | None = None,
+        *,
+        method: str = "fedrot",
+        align_on: AlignOn = "alternate",
+        round: int = 0,
+        strength: float = 0.5,
+        group: RotationGroup = "SO",
+        on_invalid: OnInvalid = "raise",
+        backend: Backend = "auto",
+    ):
+        self.method = get_method(method, Alignment(align_on, strength, group))
+        for name, value, allowed in (("on_invalid", on_invalid, OnInvalid), ("backend", backend, Backend)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
+        if isinstance(round, bool) or not isinstance(round, int) or round < 0:
+            raise ValueError(f"round must be a whole number from 0, got {round!r}")
+        self.reference = reference
+        self.round = round
+        self.on_invalid = on_invalid
+        self._under_way: _Round | None = None
+
+    def aggregate(self, updates: Sequence[UpdateLike], weights: Sequence[float] | None = None) -> AggregationResult:
+        """Aggregate a whole round. See ``fedrot.aggregate``."""
+        if self._under_way is not None:
+            raise RuntimeError("updates were added one by one; finish() that round first")
+        clients, layout = open_updates(updates)
+        values = check_weights(weights, clients)
+        kept: list[Update] = []
+        kept_weights: list[float] = []
+        dropped: dict[str, str] = {}
+        for client, weight in zip(clients, values, strict=True):
+            if self._is_valid(client, dropped):
+                kept.append(client)
+                kept_weights.append(weight)
+        if not any(kept_weights):
+            raise _nothing_left(dropped)
+        reference = self.reference
+        if reference is None:
+            reference = kept[max(range(len(kept)), key=kept_weights.__getitem__)]
+        target = open_reference(reference, clients[0], layout)
+
+        round = _Round(clients[0], layout, target, dropped)
+        rotations = self.method.rotations(layout, kept, target, self.round)
+        for i, (client, weight) in enumerate(zip(kept, kept_weights, strict=True)):
+            round.add(client, weight, None if rotations is None else [R[i] for R in rotations])
+        return self._close(round, adapter_reports(layout, kept, round.shares(), rotations))
+
+    def add(self, update: UpdateLike, weight: float = 1.0) -> None:
+        """Add one client's update to the round; nothing of it is kept but its share of the sums.
+
+        Raises:
+            UpdateError: as in ``aggregate``; the round goes on as if the update had not been added.
+        """
+        round = self._under_way
+        client = open_update(update, f"client {round.seen if round else 0}")
+        check_weight(weight := float(weight), client)
+        if round is None:
+            layout = Layout(client.specs, client.name)
+            if self.reference is None and self.method.needs_reference:
+                raise UpdateError(
+                    "updates that are added one by one need a reference; pass the adapter that the clients started from, "
+                    "or aggregate(updates) the first round at once"
+                )
+            target = None if self.reference is None else open_reference(self.reference, client, layout)
+            round = _Round(client, layout, target, {})
+        check_update(client, round.first, round.layout)
+        if self._is_valid(client, round.dropped):
+            rotations = self.method.rotations(round.layout, [client], round.reference, self.round)
+            round.add(client, weight, None if rotations is None else [R[0] for R in rotations])
+        self._under_way = round
+
+    def finish(self) -> AggregationResult:
+        """The aggregate of the updates added since the last round."""
+        round = self._under_way
+        if round is None:
+            raise UpdateError("no updates: add at least one before finish()")
+        if not any(round.weights):
+            raise _nothing_left(round.dropped)
+        self._under_way = None
+        adapters = round.layout.adapters
+        return self._close(
+            round, tuple(AdapterReport(a.module, a.rank, None, None, tuple(round.angles[a.key_A])) for a in adapters)
+        )
+
+    def _is_valid(self, client: Update, dropped: dict[str, str]) -> bool:
+        found = not_finite(client)
+        if found and self.on_invalid == "raise":
+            raise UpdateError(f'{client.name}, {found}; leave this client out, or drop such clients with on_invalid="drop"')
+        if found:
+            dropped[client.name] = found
+        return not found
+
+    def _close(self, round: "_Round", adapters: tuple[AdapterReport, ...]) -> AggregationResult:
+        report = Report(self.method.name, self.round, tuple(round.clients), round.shares(), round.dropped, adapters)
+        mean = round.mean.state_dict()
+        state_dict = {given: mean[key] for key, given in round.first.keys_given.items()}
+        config = (round.reference.config if round.reference else None) or round.first.config
+        self.reference, self.round = state_dict, self.round + 1
+        return AggregationResult(state_dict, report, config)
+
+
+class _Round:
+    """What is kept of a round's updates while it is aggregated."""
+
+    def __init__(self, first: Update, layout: Layout, reference: Update | None, dropped: dict[str, str]):
+        device = first[layout.adapters[0].key_A].device
+        self.first, self.layout, self.reference, self.dropped = first.without_tensors(), layout, reference, dropped
+        self.clients: list[str] = []
+        self.weights: list[float] = []
+        self.angles: dict[str, list[float]] = {a.key_A: [] for a in layout.adapters}
+        self.mean = RunningMean(layout, device)
+
+    @property
+    def seen(self) -> int:
+        return len(self.clients) + len(self.dropped)
+
+    def add(self, client: Update, weight: float, rotations: list[Tensor] | None) -> None:
+        self.mean.add(client, weight, rotations)
+        self.clients.append(client.name)
+        self.weights.append(weight)
+        for g, group in enumerate(self.layout.groups):
+            angles = rotation_angle(rotations[g]).tolist() if rotations else [0.0] * len(group.adapters)
+            for a, angle in zip(group.adapters, angles, strict=True):
+                self.angles[a.key_A].append(angle)
+
+    def shares(self) -> tuple[float, ...]:
+        total = sum(self.weights)
+        return tuple(w / total for w in self.weights)
+
+
+def _nothing_left(dropped: dict[str, str]) -> UpdateError:
+    reasons = "".join(f"; dropped {client}: {why}" for client, why in dropped.items())
+    return UpdateError(f"nothing to average: no client of positive weight is left{reasons}")

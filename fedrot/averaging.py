@@ -1,0 +1,71 @@
+"""The weighted, rotated mean of updates, client by client: memory does not grow with their number."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels import rotate_add_
+
+from .adapters import Layout
+from .updates import StateDict
+
+
+class RunningMean:
+    """Σ wᵢ RᵢᵀAᵢ / Σ wᵢ and Σ wᵢ BᵢRᵢ / Σ wᵢ of every adapter, Σ wᵢ xᵢ / Σ wᵢ of every plain tensor.
+
+    Sums are kept in float32 (float64 for float64) and rounded once, in ``state_dict``.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device):
+        self.layout = layout
+        self.total_weight = 0.0
+        self._unit: float | None = None
+        self._groups: list[tuple[Tensor, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}
+        for group in layout.groups:
+            first, G = group.adapters[0], len(group.adapters)
+            dtype = _sum_dtype(first.dtype)
+            A = torch.zeros(G, first.rank, first.d_in, dtype=dtype, device=device)
+            B = torch.zeros(G, first.d_out, first.rank, dtype=dtype, device=device)
+            self._groups.append((A, B))
+            for i, a in enumerate(group.adapters):
+                self._sums[a.key_A], self._sums[a.key_B] = A[i], B[i]
+        for key in layout.plain:
+            spec = layout.specs[key]
+            self._sums[key] = torch.zeros(spec.shape, dtype=_sum_dtype(spec.dtype), device=device)
+
+    @torch.no_grad()
+    def add(self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None) -> None:
+        """Add one client, already checked.
+
+        Args:
+            update: canonical key → tensor.
+            weight: non-negative; only its ratio to the other weights matters.
+            rotations: for every group of the layout R (G, r, r), or None for no rotation.
+        """
+        if weight == 0:
+            return
+        self._unit = self._unit or weight  # weights of any magnitude, kept near 1
+        weight = weight / self._unit
+        self.total_weight += weight
+        unrotated = tuple(self._sums) if rotations is None else self.layout.plain
+        if rotations is not None:
+            for group, (A, B), R in zip(self.layout.groups, self._groups, rotations, strict=True):
+                rotate_add_(A, group.A(update), R, weight)
+                rotate_add_(B.mT, group.B(update).mT, R, weight)
+        for key in unrotated:
+            total = self._sums[key]
+            rotate_add_(total, update[key].detach().reshape(total.shape), None, weight)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mean under canonical keys, in the updates' shapes and dtypes, every tensor with storage of its own."""
+        mean = {}
+        for key, spec in self.layout.specs.items():
+            x = (self._sums[key] / self.total_weight).to(spec.dtype)
+            mean[key] = x.reshape(spec.shape)
+        return mean
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

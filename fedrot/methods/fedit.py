@@ -1,0 +1,13 @@
+"""FedIT (arXiv 2305.05644): the mean of A and the mean of B."""
+
+from .base import Method
+
+
+class FedIT(Method):
+    """Averages the factors as they come."""
+
+    name = "fedit"
+    needs_reference = False
+
+    def rotations(self, layout, clients, reference, round):
+        return None

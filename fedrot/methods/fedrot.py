@@ -1,0 +1,24 @@
+"""FedRot-LoRA (arXiv 2602.23638): rotate every client's factors towards a common reference, then average."""
+
+import torch
+
+from .base import Method
+
+
+class FedRot(Method):
+    """Rotates towards the reference as its ``Alignment`` says."""
+
+    name = "fedrot"
+
+    @property
+    def needs_reference(self):
+        return self.alignment.strength > 0
+
+    def rotations(self, layout, clients, reference, round):
+        if not self.needs_reference:
+            return None  # exactly FedIT, to the bit
+        rotations = []
+        for group in layout.groups:
+            M = [self.alignment.cross_covariance(group, client, reference, round) for client in clients]
+            rotations.append(self.alignment.rotation(torch.stack(M)))
+        return rotations

@@ -1,0 +1,129 @@
+"""Opening what callers pass (state dicts or PEFT folders, with weights) and refusing what cannot be aggregated."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import Layout, TensorSpec, describe
+from .errors import UpdateError
+from .folders import AdapterFolder, check_scaling
+
+_SUM_IN = {torch.float64: torch.float64}
+
+StateDict = Mapping[str, Tensor]
+UpdateLike = StateDict | str | os.PathLike
+
+
+@dataclass(frozen=True)
+class Update(Mapping[str, Tensor]):
+    """One client's tensors under canonical keys; those of a folder are read when asked for.
+
+    Attributes:
+        name: how errors and reports call the client.
+        specs: canonical key → shape and dtype.
+        keys_given: canonical key → the caller's key.
+        tensors: the caller's state dict, or the folder.
+        config: the folder's adapter_config.json, or None.
+    """
+
+    name: str
+    specs: dict[str, TensorSpec]
+    keys_given: dict[str, str]
+    tensors: StateDict
+    config: dict[str, Any] | None = None
+
+    def without_tensors(self) -> "Update":
+        """What later updates are checked against, without keeping this one's memory."""
+        return replace(self, tensors={})
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[self.keys_given[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def open_update(update: UpdateLike, name: str) -> Update:
+    """A state dict or PEFT folder as an Update. Reads no tensor of a folder yet."""
+    if isinstance(update, Update):
+        return update
+    if isinstance(update, Mapping):
+        return Update(name, *describe(update, name), update)
+    if isinstance(update, str | os.PathLike):
+        name = f"{name} ({os.fspath(update)})"
+        folder = AdapterFolder(update, name)
+        return Update(name, folder.specs, {key: key for key in folder.specs}, folder, folder.config)
+    raise UpdateError(f"{name}: expected a state dict or a PEFT folder, got {type(update).__name__}")
+
+
+def open_updates(updates: Sequence[UpdateLike]) -> tuple[list[Update], Layout]:
+    """All clients' updates, checked against each other, and their common layout."""
+    if isinstance(updates, Mapping | str | os.PathLike):
+        raise UpdateError("updates must be a sequence of state dicts or folders, one per client; put a single one in a list")
+    opened = [open_update(update, f"client {i}") for i, update in enumerate(updates)]
+    if not opened:
+        raise UpdateError("no updates: pass at least one client's state dict or folder")
+    first = opened[0]
+    layout = Layout(first.specs, first.name)
+    for other in opened[1:]:
+        check_update(other, first, layout)
+    return opened, layout
+
+
+def check_update(update: Update, first: Update, layout: Layout) -> None:
+    """Raise UpdateError unless the update has the layout and the scaling of ``first``."""
+    layout.check(update.specs, update.name, first.name)
+    check_scaling(update.config, update.name, first.config, first.name)
+
+
+def open_reference(reference: UpdateLike, first: Update, layout: Layout) -> Update:
+    """The reference as an Update with the adapters of the layout, all finite."""
+    opened = open_update(reference, "the reference")
+    layout.check_reference(opened.specs, first.name)
+    check_scaling(opened.config, opened.name, first.config, first.name)
+    factors = [key for a in layout.adapters for key in (a.key_A, a.key_B)]
+    if found := not_finite(opened, factors):
+        raise UpdateError(f"{opened.name}, {found}; pass the adapter that the clients started from")
+    return opened
+
+
+def check_weights(weights: Sequence[float] | None, clients: Sequence[Update]) -> list[float]:
+    """One weight per client, non-negative and finite, not all zero; equal weights for None."""
+    if weights is None:
+        return [1.0] * len(clients)
+    values = [float(w) for w in weights]
+    if len(values) != len(clients):
+        raise UpdateError(f"{len(values)} weights for {len(clients)} updates; pass one weight per update")
+    for client, weight in zip(clients, values, strict=True):
+        check_weight(weight, client)
+    if not any(values):
+        raise UpdateError("all weights are zero; at least one client must count")
+    return values
+
+
+def check_weight(weight: float, client: Update) -> None:
+    """Raise UpdateError unless the weight is finite and non-negative."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise UpdateError(f"{client.name} has weight {weight}; weights are non-negative numbers, such as example counts")
+
+
+def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:
+    """«key shape holds NaN or Inf» for the first such tensor, or None. One synchronisation with a device."""
+    keys = list(update) if keys is None else keys
+    # NaN and Inf survive a sum, which is ten times faster here than isfinite; that a finite sum overflowed is ruled out
+    # below, tensor by tensor.
+    sums = [update[key].detach().sum(dtype=_SUM_IN.get(update.specs[key].dtype, torch.float32)) for key in keys]
+    if bool(torch.stack([s.float() for s in sums]).isfinite().all()):
+        return None
+    for key in keys:
+        if not bool(update[key].isfinite().all()):
+            return f"{key} {update.specs[key].shape} holds NaN or Inf"
+    return None

@@ -1,0 +1,200 @@
+"""The operations on batches, in plain PyTorch and without an SVD: the path for CPU tensors.
+
+Every function works in float32 (float64 for float64 input) whatever the input's dtype, because a rotation rounded to
+half precision is no longer orthogonal, and none is differentiated through. Leading dimensions are batch dimensions;
+each matrix of a batch comes out the same whatever its neighbours hold. ``reference.py`` is the same mathematics, plain.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .schedule import CLASSIC, PERTURB_AT, PERTURBATION, SCHEDULE
+
+# ‖XᵀX − I‖_F at which one more classic step is the last: it leaves |σ − 1| at most 2.5 (tol / 2)³.
+_CONVERGED = {torch.float32: 3e-3, torch.float64: 1e-5}
+# Added to M/‖M‖_F as a multiple of I, so that directions in which M says nothing do not rotate. A third of eps: below
+# the singular values of a matrix of condition number 1e7 even in float32, where 1e-5 costs a Procrustes gap of up to
+# 5e-4 and this at most 1e-6.
+_SHIFT = {torch.float32: 4e-8, torch.float64: 7e-17}
+# (1−λ) I + λ R has scale 1 by construction; its rounding noise is about 3e-7, and only R's eigenvalue −1 comes near 0.
+_SOFT_SHIFT = 1e-5
+
+
+def _working_dtype(*tensors: Tensor) -> torch.dtype:
+    for x in tensors:
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating-point tensor, got {x.dtype}")
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _check_square(**matrices: Tensor) -> None:
+    for name, x in matrices.items():
+        if x.dim() < 2 or x.shape[-1] != x.shape[-2]:
+            raise ValueError(f"{name} must have shape (..., r, r), got {tuple(x.shape)}")
+
+
+def _generic_matrix(like: Tensor) -> Tensor:
+    """A fixed (r, r) matrix of norm about 1 without structure: cosines at multiples of the golden angle."""
+    i = torch.arange(like.shape[-1], dtype=torch.float64, device=like.device) + 0.5
+    return (torch.cos(2 * math.pi * 0.6180339887498949 * i[:, None] * i) * math.sqrt(2 / len(i))).to(like.dtype)
+
+
+def _newton_schulz(X: Tensor) -> Tensor:
+    """Drive every singular value of X (n, r, r), all at most 1, to 1. Non-finite matrices come out as they may."""
+    coefficients = torch.tensor((*SCHEDULE, CLASSIC), dtype=X.dtype, device=X.device)
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    result, active = torch.empty_like(X), torch.arange(len(X), device=X.device)
+    for step in range(len(SCHEDULE)):
+        if step == PERTURB_AT:
+            X = X + PERTURBATION * _generic_matrix(X)
+        D = X.mT @ X - eye
+        deviation = torch.linalg.matrix_norm(D)
+        # Once ‖G − I‖_F < 1/2 the classic step converges by itself; a minimax step would throw σ = 1 off again.
+        a, b, c = coefficients[torch.where(deviation < 0.5, len(SCHEDULE), step)].mT[..., None, None]
+        # a I + b G + c G² with G = I + D: close to convergence this rounds half as much, D being small.
+        X = (a + b + c) * X + X @ ((b + 2 * c) * D + c * (D @ D))
+        # Written so that NaN counts as finished. Finished matrices leave, so that no neighbour delays or alters them.
+        going = deviation > _CONVERGED[X.dtype]
+        if not going.all():
+            result[active[~going]] = X[~going]
+            X, active = X[going], active[going]
+        if not len(active):
+            break
+    result[active] = X
+    return result
+
+
+@torch.no_grad()
+def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
+    """M = F F_refᵀ: how a client's frame lies relative to the reference.
+
+    Args:
+        F: (..., r, d), the clients' frames: A, or B.mT.
+        F_ref: (..., r, d), the reference frames, broadcast against F.
+
+    Returns:
+        (..., r, r), float32 (float64 if an input is).
+    """
+    if F.dim() < 2 or F_ref.dim() < 2 or F.shape[-2:] != F_ref.shape[-2:]:
+        raise ValueError(f"F and F_ref must both end in (r, d), got {tuple(F.shape)} and {tuple(F_ref.shape)}")
+    dtype = _working_dtype(F, F_ref)
+    return F.to(dtype) @ F_ref.to(dtype).mT
+
+
+@torch.no_grad()
+def polar(M: Tensor) -> Tensor:
+    """The orthogonal polar factor R of M = R H, by Newton-Schulz: it maximises tr(RᵀM), so ‖RᵀF − F_ref‖_F is least.
+
+    Args:
+        M: (..., r, r), any floating dtype, any scale. Directions in which M is zero do not rotate: polar(0) = I.
+
+    Returns:
+        (..., r, r), float32 (float64 for float64), ‖RᵀR − I‖_max ≤ 1e-6 (1e-12). A matrix holding NaN or Inf gives NaN
+        and leaves its neighbours as they would be without it.
+    """
+    _check_square(M=M)
+    dtype, r = _working_dtype(M), M.shape[-1]
+    if M.numel() == 0:
+        return M.to(dtype)
+    X = M.to(dtype).reshape(-1, r, r)
+    largest = X.abs().amax((-1, -2), keepdim=True)
+    X = X / torch.where(largest == 0, 1, largest)  # before the norm, whose squares under- and overflow
+    norm = torch.linalg.vector_norm(X, dim=(-1, -2), keepdim=True)
+    X = X / torch.where(norm == 0, 1, norm)
+    shift = _SHIFT[dtype]
+    eye = torch.eye(r, dtype=dtype, device=M.device)
+    R = _newton_schulz((X + shift * eye) / (1 + shift * math.sqrt(r)))
+    R = torch.where(largest == 0, eye, R)  # to the last bit, which the iteration would miss
+    return torch.where(largest.isfinite(), R, torch.nan).reshape(M.shape)
+
+
+@torch.no_grad()
+def special_orthogonal(R: Tensor, M: Tensor) -> Tensor:
+    """The best rotation with det = +1: where det(R) < 0, flip the direction in which that costs tr(RᵀM) least.
+
+    Args:
+        R: (..., r, r), the polar factor of M.
+        M: (..., r, r), the cross-covariance.
+
+    Returns:
+        (..., r, r): R (I − 2 v vᵀ) where det(R) < 0, v the weakest eigenvector of H = RᵀM; R elsewhere.
+    """
+    _check_square(R=R, M=M)
+    if R.numel() == 0:
+        return R
+    shape, r = R.shape, R.shape[-1]
+    R, M = R.reshape(-1, r, r), M.to(R.dtype).reshape(-1, r, r)
+    reflected = (torch.linalg.det(R) < 0).nonzero().squeeze(-1)
+    Q, M = R[reflected], M[reflected]
+    tiny = torch.finfo(M.dtype).tiny
+    H = Q.mT @ (M / M.abs().amax((-1, -2), keepdim=True).clamp_min(tiny))
+    H = H / torch.linalg.matrix_norm(H, keepdim=True).clamp_min(tiny)
+    P = 1.001 * torch.eye(r, dtype=R.dtype, device=R.device) - H
+    # Powers of I − H/‖H‖ leave the eigenvector of H's smallest eigenvalue (1.001 I: for r = 1 the difference is 0). Any
+    # unit v gives det = +1 exactly; the power 2¹⁰ is enough for the objective to be within 1e-4 of the best.
+    for _ in range(10):
+        P = P @ P
+        P = P / P.abs().amax((-1, -2), keepdim=True)
+    column = torch.linalg.vector_norm(P, dim=-2).argmax(-1)
+    v = P.gather(-1, column[:, None, None].expand(-1, r, 1))
+    v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    return R.index_copy(0, reflected, Q - 2 * (Q @ v) @ v.mT).reshape(shape)
+
+
+@torch.no_grad()
+def soften(R: Tensor, strength: float) -> Tensor:
+    """R_λ = polar((1−λ) I + λ R), from I at λ = 0 to R at λ = 1; an eigenvalue −1 does not rotate up to λ = 0.5.
+
+    Args:
+        R: (..., r, r), orthogonal, float32 or float64.
+        strength: λ in [0, 1].
+    """
+    _check_square(R=R)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be between 0 and 1, got {strength}")
+    if strength == 1 or R.numel() == 0:
+        return R
+    r = R.shape[-1]
+    eye = torch.eye(r, dtype=R.dtype, device=R.device)
+    if strength == 0:
+        return torch.where(R.isfinite().all(-1, True).all(-2, True), eye, torch.nan)
+    X = (1 - strength + _SOFT_SHIFT) * eye + strength * R
+    return _newton_schulz((X / (math.sqrt(r) * (1 + _SOFT_SHIFT))).reshape(-1, r, r)).reshape(R.shape)
+
+
+@torch.no_grad()
+def rotate_add_(total: Tensor, F: Tensor, R: Tensor | None, weight: float) -> Tensor:
+    """total += weight · RᵀF in place: one client's share of the rotated average.
+
+    Args:
+        total: (..., r, d), float32 or float64.
+        F: (..., r, d), any floating dtype: A, or B.mT (with total.mT).
+        R: (..., r, r), or None for no rotation, which costs what plain averaging costs.
+        weight: the client's weight.
+    """
+    if R is None:
+        return total.add_(F, alpha=weight)
+    return total.add_(R.mT.to(total.dtype) @ F.to(total.dtype), alpha=weight)
+
+
+@torch.no_grad()
+def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
+    """F̄ = Σ wᵢ RᵢᵀFᵢ, the weights normalised to Σ wᵢ = 1, accumulated in float32 client by client.
+
+    Args:
+        F: (N, ..., r, d), any floating dtype.
+        R: (N, ..., r, r), or None for the plain weighted mean.
+        weights: (N,), non-negative, not all zero.
+
+    Returns:
+        (..., r, d), float32 (float64 if F is).
+    """
+    if weights.shape != F.shape[:1]:
+        raise ValueError(f"expected one weight per client, got weights {tuple(weights.shape)} and F {tuple(F.shape)}")
+    w = weights.double()
+    total = torch.zeros(F.shape[1:], dtype=_working_dtype(F), device=F.device)
+    for i, weight in enumerate((w / w.sum()).tolist()):
+        rotate_add_(total, F[i], None if R is None else R[i], weight)
+    return total

@@ -1,0 +1,35 @@
+"""Packaging of fedrot; the tested versions are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+SIMULATE = [
+    "transformers>=5.0",
+    "peft>=0.18",
+    "datasets>=4.0",
+    "scikit-learn>=1.5",
+    "matplotlib>=3.9",
+    "tqdm>=4.66",
+    "jsonargparse[signatures]>=4.40",
+]
+
+setup(
+    name="fedrot",
+    version="0.1.0",
+    description="Federated averaging of LoRA adapters in a common basis (FedRot-LoRA)",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=["fedrot", "fedrot.methods", "fedrot.simulation", "fedrot_kernels"],
+    package_data={"fedrot": ["py.typed"], "fedrot_kernels": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "safetensors>=0.4.3"],
+    extras_require={
+        "simulate": SIMULATE,
+        "flower": ["flwr[simulation]>=1.41,<2"],
+        "test": [*SIMULATE, "pytest>=8", "scipy>=1.13", "ruff>=0.14", "mypy>=1.15"],
+    },
+    entry_points={"console_scripts": ["fedrot = fedrot.cli:main"]},
+)
