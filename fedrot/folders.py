@@ -17,7 +17,7 @@ from torch import Tensor
 from .adapters import TensorSpec, canonical
 from .errors import UpdateError
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "aggregation.json"
 _MAX_CONFIG_BYTES = 1 << 20
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -125,13 +125,19 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     return dict(folder), folder.config
 
 
-def write_adapter(path: str | os.PathLike, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def write_adapter(
+    path: str | os.PathLike,
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    report: Mapping[str, Any] | None = None,
+) -> None:
     """Write a PEFT folder, whole or not at all.
 
     Args:
         path: must not exist.
         state_dict: tensors under the keys that PEFT saves.
         config: the content of adapter_config.json.
+        report: written beside it as aggregation.json.
 
     Raises:
         FileExistsError: the path exists.
@@ -140,6 +146,8 @@ def write_adapter(path: str | os.PathLike, state_dict: Mapping[str, Tensor], con
         tensors = {key: x.detach().contiguous().cpu() for key, x in state_dict.items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        if report is not None:
+            (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 @contextmanager

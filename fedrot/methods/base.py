@@ -15,6 +15,7 @@ class Method(ABC):
     """An aggregation method. Averaging itself is the same for all."""
 
     name: ClassVar[str]
+    rotates: ClassVar[bool]  # whether the alignment, and so its strength, plays a part
 
     def __init__(self, alignment: Alignment):
         self.alignment = alignment

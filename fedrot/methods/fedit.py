@@ -7,6 +7,7 @@ class FedIT(Method):
     """Averages the factors as they come."""
 
     name = "fedit"
+    rotates = False
     needs_reference = False
 
     def rotations(self, layout, clients, reference, round):

@@ -9,6 +9,7 @@ class FedRot(Method):
     """Rotates towards the reference as its ``Alignment`` says."""
 
     name = "fedrot"
+    rotates = True
 
     @property
     def needs_reference(self):

@@ -1,0 +1,27 @@
+# Two commands do everything on a fresh machine: `make simulate` and `make test`. Both install into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: simulate test test-slow lint clean
+
+simulate: .venv/simulate
+	$(BIN)/fedrot compare
+
+test: .venv/test
+	$(BIN)/pytest
+
+test-slow: .venv/test
+	$(BIN)/pytest -m slow
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fedrot fedrot_kernels
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/%: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@

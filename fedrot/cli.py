@@ -1,0 +1,102 @@
+"""The command line. ``aggregate`` and ``inspect`` need nothing but fedrot; the simulator is loaded only when used."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import get_args
+
+from .aggregation import AggregationResult, OnInvalid, aggregate
+from .alignment import AlignOn, RotationGroup
+from .folders import check_new, write_adapter
+from .methods import METHODS
+
+_SIMULATOR = {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 for bad input, 2 for a wrong command line, 130 for an interrupt."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and argv[0] in _SIMULATOR:
+            return _simulator()(*argv[:1], argv[1:])
+        args = make_parser().parse_args(argv)
+        args.run(args)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"fedrot: error: {error}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of everything but the simulator's options."""
+    parser = argparse.ArgumentParser(prog="fedrot", description="Federated averaging of LoRA adapters in a common basis.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, text in _SIMULATOR.items():
+        commands.add_parser(name, help=text)
+
+    merge = commands.add_parser("aggregate", help="merge the adapters of one round into one")
+    _add_adapters(merge)
+    merge.add_argument("--method", default="fedrot", choices=METHODS, help="the aggregation method (default: %(default)s)")
+    merge.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
+    merge.add_argument("--on-invalid", default="raise", choices=get_args(OnInvalid), help="what to do with NaN or Inf")
+    merge.set_defaults(run=_aggregate)
+
+    inspect = commands.add_parser("inspect", help="what averaging adapters would lose, as they are and rotated")
+    _add_adapters(inspect)
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders, one per client")
+    parser.add_argument("--reference", metavar="DIR", help="the adapter the clients started from (default: the heaviest's)")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
+    parser.add_argument("--align-on", default="alternate", choices=get_args(AlignOn), help="default: %(default)s")
+    parser.add_argument("--round", type=int, default=0, help="its number, from 0; even rounds align B, odd rounds A")
+    parser.add_argument("--strength", type=float, default=0.5, help="λ from 0 to 1 (default: %(default)s)")
+    parser.add_argument("--group", default="SO", choices=get_args(RotationGroup), help="default: %(default)s")
+
+
+def _aggregate_folders(args: argparse.Namespace, method: str, on_invalid: OnInvalid = "raise") -> AggregationResult:
+    return aggregate(
+        args.folders,
+        args.weights,
+        args.reference,
+        method=method,
+        align_on=args.align_on,
+        round=args.round,
+        strength=args.strength,
+        group=args.group,
+        on_invalid=on_invalid,
+    )
+
+
+def _aggregate(args: argparse.Namespace) -> None:
+    check_new(args.output)
+    result = _aggregate_folders(args, args.method, args.on_invalid)
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    assert result.config is not None  # folders have one
+    write_adapter(args.output, result.state_dict, result.config, {"options": options, **result.report.as_dict()})
+    print(result.report)
+    print(f"written to {args.output}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    as_they_are = _aggregate_folders(args, "fedit").report
+    rotated = _aggregate_folders(args, "fedrot").report
+    print("averaged as they are")
+    print(as_they_are)
+    print("\nrotated, then averaged")
+    print(rotated)
+
+
+def _simulator():
+    try:
+        from .simulation.cli import main as simulator
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the simulator needs {error.name}; install it with: pip install 'fedrot[simulate]'") from error
+    return simulator
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""``fedrot simulate`` and ``fedrot compare``: the configuration's fields as options, or a YAML file, or both."""
+
+import re
+import sys
+import warnings
+from datetime import datetime
+from pathlib import Path
+from typing import get_args
+
+import datasets
+import transformers
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from ..methods import METHODS
+from .compare import VARIED, compare
+from .config import SimulationConfig, Start
+from .run import CONFIG, CURVES, SimulationResult, simulate
+
+
+def main(command: str, argv: list[str]) -> int:
+    """Run one of the two commands. Returns the exit status."""
+    parser = make_parser(command)
+    # Options may be written with dashes too: --local-steps is --local_steps.
+    args = parser.parse_args([re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv])
+    resume = args.resume is not None
+    folder = Path(args.resume if resume else args.output or f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}")
+    if resume:
+        if not (folder / CONFIG).is_file():
+            parser.error(f"{folder} has no {CONFIG}; --resume takes the folder of an earlier run")
+        if len(argv) != 1 + ("=" not in argv[0]):
+            parser.error("--resume takes its configuration from the run; give no other option")
+        args = parser.parse_args(["--config", str(folder / CONFIG)])
+    fields = vars(SimulationConfig()).keys() & vars(args).keys()
+    config = SimulationConfig(**{name: args[name] for name in fields})
+    _quiet_libraries()
+    try:
+        _run(command, config, folder, args, resume)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: fedrot {command} --resume {folder}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep the progress bar readable: no shard bars, no notes on heads that are new or on hub look-ups."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="Could not find a config file in", module="peft")
+
+
+def make_parser(command: str) -> ArgumentParser:
+    """The options of a command; those of ``compare`` have lists of what it varies."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    simulating = command == "simulate"
+    text = "One federated run." if simulating else "Methods side by side, from shared and independent starts, over seeds."
+    parser = ArgumentParser(prog=f"fedrot {command}", description=text)
+    parser.add_argument("--config", action="config", help="A YAML file of the options below.")
+    parser.add_argument("--output", type=str, help="A new folder for the results (default: one below runs/).")
+    parser.add_argument("--resume", type=str, help="The folder of an interrupted run to finish; give no other option.")
+    if not simulating:
+        parser.add_argument("--methods", nargs="+", type=str, default=list(METHODS), help="The methods to compare.")
+        parser.add_argument("--strengths", nargs="+", type=float, default=[0.5, 1.0], help="λ of the methods that rotate.")
+        parser.add_argument("--starts", nargs="+", type=Start, default=list(get_args(Start)), help="See start of simulate.")
+        parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Each gets a run of each.")
+    parser.add_class_arguments(SimulationConfig, skip=set() if simulating else set(VARIED))
+    return parser
+
+
+def _run(command: str, config: SimulationConfig, folder: Path, args: Namespace, resume: bool) -> None:
+    if command == "simulate":
+        _show(simulate(config, folder, resume=resume))
+        return
+    varied = {name: args[name] for name in ("methods", "strengths", "starts", "seeds")}
+    table = compare(config, folder, **varied, resume=resume)
+    print(f"\n{table}\n")
+    print(f"{folder}/{CURVES} shows them by round.")
+
+
+def _show(result: SimulationResult) -> None:
+    last = result.metrics[-1]
+    print(
+        f"\n{result.config.method}, {result.config.start} start, {len(result.metrics)} rounds: "
+        f"accuracy {result.accuracy:.3f}, relative aggregation error {last['relative_error']:.3f}, "
+        f"mean rotation {last['rotation_angle']:.1f}°"
+    )
+    print(f"{result.folder}/{CURVES} shows them by round; {result.folder}/adapter is the final adapter, a PEFT folder.")
