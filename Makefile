@@ -2,16 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: simulate test test-slow lint clean
+.PHONY: simulate test lint clean
 
 simulate: .venv/simulate
 	$(BIN)/fedrot compare
 
 test: .venv/test
 	$(BIN)/pytest
-
-test-slow: .venv/test
-	$(BIN)/pytest -m slow
 
 lint: .venv/test
 	$(BIN)/ruff check .

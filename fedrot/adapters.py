@@ -16,6 +16,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # In a model the adapter's name stands in the key ("….lora_A.default.weight"), in a saved adapter it does not.
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.[^.]+)??(?P<end>\.weight|\.bias)?")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
+_TOKENS = re.compile(r"(?P<module>.+)\.trainable_tokens_delta(\.[^.]+)?")
 _MODULES_TO_SAVE = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
@@ -116,6 +117,8 @@ def canonical(key: str) -> str:
         return f"{m['module']}.lora_{m['embedding'] or ''}{m['factor']}{m['end'] or ''}"
     if m := _MAGNITUDE.fullmatch(key):
         return f"{m['module']}.lora_magnitude_vector"
+    if m := _TOKENS.fullmatch(key):
+        return f"{m['module']}.trainable_tokens_delta"
     return _MODULES_TO_SAVE.sub(".", key)
 
 

@@ -240,8 +240,9 @@ class _Round:
                 self.angles[a.key_A].append(angle)
 
     def shares(self) -> tuple[float, ...]:
-        total = sum(self.weights)
-        return tuple(w / total for w in self.weights)
+        relative = [w / max(self.weights) for w in self.weights]  # whose sum cannot overflow
+        total = sum(relative)
+        return tuple(w / total for w in relative)
 
 
 def _nothing_left(dropped: dict[str, str]) -> UpdateError:

@@ -10,6 +10,8 @@ from fedrot_kernels import rotate_add_
 from .adapters import Layout
 from .updates import StateDict
 
+_LARGEST_WEIGHT = 2.0**40  # in units; the first client's weight is one
+
 
 class RunningMean:
     """Σ wᵢ RᵢᵀAᵢ / Σ wᵢ and Σ wᵢ BᵢRᵢ / Σ wᵢ of every adapter, Σ wᵢ xᵢ / Σ wᵢ of every plain tensor.
@@ -20,7 +22,7 @@ class RunningMean:
     def __init__(self, layout: Layout, device: torch.device):
         self.layout = layout
         self.total_weight = 0.0
-        self._unit: float | None = None
+        self._unit = 0.0  # what weights are measured in, so that any magnitude fits the sums' dtype
         self._groups: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
         for group in layout.groups:
@@ -46,7 +48,7 @@ class RunningMean:
         """
         if weight == 0:
             return
-        self._unit = self._unit or weight  # weights of any magnitude, kept near 1
+        self._keep_in_range(weight)
         weight = weight / self._unit
         self.total_weight += weight
         unrotated = tuple(self._sums) if rotations is None else self.layout.plain
@@ -57,6 +59,13 @@ class RunningMean:
         for key in unrotated:
             total = self._sums[key]
             rotate_add_(total, update[key].detach().reshape(total.shape), None, weight)
+
+    def _keep_in_range(self, weight: float) -> None:
+        if weight > self._unit * _LARGEST_WEIGHT:
+            for total in self._sums.values():
+                total.mul_(self._unit / weight)
+            self.total_weight *= self._unit / weight
+            self._unit = weight
 
     def state_dict(self) -> dict[str, Tensor]:
         """The mean under canonical keys, in the updates' shapes and dtypes, every tensor with storage of its own."""

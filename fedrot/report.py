@@ -116,7 +116,8 @@ def adapter_reports(
         for i, a in enumerate(group.adapters):
             A, B = _factors(a, clients)
             if R is not None:
-                A, B = R[:, i].mT @ A, B @ R[:, i]
+                Ri = R[:, i].to(A.dtype)
+                A, B = Ri.mT @ A, B @ Ri
             error, norm = aggregation_error(A, B, w.to(A.device))
             reports[a.key_A] = AdapterReport(a.module, a.rank, error, norm, tuple(angles[i]))
     return tuple(reports[a.key_A] for a in layout.adapters)

@@ -19,7 +19,7 @@ _CONVERGED = {torch.float32: 3e-3, torch.float64: 1e-5}
 # 5e-4 and this at most 1e-6.
 _SHIFT = {torch.float32: 4e-8, torch.float64: 7e-17}
 # (1−λ) I + λ R has scale 1 by construction; its rounding noise is about 3e-7, and only R's eigenvalue −1 comes near 0.
-_SOFT_SHIFT = 1e-5
+_SOFT_SHIFT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -160,8 +160,14 @@ def soften(R: Tensor, strength: float) -> Tensor:
     eye = torch.eye(r, dtype=R.dtype, device=R.device)
     if strength == 0:
         return torch.where(R.isfinite().all(-1, True).all(-2, True), eye, torch.nan)
-    X = (1 - strength + _SOFT_SHIFT) * eye + strength * R
-    return _newton_schulz((X / (math.sqrt(r) * (1 + _SOFT_SHIFT))).reshape(-1, r, r)).reshape(R.shape)
+    X = ((1 - strength) * eye + strength * R).reshape(-1, r, r)
+    delta = _SOFT_SHIFT[R.dtype]
+    shift, scale = delta * eye, 1 + 2 * delta  # X has no singular value above 1
+    Q = _newton_schulz((X + shift) / scale)
+    # The shift has turned Q by about its own size. Seen from Q, X is all but positive definite, which no shift turns.
+    Q = Q @ _newton_schulz((Q.mT @ X + shift) / scale)
+    Q = Q - 0.5 * Q @ (Q.mT @ Q - eye)  # the product of two orthogonal matrices rounds
+    return Q.reshape(R.shape)
 
 
 @torch.no_grad()

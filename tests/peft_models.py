@@ -171,19 +171,13 @@ def turned_clients(
         A, B = common[key_A].double().flatten(1), common[key_B].double().flatten(1)
         (U, S, V_A), (_, _, V_B) = (torch.linalg.svd(F, full_matrices=False) for F in (A, B.T))
         sizes = torch.linspace(2, 1, len(S), dtype=torch.float64)[:, None]
-        A, B = U @ (sizes * V_A), (U @ (sizes * V_B)).T
-        for client in [common, *clients]:
-            if client is not common:
-                Q = _turn(U[:, -1:], reflect, generator)
-                near_A, near_B = (
-                    F + noise * torch.randn(F.shape, generator=generator, dtype=F.dtype) / max(F.shape) ** 0.5
-                    for F in (A, B)
-                )
-                new_A, new_B = Q.T @ near_A, near_B @ Q
-            else:
-                new_A, new_B = A, B
-            client[key_A] = new_A.reshape(client[key_A].shape).to(kind.dtype)
-            client[key_B] = new_B.reshape(client[key_B].shape).to(kind.dtype)
+        A, B = U @ (sizes * V_A), (U @ (sizes * V_B)).T / 4  # B is the smaller one, as in training
+        common[key_A], common[key_B] = (F.reshape(common[k].shape).to(kind.dtype) for F, k in ((A, key_A), (B, key_B)))
+        for client in clients:
+            Q = _turn(U[:, -1:], reflect, generator)
+            A_near, B_near = (F + noise * F.std() * torch.randn(F.shape, generator=generator).double() for F in (A, B))
+            client[key_A] = (Q.T @ A_near).reshape(client[key_A].shape).to(kind.dtype)
+            client[key_B] = (B_near @ Q).reshape(client[key_B].shape).to(kind.dtype)
     return common, clients
 
 

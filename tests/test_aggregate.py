@@ -15,7 +15,6 @@ from .peft_models import KINDS, as_saved, client_updates, factor_keys, in_model,
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'"),  # PEFT takes the bias of lora_B for a broken factor
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
 ]
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -105,6 +104,10 @@ def test_strength_zero_is_fedit_and_fedit_is_the_weighted_mean(kind):
     clients = client_updates(kind, 3)
     fedit = fedrot.aggregate(clients, WEIGHTS, method="fedit").state_dict
     assert_same_bits(fedit, fedrot.aggregate(clients, WEIGHTS, clients[1], strength=0).state_dict)
+    stream = fedrot.FedRotAggregator(strength=0)
+    for client, weight in zip(clients, WEIGHTS, strict=True):
+        stream.add(client, weight)
+    assert_same_bits(fedit, stream.finish().state_dict)
     for key, x in fedit.items():
         mean = sum(w * c[key].double() for w, c in zip(WEIGHTS, clients, strict=True)) / sum(WEIGHTS)
         eps = torch.finfo(kind.dtype).eps / 2 * mean.abs() + 4 * torch.finfo(working(kind.dtype)).eps * mean.abs().max()
@@ -191,7 +194,8 @@ def test_results_have_the_keys_shapes_and_dtypes_of_the_first_update(kind):
     saved = fedrot.aggregate(clients, WEIGHTS, reference).state_dict
     assert [(k, x.shape, x.dtype) for k, x in saved.items()] == [(k, x.shape, x.dtype) for k, x in clients[0].items()]
     named = [in_model(kind, client) for client in clients]
-    for reference_form in (reference, in_model(kind, reference)):
+    other_name = {key.replace(".default", ".server"): x for key, x in in_model(kind, reference).items()}
+    for reference_form in (reference, in_model(kind, reference), other_name):
         mean = fedrot.aggregate(named, WEIGHTS, reference_form).state_dict
         assert [(k, x.shape, x.dtype) for k, x in mean.items()] == [(k, x.shape, x.dtype) for k, x in named[0].items()]
         assert not any(x.requires_grad for x in mean.values())

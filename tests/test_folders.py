@@ -15,7 +15,6 @@ from .peft_models import KINDS, base_model, client_updates, factor_keys, in_mode
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'"),  # PEFT takes the bias of lora_B for a broken factor
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
 ]
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
