@@ -14,10 +14,11 @@ from .errors import UpdateError
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # In a model the adapter's name stands in the key ("….lora_A.default.weight"), in a saved adapter it does not.
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.[^.]+)??(?P<end>\.weight|\.bias)?")
-_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?")
-_TOKENS = re.compile(r"(?P<module>.+)\.trainable_tokens_delta(\.[^.]+)?")
-_MODULES_TO_SAVE = re.compile(r"\.modules_to_save\.[^.]+\.")
+_NAME = r"(\.(?P<name>[^.]+))??"
+_FACTOR = re.compile(rf"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB]){_NAME}(?P<end>\.weight|\.bias)?")
+_MAGNITUDE = re.compile(rf"(?P<saved>.+\.lora_magnitude_vector){_NAME}(\.weight)?")
+_TOKENS = re.compile(rf"(?P<saved>.+\.trainable_tokens_delta){_NAME}")
+_MODULE_TO_SAVE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<end>.+)")
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,15 @@ class Layout:
 
 
 @lru_cache(maxsize=65536)
-def canonical(key: str) -> str:
-    """The key under which PEFT saves the tensor, without the adapter's name."""
+def parse_key(key: str) -> tuple[str, str | None]:
+    """The key under which PEFT saves the tensor, and the adapter's name if the given key holds one."""
     if m := _FACTOR.fullmatch(key):
-        return f"{m['module']}.lora_{m['embedding'] or ''}{m['factor']}{m['end'] or ''}"
-    if m := _MAGNITUDE.fullmatch(key):
-        return f"{m['module']}.lora_magnitude_vector"
-    if m := _TOKENS.fullmatch(key):
-        return f"{m['module']}.trainable_tokens_delta"
-    return _MODULES_TO_SAVE.sub(".", key)
+        return f"{m['module']}.lora_{m['embedding'] or ''}{m['factor']}{m['end'] or ''}", m["name"]
+    if m := _MAGNITUDE.fullmatch(key) or _TOKENS.fullmatch(key):
+        return m["saved"], m["name"]
+    if m := _MODULE_TO_SAVE.fullmatch(key):
+        return f"{m['module']}.{m['end']}", m["name"]
+    return key, None
 
 
 def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, TensorSpec], dict[str, str]]:
@@ -130,6 +131,7 @@ def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, T
     """
     specs: dict[str, TensorSpec] = {}
     original: dict[str, str] = {}
+    adapters: dict[str, str] = {}
     for key, x in state_dict.items():
         if not isinstance(x, Tensor):
             raise UpdateError(f"{client}, {key}: expected a tensor, got {type(x).__name__}")
@@ -138,13 +140,16 @@ def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, T
                 f"{client}, {key}: {x.dtype}, shape {tuple(x.shape)}; only float16, bfloat16, float32 and float64 tensors "
                 "can be averaged, leave this key out"
             )
-        name = canonical(key)
-        if name in original:
+        saved, adapter = parse_key(key)
+        if adapter is not None:
+            adapters.setdefault(adapter, key)
+        if saved in original or len(adapters) > 1:
+            other = original.get(saved) or next(iter(adapters.values()))
             raise UpdateError(
-                f"{client}: {original[name]} and {key} are the same tensor of two adapters; "
-                "send one adapter, as peft.get_peft_model_state_dict(model, adapter_name=…) returns it"
+                f"{client}: {other} and {key} are of two adapters; "
+                "send one, as peft.get_peft_model_state_dict(model, adapter_name=…) returns it"
             )
-        specs[name], original[name] = TensorSpec(tuple(x.shape), x.dtype), key
+        specs[saved], original[saved] = TensorSpec(tuple(x.shape), x.dtype), key
     return specs, original
 
 

@@ -133,6 +133,7 @@ class FedRotAggregator:
         self.reference = reference
         self.round = round
         self.on_invalid = on_invalid
+        self._config: dict[str, Any] | None = None
         self._under_way: _Round | None = None
 
     def aggregate(self, updates: Sequence[UpdateLike], weights: Sequence[float] | None = None) -> AggregationResult:
@@ -210,9 +211,9 @@ class FedRotAggregator:
         report = Report(self.method.name, self.round, tuple(round.clients), round.shares(), round.dropped, adapters)
         mean = round.mean.state_dict()
         state_dict = {given: mean[key] for key, given in round.first.keys_given.items()}
-        config = (round.reference.config if round.reference else None) or round.first.config
+        self._config = (round.reference.config if round.reference else None) or self._config or round.first.config
         self.reference, self.round = state_dict, self.round + 1
-        return AggregationResult(state_dict, report, config)
+        return AggregationResult(state_dict, report, self._config)
 
 
 class _Round:

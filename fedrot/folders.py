@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapters import TensorSpec, canonical
+from .adapters import TensorSpec, describe, parse_key
 from .errors import UpdateError
 
 WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "aggregation.json"
@@ -68,7 +68,7 @@ class AdapterFolder(Mapping[str, Tensor]):
             raise UpdateError(f"{self.client}: {file} is larger than {_MAX_CONFIG_BYTES} bytes; send a PEFT configuration")
         try:
             config = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UpdateError(f"{self.client}: {file} is not JSON ({error}); send it again") from error
         peft_type = config.get("peft_type") if isinstance(config, dict) else None
         if peft_type != "LORA":
@@ -88,8 +88,8 @@ class AdapterFolder(Mapping[str, Tensor]):
                 f"{self.client}, {key}: {dtype}, shape {shape}; only float16, bfloat16, float32 and float64 tensors can be "
                 "averaged"
             )
-        if canonical(key) != key:
-            raise UpdateError(f"{self.client}, {key}: not a key that save_pretrained writes; it would be {canonical(key)}")
+        if parse_key(key)[0] != key:
+            raise UpdateError(f"{self.client}, {key}: not a key that save_pretrained writes; that is {parse_key(key)[0]}")
         return TensorSpec(shape, _DTYPES[dtype])
 
     def __getitem__(self, key: str) -> Tensor:
@@ -135,15 +135,19 @@ def write_adapter(
 
     Args:
         path: must not exist.
-        state_dict: tensors under the keys that PEFT saves.
+        state_dict: one adapter's tensors, with or without the adapter's name in the keys.
         config: the content of adapter_config.json.
         report: written beside it as aggregation.json.
 
     Raises:
         FileExistsError: the path exists.
+        ValueError: not a LoRA configuration, or two adapters in one state dict.
     """
+    if not config or config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: config must be the adapter_config.json of a LoRA adapter, as read_adapter returns it")
+    _, keys = describe(state_dict, str(path))
     with new_folder(path) as folder:
-        tensors = {key: x.detach().contiguous().cpu() for key, x in state_dict.items()}
+        tensors = {saved: state_dict[key].detach().contiguous().cpu() for saved, key in keys.items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         if report is not None:

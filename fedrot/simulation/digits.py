@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 PRETRAINING = 600
 TEST = 400
 _SIZES: dict[str, Any] = {
+    "num_labels": 10,
     "image_size": 8,
     "patch_size": 4,
     "num_channels": 1,
@@ -39,7 +40,7 @@ def digits_data() -> tuple[Dataset, Dataset]:
 def digits_model() -> PreTrainedModel:
     """A ViT of 100,000 parameters, pretrained on upright digits. Deterministic."""
     torch.manual_seed(0)
-    model = ViTForImageClassification(ViTConfig(num_labels=10, **_SIZES))
+    model = ViTForImageClassification(ViTConfig(**_SIZES))
     images, labels = _images()
     x, y = torch.from_numpy(images[:PRETRAINING]), torch.from_numpy(labels[:PRETRAINING])
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
