@@ -6,7 +6,7 @@ from setuptools import setup
 
 SIMULATE = [
     "transformers>=5.0",
-    "peft>=0.18",
+    "peft>=0.21",
     "datasets>=4.0",
     "numpy>=1.26",
     "pandas>=2.2",

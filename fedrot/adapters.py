@@ -95,20 +95,20 @@ class Layout:
                     f"{client}, {key}: {theirs.dtype}, but {first} has {mine.dtype}; convert the updates to one dtype"
                 )
 
-    def check_reference(self, specs: Mapping[str, TensorSpec], first: str) -> None:
+    def check_reference(self, specs: Mapping[str, TensorSpec], name: str, first: str) -> None:
         """Raise UpdateError unless the reference has these adapters in these shapes. Its plain tensors do not matter."""
         theirs = {key for key in specs if _FACTOR.fullmatch(key) and not key.endswith(".bias")}
         for a in self.adapters:
             for key in (a.key_A, a.key_B):
                 if key not in specs:
-                    raise UpdateError(f"the reference lacks {key}, which {first} has; pass the adapter clients started from")
+                    raise UpdateError(f"{name} lacks {key}, which {first} has; pass the adapter clients started from")
                 if specs[key].shape != self.specs[key].shape:
                     raise UpdateError(
-                        f"the reference, {key}: shape {specs[key].shape}, but {first} has {self.specs[key].shape}; "
+                        f"{name}, {key}: shape {specs[key].shape}, but {first} has {self.specs[key].shape}; "
                         "pass the adapter that the clients started from"
                     )
         if extra := theirs - self.specs.keys():
-            raise UpdateError(f"the reference has {_listed(sorted(extra))}, which {first} lacks")
+            raise UpdateError(f"{name} has {_listed(sorted(extra))}, which {first} lacks")
 
 
 @lru_cache(maxsize=65536)
@@ -133,8 +133,10 @@ def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, T
     original: dict[str, str] = {}
     adapters: dict[str, str] = {}
     for key, x in state_dict.items():
-        if not isinstance(x, Tensor):
-            raise UpdateError(f"{client}, {key}: expected a tensor, got {type(x).__name__}")
+        if not isinstance(key, str) or not isinstance(x, Tensor):
+            raise UpdateError(f"{client}, {key!r}: expected tensors by name, got {type(x).__name__}")
+        if x.is_meta or x.layout != torch.strided:
+            raise UpdateError(f"{client}, {key}: not a dense tensor with data, shape {tuple(x.shape)}; send its values")
         if x.dtype not in DTYPES:
             raise UpdateError(
                 f"{client}, {key}: {x.dtype}, shape {tuple(x.shape)}; only float16, bfloat16, float32 and float64 tensors "
@@ -158,7 +160,8 @@ def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:
     for key, spec in specs.items():
         m = _FACTOR.fullmatch(key)
         if m is None or m["end"] == ".bias":
-            _refuse_unknown(key, m, client)
+            if m is None:
+                _refuse_unknown(key, spec, client)
             continue
         other = "B" if m["factor"] == "A" else "A"
         partner = f"{m['module']}.lora_{m['embedding'] or ''}{other}{m['end'] or ''}"
@@ -168,8 +171,8 @@ def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:
             adapters.append(_adapter(m["module"], key, spec, partner, specs[partner], client))
     if not adapters:
         raise UpdateError(
-            f"{client} has {len(specs)} keys and no lora_A/lora_B pair among them; "
-            "pass what peft.get_peft_model_state_dict(model) returns"
+            f"{client} has no lora_A/lora_B pair among its {len(specs)} keys{_example(specs)}; only LoRA adapters can be "
+            "aligned, as peft.get_peft_model_state_dict(model) returns them"
         )
     return adapters
 
@@ -193,12 +196,16 @@ def _adapter(module: str, key_A: str, A: TensorSpec, key_B: str, B: TensorSpec, 
     return Adapter(module, key_A, key_B, A.shape[0], math.prod(A.shape[1:]), B.shape[0], A.dtype)
 
 
-def _refuse_unknown(key: str, factor: re.Match | None, client: str) -> None:
-    if factor is None and re.search(r"(^|\.)lora_", key) and not _MAGNITUDE.fullmatch(key):
+def _refuse_unknown(key: str, spec: TensorSpec, client: str) -> None:
+    if re.search(r"(^|\.)lora_", key) and not _MAGNITUDE.fullmatch(key):
         raise UpdateError(
-            f"{client}, {key}: not a key of plain LoRA or DoRA; a variant that puts something between B and A "
-            "(KaSA, AdaLoRA, …) cannot be rotated"
+            f"{client}, {key} {spec.shape}: not a tensor of LoRA or DoRA; variants with tensors of their own "
+            "(KaSA, AdaLoRA, VeLoRA, …) are not supported"
         )
+
+
+def _example(specs: Mapping[str, TensorSpec]) -> str:
+    return f" (such as {next(iter(specs))})" if specs else ""
 
 
 def _listed(keys: list[str]) -> str:

@@ -62,6 +62,10 @@ def aggregate(
     Ā = Σ wᵢ RᵢᵀAᵢ and B̄ = Σ wᵢ BᵢRᵢ with rotations Rᵢ towards the reference (FedRot-LoRA, arXiv 2602.23638), or Rᵢ = I
     (FedIT); every other tensor is averaged. Deterministic: the same inputs give the same bits.
 
+    Variants of LoRA that a rotation would break are refused as far as keys, shapes and a folder's configuration show
+    them. A bare state dict does not tell block-diagonal factors, nor ``target_parameters`` of a module that is not
+    called "experts": pass those as folders.
+
     Args:
         updates: for every client a PEFT state dict (as from ``peft.get_peft_model_state_dict`` or with the adapter's name
             in the keys) or a PEFT folder. float16, bfloat16, float32 or float64; all clients alike.
@@ -128,10 +132,10 @@ class FedRotAggregator:
         for name, value, allowed in (("on_invalid", on_invalid, OnInvalid), ("backend", backend, Backend)):
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
-        if isinstance(round, bool) or not isinstance(round, int) or round < 0:
+        if not hasattr(round, "__index__") or isinstance(round, bool) or round < 0:
             raise ValueError(f"round must be a whole number from 0, got {round!r}")
         self.reference = reference
-        self.round = round
+        self.round = int(round)
         self.on_invalid = on_invalid
         self._config: dict[str, Any] | None = None
         self._under_way: _Round | None = None
@@ -187,13 +191,16 @@ class FedRotAggregator:
         self._under_way = round
 
     def finish(self) -> AggregationResult:
-        """The aggregate of the updates added since the last round."""
-        round = self._under_way
+        """The aggregate of the updates added since the last round.
+
+        Raises:
+            UpdateError: none was added, or none of positive weight is left; the next ``add`` begins the round anew.
+        """
+        round, self._under_way = self._under_way, None
         if round is None:
             raise UpdateError("no updates: add at least one before finish()")
         if not any(round.weights):
             raise _nothing_left(round.dropped)
-        self._under_way = None
         adapters = round.layout.adapters
         return self._close(
             round, tuple(AdapterReport(a.module, a.rank, None, None, tuple(round.angles[a.key_A])) for a in adapters)

@@ -1,6 +1,7 @@
 """Rotating one client's factors towards a reference: what is aligned, how far, and in which group."""
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -35,8 +36,8 @@ class Alignment:
         for name, value, allowed in (("align_on", self.align_on, AlignOn), ("group", self.group, RotationGroup)):
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength must be between 0 (no rotation) and 1 (full rotation), got {self.strength}")
+        if not isinstance(self.strength, Real) or not 0 <= self.strength <= 1:
+            raise ValueError(f"strength must be between 0 (no rotation) and 1 (full rotation), got {self.strength!r}")
 
     def cross_covariance(self, group: Group, client: StateDict, reference: StateDict, round: int) -> Tensor:
         """M (G, r, r) of every adapter of a group: A A_refᵀ, BᵀB_ref, or A A_refᵀ/‖A_ref‖² + BᵀB_ref/‖B_ref‖²."""

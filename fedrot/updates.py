@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ def open_update(update: UpdateLike, name: str) -> Update:
 
 def open_updates(updates: Sequence[UpdateLike]) -> tuple[list[Update], Layout]:
     """All clients' updates, checked against each other, and their common layout."""
-    if isinstance(updates, Mapping | str | os.PathLike):
+    if isinstance(updates, Mapping | str | os.PathLike) or not isinstance(updates, Iterable):
         raise UpdateError("updates must be a sequence of state dicts or folders, one per client; put a single one in a list")
     opened = [open_update(update, f"client {i}") for i, update in enumerate(updates)]
     if not opened:
@@ -87,7 +87,7 @@ def check_update(update: Update, first: Update, layout: Layout) -> None:
 def open_reference(reference: UpdateLike, first: Update, layout: Layout) -> Update:
     """The reference as an Update with the adapters of the layout, all finite."""
     opened = open_update(reference, "the reference")
-    layout.check_reference(opened.specs, first.name)
+    layout.check_reference(opened.specs, opened.name, first.name)
     check_scaling(opened.config, opened.name, first.config, first.name)
     factors = [key for a in layout.adapters for key in (a.key_A, a.key_B)]
     if found := not_finite(opened, factors):
@@ -99,7 +99,10 @@ def check_weights(weights: Sequence[float] | None, clients: Sequence[Update]) ->
     """One weight per client, non-negative and finite, not all zero; equal weights for None."""
     if weights is None:
         return [1.0] * len(clients)
-    values = [float(w) for w in weights]
+    try:
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise UpdateError(f"weights must be a sequence of numbers, one per update, got {weights!r}") from error
     if len(values) != len(clients):
         raise UpdateError(f"{len(values)} weights for {len(clients)} updates; pass one weight per update")
     for client, weight in zip(clients, values, strict=True):

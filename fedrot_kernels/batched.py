@@ -47,10 +47,11 @@ def _newton_schulz(X: Tensor) -> Tensor:
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     result, active = torch.empty_like(X), torch.arange(len(X), device=X.device)
     for step in range(len(SCHEDULE)):
-        if step == PERTURB_AT:
-            X = X + PERTURBATION * _generic_matrix(X)
         D = X.mT @ X - eye
         deviation = torch.linalg.matrix_norm(D)
+        if step == PERTURB_AT:  # only what still has singular values near 0, not what is about to converge
+            X = X + torch.where(deviation > 0.5, PERTURBATION, 0.0)[:, None, None].to(X.dtype) * _generic_matrix(X)
+            D = X.mT @ X - eye
         # Once ‖G − I‖_F < 1/2 the classic step converges by itself; a minimax step would throw σ = 1 off again.
         a, b, c = coefficients[torch.where(deviation < 0.5, len(SCHEDULE), step)].mT[..., None, None]
         # a I + b G + c G² with G = I + D: close to convergence this rounds half as much, D being small.

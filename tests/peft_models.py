@@ -20,9 +20,6 @@ from transformers import (
     ViTForImageClassification,
 )
 
-# Matrices this small are done before a second thread has started, and a machine with other work makes them wait for it.
-torch.set_num_threads(1)
-
 
 def bert() -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

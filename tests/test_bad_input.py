@@ -236,8 +236,8 @@ def test_dropping_everyone_is_an_error_that_says_why(clients):
     stream.add(bad[0])
     with refused("client 0", A):
         stream.finish()
-    stream.add(clients[1])
-    assert stream.finish().report.clients == ("client 1",)
+    stream.add(clients[1])  # the round begins anew
+    assert stream.finish().report.clients == ("client 0",)
 
 
 def test_a_stream_that_lacks_something_says_what(clients):
@@ -249,9 +249,9 @@ def test_a_stream_that_lacks_something_says_what(clients):
     stream.add(clients[0], 0)
     with refused("positive weight"):
         stream.finish()
+    stream.add(clients[1])
     with refused("finish", error=RuntimeError):
         stream.aggregate(clients)
-    stream.add(clients[1])
     stream.finish()
     with refused("no updates"):
         stream.finish()
@@ -403,3 +403,19 @@ def test_folders_whose_factors_mean_different_updates_are_refused(folders, field
     with refused("client 1", field):
         stream.add(folders[1])
     assert stream.finish().report.clients == (f"client 0 ({folders[0]})",)
+
+
+def test_what_is_not_an_update_is_named(clients):
+    with refused("client 0", "expected tensors by name"):
+        fedrot.aggregate([{0: torch.zeros(2, 2)}])
+    for strange in (clients[0][A].to("meta"), clients[0][A].to_sparse()):
+        with refused("client 1", A, "(4, 16)", "dense"):
+            fedrot.aggregate([clients[0], clients[1] | {A: strange}])
+    with refused("sequence"):
+        fedrot.aggregate(None)
+    for weights in (3, [None, 1, 1], ["a", 1, 1]):
+        with refused("weights must be a sequence of numbers"):
+            fedrot.aggregate(clients, weights)
+    for option in ({"strength": "a"}, {"strength": None}, {"method": ["fedrot"]}):
+        with refused(error=ValueError):
+            fedrot.aggregate(clients, **option)

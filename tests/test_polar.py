@@ -45,6 +45,14 @@ def test_polar_agrees_with_the_svd_where_the_factor_is_determined(dtype):
     assert error <= theirs + M.shape[-1] * torch.finfo(dtype).eps  # what one product of two such matrices loses
 
 
+def test_float64_is_exact_to_rounding_at_any_condition_number():
+    """The error of a polar factor is rounding over the smallest singular value, for the SVD as for us."""
+    for kappa in (1e3, 1e6, 1e9, 3e10, 1e12):
+        M = with_singular_values(torch.tensor([[1.0, 0.5, 1 / kappa]]).double().expand(20, 3), seed=7)
+        expected = torch.stack([reference.polar(m) for m in M])
+        assert (fk.polar(M) - expected).abs().max() <= 30 * kappa * torch.finfo(torch.float64).eps
+
+
 @pytest.mark.parametrize("r", [2, 5, 16, 64])
 def test_nilpotent_matrices(r):
     M = torch.diag(torch.ones(r - 1), 1)

@@ -14,7 +14,7 @@ def get_method(name: str, alignment: Alignment) -> Method:
     Raises:
         ValueError: no such method.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
     return METHODS[name](alignment)
 
