@@ -146,7 +146,7 @@ def test_compare_varies_and_tabulates(tmp_path, capsys):
     table = (output / "table.txt").read_text()
     assert table in printed and "±" in table
     runs = sorted(p.name for p in output.iterdir() if p.is_dir())
-    assert runs == [f"independent-{v}-seed{s}" for v in ("fedit", "fedrot λ=0.5") for s in (0, 1)]
+    assert runs == [f"independent-{v}-seed{s}" for v in ("fedit", "fedrot-0.5") for s in (0, 1)]
     rows = (output / "results.csv").read_text().splitlines()
     assert len(rows) == 1 + 4
     assert (output / "curves.png").exists()

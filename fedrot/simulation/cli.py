@@ -16,6 +16,11 @@ from .compare import VARIED, compare
 from .config import SimulationConfig, Start
 from .run import CONFIG, CURVES, SimulationResult, simulate
 
+_SITUATIONS = {
+    "shared": "all clients start from one adapter, and are rotated towards it.",
+    "independent": "each client starts from an adapter of its own; the first round is rotated towards the largest client's.",
+}
+
 
 def main(command: str, argv: list[str]) -> int:
     """Run one of the two commands. Returns the exit status."""
@@ -75,6 +80,8 @@ def _run(command: str, config: SimulationConfig, folder: Path, args: Namespace, 
     varied = {name: args[name] for name in ("methods", "strengths", "starts", "seeds")}
     table = compare(config, folder, **varied, resume=resume)
     print(f"\n{table}\n")
+    for start in args.starts:
+        print(f"{start} start: {_SITUATIONS[start]}")
     print(f"{folder}/{CURVES} shows them by round.")
 
 

@@ -43,7 +43,10 @@ def compare(
         The table.
     """
     runs = {
-        f"{start}-{variant}-seed{seed}": (variant, replace(config, method=method, strength=strength, start=start, seed=seed))
+        f"{start}-{variant.replace(' λ=', '-')}-seed{seed}": (
+            variant,
+            replace(config, method=method, strength=strength, start=start, seed=seed),
+        )
         for start in starts
         for method in methods
         for variant, strength in _variants(method, strengths)
