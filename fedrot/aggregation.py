@@ -227,12 +227,11 @@ class _Round:
     """What is kept of a round's updates while it is aggregated."""
 
     def __init__(self, first: Update, layout: Layout, reference: Update | None, dropped: dict[str, str]):
-        device = first[layout.adapters[0].key_A].device
         self.first, self.layout, self.reference, self.dropped = first.without_tensors(), layout, reference, dropped
         self.clients: list[str] = []
         self.weights: list[float] = []
         self.angles: dict[str, list[float]] = {a.key_A: [] for a in layout.adapters}
-        self.mean = RunningMean(layout, device)
+        self.mean = RunningMean(layout, first.device)
 
     @property
     def seen(self) -> int:

@@ -28,6 +28,7 @@ class Update(Mapping[str, Tensor]):
         specs: canonical key → shape and dtype.
         keys_given: canonical key → the caller's key.
         tensors: the caller's state dict, or the folder.
+        device: where all tensors are.
         config: the folder's adapter_config.json, or None.
     """
 
@@ -35,6 +36,7 @@ class Update(Mapping[str, Tensor]):
     specs: dict[str, TensorSpec]
     keys_given: dict[str, str]
     tensors: StateDict
+    device: torch.device
     config: dict[str, Any] | None = None
 
     def without_tensors(self) -> "Update":
@@ -56,11 +58,16 @@ def open_update(update: UpdateLike, name: str) -> Update:
     if isinstance(update, Update):
         return update
     if isinstance(update, Mapping):
-        return Update(name, *describe(update, name), update)
+        specs, keys_given = describe(update, name)
+        devices = {x.device: key for key, x in update.items()}
+        if len(devices) > 1:
+            where = " and ".join(f"{key} on {device}" for device, key in devices.items())
+            raise UpdateError(f"{name} has {where}; move it to one device")
+        return Update(name, specs, keys_given, update, next(iter(devices), torch.device("cpu")))
     if isinstance(update, str | os.PathLike):
         name = f"{name} ({os.fspath(update)})"
         folder = AdapterFolder(update, name)
-        return Update(name, folder.specs, {key: key for key in folder.specs}, folder, folder.config)
+        return Update(name, folder.specs, {key: key for key in folder.specs}, folder, torch.device("cpu"), folder.config)
     raise UpdateError(f"{name}: expected a state dict or a PEFT folder, got {type(update).__name__}")
 
 
@@ -81,6 +88,10 @@ def open_updates(updates: Sequence[UpdateLike]) -> tuple[list[Update], Layout]:
 def check_update(update: Update, first: Update, layout: Layout) -> None:
     """Raise UpdateError unless the update has the layout and the scaling of ``first``."""
     layout.check(update.specs, update.name, first.name)
+    if update.device != first.device:
+        raise UpdateError(
+            f"{update.name} is on {update.device}, but {first.name} on {first.device}; move them to one device"
+        )
     check_scaling(update.config, update.name, first.config, first.name)
 
 
@@ -92,6 +103,9 @@ def open_reference(reference: UpdateLike, first: Update, layout: Layout) -> Upda
     factors = [key for a in layout.adapters for key in (a.key_A, a.key_B)]
     if found := not_finite(opened, factors):
         raise UpdateError(f"{opened.name}, {found}; pass the adapter that the clients started from")
+    if opened.device != first.device:
+        moved = {opened.keys_given[key]: opened[key].to(first.device) for key in factors}
+        opened = replace(opened, tensors=moved, device=first.device)
     return opened
 
 

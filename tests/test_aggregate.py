@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -360,3 +361,15 @@ def test_inputs_stay_as_they_are_and_results_are_the_callers_own(kind, method):
     storages = [x.untyped_storage().data_ptr() for result in results for x in result.values()]
     given = {x.untyped_storage().data_ptr() for update in everything for x in update.values()}
     assert len(set(storages)) == len(storages) and not given & set(storages)
+
+
+def test_a_stream_keeps_nothing_of_an_update():
+    kind = KINDS["linear"]
+    aggregator = fedrot.FedRotAggregator(client_updates(kind, 1)[0])
+    for update in client_updates(kind, 3, seed=1):
+        copy = {key: x.clone() for key, x in update.items()}
+        alive = [weakref.ref(x) for x in copy.values()]
+        aggregator.add(copy)
+        del copy
+        assert not any(ref() is not None for ref in alive)
+    aggregator.finish()

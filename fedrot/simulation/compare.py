@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -42,16 +43,11 @@ def compare(
     Returns:
         The table.
     """
-    runs = {
-        f"{start}-{variant.replace(' λ=', '-')}-seed{seed}": (
-            variant,
-            replace(config, method=method, strength=strength, start=start, seed=seed),
-        )
-        for start in starts
-        for method in methods
-        for variant, strength in _variants(method, strengths)
-        for seed in seeds
-    }
+    runs: dict[str, tuple[str, SimulationConfig]] = {}
+    for start, method, seed in product(starts, methods, seeds):
+        for label, name, strength in _variants(method, strengths):
+            run = replace(config, method=method, strength=strength, start=start, seed=seed)
+            runs[f"{start}-{name}-seed{seed}"] = label, run
     if not resume:
         check_new(folder)
     task = load_task(config, next((path for name in runs if (path := folder / name / BASE_MODEL).exists()), None))
@@ -61,10 +57,10 @@ def compare(
         common = {name: value for name, value in asdict(config).items() if name not in VARIED}
         (folder / CONFIG).write_text(yaml.safe_dump({**varied, **common}, sort_keys=False, allow_unicode=True), "utf-8")
     tables = []
-    for name, (variant, run) in runs.items():
+    for name, (label, run) in runs.items():
         path = folder / name
         result = simulate(run, path, task=task, resume=path.exists(), progress=progress)
-        tables.append(pd.DataFrame(result.metrics).assign(method=variant, start=run.start, seed=run.seed))
+        tables.append(pd.DataFrame(result.metrics).assign(method=label, start=run.start, seed=run.seed))
     rows = pd.concat(tables, ignore_index=True)
     rows.drop(columns=["clients", "dropped"]).to_csv(folder / RESULTS, index=False)
     plot_comparison(rows, folder / CURVES)
@@ -73,10 +69,11 @@ def compare(
     return table
 
 
-def _variants(method: str, strengths: Sequence[float]) -> list[tuple[str, float]]:
+def _variants(method: str, strengths: Sequence[float]) -> list[tuple[str, str, float]]:
+    """The labels, folder names and strengths to run a method with: one if it does not rotate."""
     if method in METHODS and not METHODS[method].rotates:
-        return [(method, strengths[0])]
-    return [(f"{method} λ={strength:g}", strength) for strength in strengths]
+        return [(method, method, strengths[0])]
+    return [(f"{method} λ={strength:g}", f"{method}-{strength:g}", strength) for strength in strengths]
 
 
 def comparison_table(rows: pd.DataFrame) -> str:

@@ -68,7 +68,9 @@ def simulate(
 
     state, rounds_done = load_checkpoint(folder)
     metrics = read_metrics(folder / METRICS, rounds_done)
-    if state is None and config.start == "shared":
+    if state is not None:
+        state = {name: x.to(clients.device) for name, x in state.items()}
+    elif config.start == "shared":
         state = clients.state()
     aggregator = FedRotAggregator(
         state,
