@@ -1,32 +1,14 @@
-"""PEFT state dict ⇄ adapters: which keys are factors of which adapter, and what every client must send alike."""
+"""The adapters that an update's keys and shapes form, and what every client must send alike."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .errors import UpdateError
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# In a model the adapter's name stands in the key ("….lora_A.default.weight"), in a saved adapter it does not.
-_NAME = r"(\.(?P<name>[^.]+))??"
-_FACTOR = re.compile(rf"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB]){_NAME}(?P<end>\.weight|\.bias)?")
-_MAGNITUDE = re.compile(rf"(?P<saved>.+\.lora_magnitude_vector){_NAME}(\.weight)?")
-_TOKENS = re.compile(rf"(?P<saved>.+\.trainable_tokens_delta){_NAME}")
-_MODULE_TO_SAVE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<end>.+)")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What is known of a tensor before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+from .keys import TensorSpec, is_unknown_to_lora, parse_factor
 
 
 @dataclass(frozen=True)
@@ -97,7 +79,7 @@ class Layout:
 
     def check_reference(self, specs: Mapping[str, TensorSpec], name: str, first: str) -> None:
         """Raise UpdateError unless the reference has these adapters in these shapes. Its plain tensors do not matter."""
-        theirs = {key for key in specs if _FACTOR.fullmatch(key) and not key.endswith(".bias")}
+        theirs = {key for key in specs if parse_factor(key)}
         for a in self.adapters:
             for key in (a.key_A, a.key_B):
                 if key not in specs:
@@ -111,64 +93,20 @@ class Layout:
             raise UpdateError(f"{name} has {_listed(sorted(extra))}, which {first} lacks")
 
 
-@lru_cache(maxsize=65536)
-def parse_key(key: str) -> tuple[str, str | None]:
-    """The key under which PEFT saves the tensor, and the adapter's name if the given key holds one."""
-    if m := _FACTOR.fullmatch(key):
-        return f"{m['module']}.lora_{m['embedding'] or ''}{m['factor']}{m['end'] or ''}", m["name"]
-    if m := _MAGNITUDE.fullmatch(key) or _TOKENS.fullmatch(key):
-        return m["saved"], m["name"]
-    if m := _MODULE_TO_SAVE.fullmatch(key):
-        return f"{m['module']}.{m['end']}", m["name"]
-    return key, None
-
-
-def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Canonical key → spec, and canonical key → the caller's key, of one state dict.
-
-    Raises:
-        UpdateError: something that is not a tensor, an unsupported dtype, or two adapters in one state dict.
-    """
-    specs: dict[str, TensorSpec] = {}
-    original: dict[str, str] = {}
-    adapters: dict[str, str] = {}
-    for key, x in state_dict.items():
-        if not isinstance(key, str) or not isinstance(x, Tensor):
-            raise UpdateError(f"{client}, {key!r}: expected tensors by name, got {type(x).__name__}")
-        if x.is_meta or x.layout != torch.strided:
-            raise UpdateError(f"{client}, {key}: not a dense tensor with data, shape {tuple(x.shape)}; send its values")
-        if x.dtype not in DTYPES:
-            raise UpdateError(
-                f"{client}, {key}: {x.dtype}, shape {tuple(x.shape)}; only float16, bfloat16, float32 and float64 tensors "
-                "can be averaged, leave this key out"
-            )
-        saved, adapter = parse_key(key)
-        if adapter is not None:
-            adapters.setdefault(adapter, key)
-        if saved in original or len(adapters) > 1:
-            other = original.get(saved) or next(iter(adapters.values()))
-            raise UpdateError(
-                f"{client}: {other} and {key} are of two adapters; "
-                "send one, as peft.get_peft_model_state_dict(model, adapter_name=…) returns it"
-            )
-        specs[saved], original[saved] = TensorSpec(tuple(x.shape), x.dtype), key
-    return specs, original
-
-
 def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:
     adapters = []
     for key, spec in specs.items():
-        m = _FACTOR.fullmatch(key)
-        if m is None or m["end"] == ".bias":
-            if m is None:
-                _refuse_unknown(key, spec, client)
+        if is_unknown_to_lora(key):
+            raise UpdateError(
+                f"{client}, {key} {spec.shape}: not a tensor of LoRA or DoRA; variants with tensors of their own "
+                "(KaSA, AdaLoRA, VeLoRA, …) are not supported"
+            )
+        if (parsed := parse_factor(key)) is None:
             continue
-        other = "B" if m["factor"] == "A" else "A"
-        partner = f"{m['module']}.lora_{m['embedding'] or ''}{other}{m['end'] or ''}"
-        if partner not in specs:
-            raise UpdateError(f"{client}: {key} {spec.shape} is without its {partner}; send both factors")
-        if m["factor"] == "A":
-            adapters.append(_adapter(m["module"], key, spec, partner, specs[partner], client))
+        if parsed.partner not in specs:
+            raise UpdateError(f"{client}: {key} {spec.shape} is without its {parsed.partner}; send both factors")
+        if parsed.factor == "A":
+            adapters.append(_adapter(parsed.module, key, spec, parsed.partner, specs[parsed.partner], client))
     if not adapters:
         raise UpdateError(
             f"{client} has no lora_A/lora_B pair among its {len(specs)} keys{_example(specs)}; only LoRA adapters can be "
@@ -194,14 +132,6 @@ def _adapter(module: str, key_A: str, A: TensorSpec, key_B: str, B: TensorSpec, 
     if A.dtype != B.dtype:
         raise UpdateError(f"{shapes}: {A.dtype} and {B.dtype}; convert both factors to one dtype")
     return Adapter(module, key_A, key_B, A.shape[0], math.prod(A.shape[1:]), B.shape[0], A.dtype)
-
-
-def _refuse_unknown(key: str, spec: TensorSpec, client: str) -> None:
-    if re.search(r"(^|\.)lora_", key) and not _MAGNITUDE.fullmatch(key):
-        raise UpdateError(
-            f"{client}, {key} {spec.shape}: not a tensor of LoRA or DoRA; variants with tensors of their own "
-            "(KaSA, AdaLoRA, VeLoRA, …) are not supported"
-        )
 
 
 def _example(specs: Mapping[str, TensorSpec]) -> str:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapters import TensorSpec, describe, parse_key
 from .errors import UpdateError
+from .keys import TensorSpec, describe, parse_key
 
 WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "aggregation.json"
 _MAX_CONFIG_BYTES = 1 << 20

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Layout, TensorSpec, describe
+from .adapters import Layout
 from .errors import UpdateError
 from .folders import AdapterFolder, check_scaling
+from .keys import TensorSpec, describe
 
 _SUM_IN = {torch.float64: torch.float64}
 
