@@ -28,7 +28,7 @@ setup(
     packages=["fedrot", "fedrot.methods", "fedrot.simulation", "fedrot_kernels"],
     package_data={"fedrot": ["py.typed"], "fedrot_kernels": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "safetensors>=0.4.3"],
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "safetensors[torch]>=0.4.3"],
     extras_require={
         "simulate": SIMULATE,
         "flower": ["flwr[simulation]>=1.41,<2"],
