@@ -1,13 +1,13 @@
 """Aggregating the updates of one round, all at once or as they arrive."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from .adapters import Layout
-from .alignment import Alignment, AlignOn, RotationGroup
+from .alignment import Alignment, AlignOn, RotationGroup, check_range
 from .averaging import RunningMean
 from .diagnostics import rotation_angle
 from .errors import UpdateError
@@ -39,7 +39,7 @@ class AggregationResult:
         config: the adapter_config.json of the reference's or else the first update's folder; None without folders.
     """
 
-    state_dict: dict[str, Tensor]
+    state_dict: dict[str, Tensor] = field(repr=False)
     report: Report
     config: dict[str, Any] | None = None
 
@@ -164,7 +164,7 @@ class FedRotAggregator:
         rotations = self.method.rotations(layout, kept, target, self.round)
         for i, (client, weight) in enumerate(zip(kept, kept_weights, strict=True)):
             round.add(client, weight, None if rotations is None else [R[i] for R in rotations])
-        return self._close(round, adapter_reports(layout, kept, round.shares(), rotations))
+        return self._close(round, adapter_reports(layout, kept, round.shares(), rotations, round.angles))
 
     def add(self, update: UpdateLike, weight: float = 1.0) -> None:
         """Add one client's update to the round; nothing of it is kept but its share of the sums.
@@ -174,7 +174,7 @@ class FedRotAggregator:
         """
         round = self._under_way
         client = open_update(update, f"client {round.seen if round else 0}")
-        check_weight(weight := float(weight), client)
+        weight = check_weight(weight, client)
         if round is None:
             layout = Layout(client.specs, client.name)
             if self.reference is None and self.method.needs_reference:
@@ -209,7 +209,7 @@ class FedRotAggregator:
     def _is_valid(self, client: Update, dropped: dict[str, str]) -> bool:
         found = not_finite(client)
         if found and self.on_invalid == "raise":
-            raise UpdateError(f'{client.name}, {found}; leave this client out, or drop such clients with on_invalid="drop"')
+            raise UpdateError(f'{client.name}, {found}; leave this client out, or drop such clients (on_invalid="drop")')
         if found:
             dropped[client.name] = found
         return not found
@@ -218,6 +218,7 @@ class FedRotAggregator:
         report = Report(self.method.name, self.round, tuple(round.clients), round.shares(), round.dropped, adapters)
         mean = round.mean.state_dict()
         state_dict = {given: mean[key] for key, given in round.first.keys_given.items()}
+        check_range(state_dict, "the average,")
         self._config = (round.reference.config if round.reference else None) or self._config or round.first.config
         self.reference, self.round = state_dict, self.round + 1
         return AggregationResult(state_dict, report, self._config)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fedrot_kernels import cross_covariance, polar, rotate_add_, soften, special_orthogonal
+from fedrot_kernels import NOISE, cross_covariance, full_precision, polar, rotate_add_, soften, special_orthogonal
 
 from .adapters import Group, Layout
 from .errors import UpdateError
@@ -53,10 +53,24 @@ class Alignment:
 
     def rotation(self, M: Tensor) -> Tensor:
         """R (…, r, r): the polar factor of M, in the group, softened to the strength."""
-        R = polar(M)
+        R = polar(M, noise=NOISE[M.dtype])
         if self.group == "SO":
             R = special_orthogonal(R, M)
         return soften(R, self.strength)
+
+
+def check_rotations(R: Tensor, group: Group, client: str) -> None:
+    """Raise UpdateError unless the rotations (G, r, r) of a client's adapters are finite."""
+    if not bool(R.isfinite().all()):
+        a = group.adapters[int((~R.isfinite()).flatten(1).any(1).nonzero()[0])]
+        raise UpdateError(f"{client}, {a.module}: the products of its factors overflow; send float64, or scale them")
+
+
+def check_range(state_dict: StateDict, name: str) -> None:
+    """Raise UpdateError if a result overflowed its dtype."""
+    for key, x in state_dict.items():
+        if not bool(x.isfinite().all()):
+            raise UpdateError(f"{name} {key} {tuple(x.shape)} overflows {x.dtype}; send updates in a wider dtype")
 
 
 def _relative(M: Tensor, factor_ref: Tensor) -> Tensor:
@@ -65,7 +79,7 @@ def _relative(M: Tensor, factor_ref: Tensor) -> Tensor:
     return M / torch.where(squared == 0, 1, squared)
 
 
-@torch.no_grad()
+@full_precision
 def align(
     update: UpdateLike,
     reference: UpdateLike,
@@ -102,6 +116,7 @@ def align(
         return aligned
     for adapters in layout.groups:
         R = alignment.rotation(alignment.cross_covariance(adapters, client, target, round))
+        check_rotations(R, adapters, client.name)
         A, B = adapters.A(client), adapters.B(client)
         A_aligned = rotate_add_(torch.zeros_like(A, dtype=R.dtype), A, R, 1.0)
         B_aligned = rotate_add_(torch.zeros_like(B, dtype=R.dtype).mT, B.mT, R, 1.0).mT
@@ -109,4 +124,5 @@ def align(
             for key, factor in ((a.key_A, A_aligned[i]), (a.key_B, B_aligned[i])):
                 spec = layout.specs[key]
                 aligned[client.keys_given[key]] = factor.to(spec.dtype).reshape(spec.shape).clone()
+    check_range(aligned, f"{client.name}, aligned,")
     return aligned

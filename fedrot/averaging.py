@@ -37,7 +37,6 @@ class RunningMean:
             spec = layout.specs[key]
             self._sums[key] = torch.zeros(spec.shape, dtype=_sum_dtype(spec.dtype), device=device)
 
-    @torch.no_grad()
     def add(self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None) -> None:
         """Add one client, already checked.
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import get_args
 
 from .aggregation import AggregationResult, OnInvalid, aggregate
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
         args.run(args)
         return 0
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"fedrot: error: {error}", file=sys.stderr)
         return 1
@@ -30,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of everything but the simulator's options."""
     parser = argparse.ArgumentParser(prog="fedrot", description="Federated averaging of LoRA adapters in a common basis.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('fedrot')}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, text in _SIMULATOR.items():
         commands.add_parser(name, help=text)
@@ -78,16 +82,23 @@ def _aggregate(args: argparse.Namespace) -> None:
     assert result.config is not None  # folders have one
     write_adapter(args.output, result.state_dict, result.config, {"options": options, **result.report.as_dict()})
     print(result.report)
+    _explain_no_rotation(result, args)
     print(f"written to {args.output}")
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    as_they_are = _aggregate_folders(args, "fedit").report
-    rotated = _aggregate_folders(args, "fedrot").report
-    print("averaged as they are")
-    print(as_they_are)
-    print("\nrotated, then averaged")
-    print(rotated)
+    print(f"averaged as they are\n{_aggregate_folders(args, 'fedit').report}")
+    rotated = _aggregate_folders(args, "fedrot")
+    print(f"\nrotated, then averaged\n{rotated.report}")
+    _explain_no_rotation(rotated, args)
+
+
+def _explain_no_rotation(result: AggregationResult, args: argparse.Namespace) -> None:
+    if METHODS[result.report.method].rotates and args.strength > 0 and result.report.angle == 0 and len(args.folders) > 1:
+        print(
+            "no client was rotated: the factor to align is zero in the reference (B is in a fresh adapter), or the clients "
+            "agree with it; odd rounds align A (--round 1, or --align-on A)"
+        )
 
 
 def _simulator():

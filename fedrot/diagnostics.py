@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from fedrot_kernels import full_precision
+
 _COLUMNS = 256  # of the error formed at a time, where that is cheaper than Gram matrices
 
 
-@torch.no_grad()
+@full_precision
 def aggregation_error(A: Tensor, B: Tensor, weights: Tensor) -> tuple[float, float]:
     """‖Σ wᵢBᵢAᵢ − B̄Ā‖_F and ‖Σ wᵢBᵢAᵢ‖_F of one adapter, without a d_out × d_in matrix.
 

@@ -62,6 +62,8 @@ class AdapterFolder(Mapping[str, Tensor]):
 
     def _read_config(self) -> dict[str, Any]:
         file = self.path / CONFIG
+        if not self.path.is_dir():
+            raise UpdateError(f"{self.client}: there is no folder {self.path}")
         if not file.is_file():
             raise UpdateError(f"{self.client}: {self.path} has no {CONFIG}; pass a folder written by save_pretrained")
         if file.stat().st_size > _MAX_CONFIG_BYTES:
@@ -147,7 +149,8 @@ def write_adapter(
         raise ValueError(f"{path}: config must be the adapter_config.json of a LoRA adapter, as read_adapter returns it")
     _, keys = describe(state_dict, str(path))
     with new_folder(path) as folder:
-        tensors = {saved: state_dict[key].detach().contiguous().cpu() for saved, key in keys.items()}
+        # Copies: the format refuses tensors that share memory.
+        tensors = {saved: state_dict[key].detach().cpu().clone().contiguous() for saved, key in keys.items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         if report is not None:

@@ -1,15 +1,17 @@
 """What an aggregation did, adapter by adapter and client by client."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedrot_kernels import full_precision
+
 from .adapters import Adapter, Layout
-from .diagnostics import aggregation_error, rotation_angle
+from .diagnostics import aggregation_error
 from .updates import StateDict
 
 
@@ -96,9 +98,13 @@ class Report:
         return "\n".join(lines)
 
 
-@torch.no_grad()
+@full_precision
 def adapter_reports(
-    layout: Layout, clients: Sequence[StateDict], weights: Sequence[float], rotations: Sequence[Tensor] | None
+    layout: Layout,
+    clients: Sequence[StateDict],
+    weights: Sequence[float],
+    rotations: Sequence[Tensor] | None,
+    angles: Mapping[str, Sequence[float]],
 ) -> tuple[AdapterReport, ...]:
     """Measure every adapter of an aggregation, one at a time.
 
@@ -107,19 +113,19 @@ def adapter_reports(
         clients: the N updates that were averaged.
         weights: N weights summing to 1.
         rotations: for every group R (N, G, r, r), or None.
+        angles: key of A → N degrees.
     """
     w = torch.tensor(weights, dtype=torch.float64)
     reports = {}
     for g, group in enumerate(layout.groups):
         R = None if rotations is None else rotations[g]
-        angles = [(0.0,) * len(clients)] * len(group.adapters) if R is None else rotation_angle(R).T.tolist()
         for i, a in enumerate(group.adapters):
             A, B = _factors(a, clients)
             if R is not None:
                 Ri = R[:, i].to(A.dtype)
                 A, B = Ri.mT @ A, B @ Ri
             error, norm = aggregation_error(A, B, w.to(A.device))
-            reports[a.key_A] = AdapterReport(a.module, a.rank, error, norm, tuple(angles[i]))
+            reports[a.key_A] = AdapterReport(a.module, a.rank, error, norm, tuple(angles[a.key_A]))
     return tuple(reports[a.key_A] for a in layout.adapters)
 
 
@@ -131,7 +137,7 @@ def _factors(a: Adapter, clients: Sequence[StateDict]) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(error: float, norm: float | None) -> float:
-    return error / norm if norm else 0.0
+    return error / norm if norm else (math.inf if error else 0.0)
 
 
 def _number(value: float | None, spec: str) -> str:

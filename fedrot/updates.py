@@ -114,23 +114,26 @@ def check_weights(weights: Sequence[float] | None, clients: Sequence[Update]) ->
     """One weight per client, non-negative and finite, not all zero; equal weights for None."""
     if weights is None:
         return [1.0] * len(clients)
-    try:
-        values = [float(w) for w in weights]
-    except (TypeError, ValueError) as error:
-        raise UpdateError(f"weights must be a sequence of numbers, one per update, got {weights!r}") from error
-    if len(values) != len(clients):
-        raise UpdateError(f"{len(values)} weights for {len(clients)} updates; pass one weight per update")
-    for client, weight in zip(clients, values, strict=True):
-        check_weight(weight, client)
+    if not isinstance(weights, Iterable):
+        raise UpdateError(f"weights must be a sequence of numbers, one per update, got {weights!r}")
+    given = list(weights)
+    if len(given) != len(clients):
+        raise UpdateError(f"{len(given)} weights for {len(clients)} updates; pass one weight per update")
+    values = [check_weight(weight, client) for client, weight in zip(clients, given, strict=True)]
     if not any(values):
         raise UpdateError("all weights are zero; at least one client must count")
     return values
 
 
-def check_weight(weight: float, client: Update) -> None:
-    """Raise UpdateError unless the weight is finite and non-negative."""
-    if not (math.isfinite(weight) and weight >= 0):
+def check_weight(weight: float, client: Update) -> float:
+    """The weight as a float; raise UpdateError unless it is finite and non-negative."""
+    try:
+        value = float(weight)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
         raise UpdateError(f"{client.name} has weight {weight}; weights are non-negative numbers, such as example counts")
+    return value
 
 
 def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .precision import full_precision
 from .schedule import CLASSIC, PERTURB_AT, PERTURBATION, SCHEDULE
 
 # ‖XᵀX − I‖_F at which one more classic step is the last: it leaves |σ − 1| at most 2.5 (tol / 2)³.
@@ -18,8 +19,8 @@ _CONVERGED = {torch.float32: 3e-3, torch.float64: 1e-5}
 # the singular values of a matrix of condition number 1e7 even in float32, where 1e-5 costs a Procrustes gap of up to
 # 5e-4 and this at most 1e-6.
 _SHIFT = {torch.float32: 4e-8, torch.float64: 7e-17}
-# (1−λ) I + λ R has scale 1 by construction; its rounding noise is about 3e-7, and only R's eigenvalue −1 comes near 0.
-_SOFT_SHIFT = {torch.float32: 1e-5, torch.float64: 1e-10}
+# The relative error to expect of a product of two matrices or of a rotation, with room: a hundred times eps.
+NOISE = {torch.float32: 1e-5, torch.float64: 2e-14}
 
 
 def _working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -67,7 +68,7 @@ def _newton_schulz(X: Tensor) -> Tensor:
     return result
 
 
-@torch.no_grad()
+@full_precision
 def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
     """M = F F_refᵀ: how a client's frame lies relative to the reference.
 
@@ -84,12 +85,28 @@ def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
     return F.to(dtype) @ F_ref.to(dtype).mT
 
 
-@torch.no_grad()
-def polar(M: Tensor) -> Tensor:
+def _polar_at_rest(X: Tensor, noise: float) -> Tensor:
+    """The polar factor of X (n, r, r), σ ≤ 1; directions in which X is smaller than ``noise`` do not rotate."""
+    shift = noise * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    scale = 1 + 2 * noise
+    R = _newton_schulz((X + shift) / scale)
+    # The shift has turned R by about its own size. Seen from R, X is all but positive definite, which no shift turns.
+    return _polish(R @ _newton_schulz((R.mT @ X + shift) / scale))
+
+
+def _polish(R: Tensor) -> Tensor:
+    """One Newton step to orthogonality, for products of orthogonal matrices, which round."""
+    return R - 0.5 * R @ (R.mT @ R - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device))
+
+
+@full_precision
+def polar(M: Tensor, *, noise: float = 0.0) -> Tensor:
     """The orthogonal polar factor R of M = R H, by Newton-Schulz: it maximises tr(RᵀM), so ‖RᵀF − F_ref‖_F is least.
 
     Args:
         M: (..., r, r), any floating dtype, any scale. Directions in which M is zero do not rotate: polar(0) = I.
+        noise: the size of M's own error relative to ‖M‖_F. Directions in which M is smaller do not rotate either; in a
+            computed product of low rank they would otherwise rotate as its rounding happens to fall.
 
     Returns:
         (..., r, r), float32 (float64 for float64), ‖RᵀR − I‖_max ≤ 1e-6 (1e-12). A matrix holding NaN or Inf gives NaN
@@ -104,14 +121,17 @@ def polar(M: Tensor) -> Tensor:
     X = X / torch.where(largest == 0, 1, largest)  # before the norm, whose squares under- and overflow
     norm = torch.linalg.vector_norm(X, dim=(-1, -2), keepdim=True)
     X = X / torch.where(norm == 0, 1, norm)
-    shift = _SHIFT[dtype]
     eye = torch.eye(r, dtype=dtype, device=M.device)
-    R = _newton_schulz((X + shift * eye) / (1 + shift * math.sqrt(r)))
+    if noise:
+        R = _polar_at_rest(X, noise)
+    else:
+        shift = _SHIFT[dtype]
+        R = _newton_schulz((X + shift * eye) / (1 + shift * math.sqrt(r)))
     R = torch.where(largest == 0, eye, R)  # to the last bit, which the iteration would miss
     return torch.where(largest.isfinite(), R, torch.nan).reshape(M.shape)
 
 
-@torch.no_grad()
+@full_precision
 def special_orthogonal(R: Tensor, M: Tensor) -> Tensor:
     """The best rotation with det = +1: where det(R) < 0, flip the direction in which that costs tr(RᵀM) least.
 
@@ -141,10 +161,10 @@ def special_orthogonal(R: Tensor, M: Tensor) -> Tensor:
     column = torch.linalg.vector_norm(P, dim=-2).argmax(-1)
     v = P.gather(-1, column[:, None, None].expand(-1, r, 1))
     v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-    return R.index_copy(0, reflected, Q - 2 * (Q @ v) @ v.mT).reshape(shape)
+    return R.index_copy(0, reflected, _polish(Q - 2 * (Q @ v) @ v.mT)).reshape(shape)
 
 
-@torch.no_grad()
+@full_precision
 def soften(R: Tensor, strength: float) -> Tensor:
     """R_λ = polar((1−λ) I + λ R), from I at λ = 0 to R at λ = 1; an eigenvalue −1 does not rotate up to λ = 0.5.
 
@@ -162,16 +182,10 @@ def soften(R: Tensor, strength: float) -> Tensor:
     if strength == 0:
         return torch.where(R.isfinite().all(-1, True).all(-2, True), eye, torch.nan)
     X = ((1 - strength) * eye + strength * R).reshape(-1, r, r)
-    delta = _SOFT_SHIFT[R.dtype]
-    shift, scale = delta * eye, 1 + 2 * delta  # X has no singular value above 1
-    Q = _newton_schulz((X + shift) / scale)
-    # The shift has turned Q by about its own size. Seen from Q, X is all but positive definite, which no shift turns.
-    Q = Q @ _newton_schulz((Q.mT @ X + shift) / scale)
-    Q = Q - 0.5 * Q @ (Q.mT @ Q - eye)  # the product of two orthogonal matrices rounds
-    return Q.reshape(R.shape)
+    return _polar_at_rest(X, NOISE[R.dtype]).reshape(R.shape)
 
 
-@torch.no_grad()
+@full_precision
 def rotate_add_(total: Tensor, F: Tensor, R: Tensor | None, weight: float) -> Tensor:
     """total += weight · RᵀF in place: one client's share of the rotated average.
 
@@ -186,7 +200,7 @@ def rotate_add_(total: Tensor, F: Tensor, R: Tensor | None, weight: float) -> Te
     return total.add_(R.mT.to(total.dtype) @ F.to(total.dtype), alpha=weight)
 
 
-@torch.no_grad()
+@full_precision
 def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
     """F̄ = Σ wᵢ RᵢᵀFᵢ, the weights normalised to Σ wᵢ = 1, accumulated in float32 client by client.
 
@@ -201,6 +215,8 @@ def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
     if weights.shape != F.shape[:1]:
         raise ValueError(f"expected one weight per client, got weights {tuple(weights.shape)} and F {tuple(F.shape)}")
     w = weights.double()
+    if not (bool((w >= 0).all()) and bool(w.isfinite().all()) and bool(w.any())):
+        raise ValueError(f"weights must be finite, non-negative and not all zero, got {weights.tolist()}")
     total = torch.zeros(F.shape[1:], dtype=_working_dtype(F), device=F.device)
     for i, weight in enumerate((w / w.sum()).tolist()):
         rotate_add_(total, F[i], None if R is None else R[i], weight)

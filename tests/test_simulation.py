@@ -190,7 +190,7 @@ def test_missing_columns_and_unseen_classes_are_named(tiny_bert, tmp_path):
     with pytest.raises(ValueError, match=r"no column 'sentence'; its columns are text, other, label, site"):
         load_task(SimulationConfig(**options))
     Dataset.from_list([{"text": "a film", "label": "perhaps"}]).to_csv(tmp_path / "test.csv")
-    with pytest.raises(ValueError, match="classes that the training data lacks: perhaps"):
+    with pytest.raises(ValueError, match="1 classes that the training data lacks, such as: perhaps"):
         load_task(SimulationConfig(**options, text_column="text", test_dataset=str(tmp_path / "test.csv")))
     with pytest.raises(ValueError, match=r"nowhere.csv is not a file"):
         load_task(SimulationConfig(model=str(tiny_bert), dataset=str(tmp_path / "nowhere.csv")))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..adapters import Layout
 from ..alignment import Alignment
-from ..updates import StateDict
+from ..updates import Update
 
 
 class Method(ABC):
@@ -27,6 +27,6 @@ class Method(ABC):
 
     @abstractmethod
     def rotations(
-        self, layout: Layout, clients: Sequence[StateDict], reference: StateDict | None, round: int
+        self, layout: Layout, clients: Sequence[Update], reference: Update | None, round: int
     ) -> list[Tensor] | None:
         """For every group of the layout R (N, G, r, r), float32 or float64; None to average without rotating."""

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..alignment import check_rotations
 from .base import Method
 
 
@@ -21,5 +22,8 @@ class FedRot(Method):
         rotations = []
         for group in layout.groups:
             M = [self.alignment.cross_covariance(group, client, reference, round) for client in clients]
-            rotations.append(self.alignment.rotation(torch.stack(M)))
+            R = self.alignment.rotation(torch.stack(M))
+            for client, of_client in zip(clients, R, strict=True):
+                check_rotations(of_client, group, client.name)
+            rotations.append(R)
         return rotations

@@ -44,5 +44,5 @@ def read_metrics(path: Path, rounds_done: int) -> list[dict]:
 def write_metrics(path: Path, rows: list[dict]) -> None:
     """Replace the metrics file, one JSON object per line."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), "utf-8")
     os.replace(temporary, path)

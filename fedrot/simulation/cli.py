@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import get_args
 
 import datasets
+import torch
 import transformers
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ..methods import METHODS
 from .compare import VARIED, compare
@@ -26,24 +28,42 @@ def main(command: str, argv: list[str]) -> int:
     """Run one of the two commands. Returns the exit status."""
     parser = make_parser(command)
     # Options may be written with dashes too: --local-steps is --local_steps.
-    args = parser.parse_args([re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv])
-    resume = args.resume is not None
-    folder = Path(args.resume if resume else args.output or f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}")
-    if resume:
-        if not (folder / CONFIG).is_file():
-            parser.error(f"{folder} has no {CONFIG}; --resume takes the folder of an earlier run")
-        if len(argv) != 1 + ("=" not in argv[0]):
-            parser.error("--resume takes its configuration from the run; give no other option")
-        args = parser.parse_args(["--config", str(folder / CONFIG)])
+    argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
+    try:
+        args = parser.parse_args(argv)
+        resume = args.resume is not None
+        folder = Path(args.resume if resume else args.output or f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}")
+        if resume:
+            if [a for a in argv if a.startswith("--") and not a.startswith("--resume")]:
+                raise ValueError("--resume takes its configuration from the run; give no other option")
+            _check_resumable(folder, command)
+            args = parser.parse_args(["--config", str(folder / CONFIG)])
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+        print(f"fedrot {command}: error: {message}; see fedrot {command} --help", file=sys.stderr)
+        return 2
     fields = vars(SimulationConfig()).keys() & vars(args).keys()
     config = SimulationConfig(**{name: args[name] for name in fields})
     _quiet_libraries()
+    if config.model == "digits":
+        # So small a model gains little from a second thread, which on a busy machine costs a multiple.
+        torch.set_num_threads(1)
     try:
         _run(command, config, folder, args, resume)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: fedrot {command} --resume {folder}", file=sys.stderr)
+        if folder.exists():
+            print(f"\ninterrupted; go on with: fedrot {command} --resume {folder}", file=sys.stderr)
         return 130
     return 0
+
+
+def _check_resumable(folder: Path, command: str) -> None:
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}; --resume takes the folder of an earlier run")
+    fields = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+    made_by = "compare" if "methods" in fields else "simulate"
+    if made_by != command:
+        raise ValueError(f"{folder} was made by fedrot {made_by}; go on with: fedrot {made_by} --resume {folder}")
 
 
 def _quiet_libraries() -> None:
@@ -60,7 +80,7 @@ def make_parser(command: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     simulating = command == "simulate"
     text = "One federated run." if simulating else "Methods side by side, from shared and independent starts, over seeds."
-    parser = ArgumentParser(prog=f"fedrot {command}", description=text)
+    parser = ArgumentParser(prog=f"fedrot {command}", description=text, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file of the options below.")
     parser.add_argument("--output", type=str, help="A new folder for the results (default: one below runs/).")
     parser.add_argument("--resume", type=str, help="The folder of an interrupted run to finish; give no other option.")

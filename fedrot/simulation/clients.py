@@ -13,7 +13,7 @@ from .config import SimulationConfig
 from .local_training import draw_batches, train_clients
 from .partition import partition
 from .stacked import trainable_parameters
-from .task import Task
+from .task import Task, head_modules
 
 # Streams of random numbers, apart from each other and, by the second number, from the partition's.
 _SAMPLING, _EXAMPLES, _DROPOUT, _START = 1, 2, 3, 4
@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 
 class Clients:
-    """All clients of a run. Every random choice is a function of the seed, the round and the client alone.
+    """All clients of a run. Random choices are functions of the seed, the round and the client alone; dropout of the pass.
 
     Attributes:
         model: the PEFT model.
@@ -34,20 +34,29 @@ class Clients:
 
     def __init__(self, task: Task, config: SimulationConfig):
         self.task, self.config = task, config
-        self.device = torch.device(_best_device() if config.device == "auto" else config.device)
+        self.device = _open_device(config.device)
         column = None if config.partition_column is None else np.array(task.train[config.partition_column])
         self.examples = partition(task.labels, column, config)
+        if (config.clients_per_round or 0) > len(self.examples):
+            raise ValueError(f"clients_per_round is {config.clients_per_round}, but there are {len(self.examples)} clients")
         options = dict(config.lora)
         if config.model == "digits":
             options.setdefault("target_modules", _DIGITS_TARGETS)
         if config.task == "text-classification":
-            options.setdefault("task_type", "SEQ_CLS")
+            options.setdefault("task_type", "SEQ_CLS")  # with which PEFT trains the head
+        elif config.dataset != "digits":
+            options.setdefault("modules_to_save", head_modules(task.base_model))
         torch.manual_seed(config.seed)
         try:
             self.lora = LoraConfig(**options)
         except TypeError as error:
             raise ValueError(f"lora: {error}; see peft.LoraConfig for its options") from error
-        self.model = get_peft_model(copy.deepcopy(task.base_model), self.lora).to(self.device).train()
+        if config.start == "independent" and self.lora.init_lora_weights not in (True, "gaussian"):
+            raise ValueError(
+                f"an independent start needs adapters that can be drawn anew, init_lora_weights true or gaussian, "
+                f"not {self.lora.init_lora_weights!r}"
+            )
+        self.model = get_peft_model(copy.deepcopy(task.base_model), self.lora).to(self.device)
         self.parameters = trainable_parameters(self.model)
 
     def state(self) -> State:
@@ -63,7 +72,7 @@ class Clients:
     def sample(self, round: int) -> list[int]:
         """The clients that take part in a round."""
         n, k = len(self.examples), self.config.clients_per_round
-        if k is None or k >= n:
+        if k is None:
             return list(range(n))
         return sorted(self._rng(_SAMPLING, round).choice(n, k, replace=False).tolist())
 
@@ -93,6 +102,10 @@ class Clients:
         Returns:
             For every chosen client its trained state, views of the stacked tensors, and its mean loss.
         """
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()  # part of the frozen base; statistics of a batch of all clients would mix them
         results = []
         size = self.config.clients_per_pass or len(chosen)
         for first in range(0, len(chosen), size):
@@ -125,5 +138,10 @@ class Clients:
         return int(self._rng(*stream).integers(2**62))
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _open_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error

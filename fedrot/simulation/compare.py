@@ -57,9 +57,9 @@ def compare(
         common = {name: value for name, value in asdict(config).items() if name not in VARIED}
         (folder / CONFIG).write_text(yaml.safe_dump({**varied, **common}, sort_keys=False, allow_unicode=True), "utf-8")
     tables = []
-    for name, (label, run) in runs.items():
-        path = folder / name
-        result = simulate(run, path, task=task, resume=path.exists(), progress=progress)
+    for number, (name, (label, run)) in enumerate(runs.items(), start=1):
+        path, title = folder / name, f"{number}/{len(runs)} {label}, {run.start} start, seed {run.seed}"
+        result = simulate(run, path, task=task, resume=path.exists(), progress=progress, title=title)
         tables.append(pd.DataFrame(result.metrics).assign(method=label, start=run.start, seed=run.seed))
     rows = pd.concat(tables, ignore_index=True)
     rows.drop(columns=["clients", "dropped"]).to_csv(folder / RESULTS, index=False)

@@ -1,5 +1,6 @@
 """One dataclass is the command line, the YAML file and what is saved with a run."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +80,7 @@ class SimulationConfig:
     max_grad_norm: float | None = None
     """Clip each client's gradient to this norm."""
     clients_per_pass: int | None = None
-    """Train at most so many clients in one pass, to bound memory; all at once if not set."""
+    """Train at most so many clients in one pass, to bound memory; all at once if not set. Dropout is drawn per pass."""
     start: Start = "shared"
     """shared: all clients start from one adapter, as in the paper. independent: each draws its own, so that the first
     aggregation has no common reference and takes the adapter of the client with most examples."""
@@ -112,9 +113,12 @@ class SimulationConfig:
         for name in ("clients_per_round", "clients_per_pass", "max_train_examples", "max_test_examples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or left out, got {getattr(self, name)}")
-        for name in ("dirichlet_alpha", "lr"):
-            if not getattr(self, name) > 0:
+        for name in ("dirichlet_alpha", "lr", "max_grad_norm"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("momentum", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}")
         if (self.partition == "column") != (self.partition_column is not None):

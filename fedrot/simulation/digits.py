@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sklearn.datasets import load_digits
+from tqdm import tqdm
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 PRETRAINING = 600
@@ -45,7 +46,7 @@ def digits_model() -> PreTrainedModel:
     x, y = torch.from_numpy(images[:PRETRAINING]), torch.from_numpy(labels[:PRETRAINING])
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     rng = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in tqdm(range(40), desc="pretraining the ViT on upright digits", unit="epoch", leave=False):
         for batch in np.array_split(rng.permutation(PRETRAINING), 10):
             loss = torch.nn.functional.cross_entropy(model(pixel_values=x[batch]).logits, y[batch])
             loss.backward()

@@ -1,13 +1,16 @@
 """One simulation: rounds of local training, aggregation and evaluation, with everything it leaves behind."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import yaml
 from tqdm import tqdm
 
 from ..aggregation import FedRotAggregator
 from ..folders import check_new, new_folder
+from ..updates import open_updates
 from .checkpoint import load_checkpoint, read_metrics, save_checkpoint, write_metrics
 from .clients import Clients, State
 from .config import SimulationConfig
@@ -38,7 +41,13 @@ class SimulationResult:
 
 
 def simulate(
-    config: SimulationConfig, folder: Path, *, task: Task | None = None, resume: bool = False, progress: bool = True
+    config: SimulationConfig,
+    folder: Path,
+    *,
+    task: Task | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    title: str | None = None,
 ) -> SimulationResult:
     """Run a simulation, or what is left of it.
 
@@ -48,9 +57,11 @@ def simulate(
         task: data and base model, if loaded already.
         resume: go on from the folder's last checkpoint. The result is that of an uninterrupted run, bit for bit.
         progress: show a progress bar.
+        title: what the progress bar says; by default method, start and seed.
 
     Raises:
         FileExistsError: the folder exists.
+        ValueError: a configuration that does not fit the data or the model, or not the run to resume.
         UpdateError: a client's factors hold NaN or Inf (``on_invalid="raise"``).
     """
     if not resume:
@@ -59,6 +70,11 @@ def simulate(
     if task is None:
         task = load_task(config, saved_model if saved_model.exists() else None)
     clients = Clients(task, config)
+    open_updates([clients.state()])  # what cannot be aggregated, or not be encoded, is refused before anything is written
+    task.collate(task.train, np.arange(1), clients.device)
+    if resume and (saved := yaml.safe_load((folder / CONFIG).read_text("utf-8"))) != asdict(config):
+        changed = [name for name, value in asdict(config).items() if saved.get(name) != value]
+        raise ValueError(f"{folder} was run with another {', '.join(changed)}; resume it as it was, or start another run")
     if not resume:
         folder.mkdir(parents=True)
         config.save(folder / CONFIG)
@@ -85,7 +101,7 @@ def simulate(
     with tqdm(
         total=config.rounds * steps,
         initial=rounds_done * steps,
-        desc=f"{config.method}, {config.start} start, seed {config.seed}",
+        desc=title or f"{config.method}, {config.start} start, seed {config.seed}",
         unit="step",
         disable=not progress,
     ) as bar:
@@ -113,12 +129,13 @@ def _run_round(
     trained = clients.train(round, chosen, start, bar.update)
     weights = [len(clients.examples[c]) for c in chosen]
     result = aggregator.aggregate([state for state, _ in trained], weights)
+    losses = {f"client {i}": loss for i, (_, loss) in enumerate(trained)}
     row = {
         "round": round,
         "method": config.method,
         "clients": chosen,
         "dropped": {str(chosen[int(name.split()[1])]): why for name, why in result.report.dropped.items()},
-        "train_loss": sum(w * loss for w, (_, loss) in zip(weights, trained, strict=True)) / sum(weights),
+        "train_loss": sum(w * losses[name] for w, name in zip(result.report.weights, result.report.clients, strict=True)),
         "aggregation_error": result.report.error,
         "relative_error": result.report.relative_error,
         "rotation_angle": result.report.angle,

@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -90,12 +91,13 @@ class StackedModule(nn.Module):
         return x.unflatten(0, self.rows)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        def one(parameters: dict[str, Tensor], *inputs: Any) -> Any:
-            return torch.func.functional_call(self.module, parameters, inputs, kwargs)
+        def one(parameters: dict[str, Tensor], args: list, kwargs: dict[str, Any]) -> Any:
+            return torch.func.functional_call(self.module, parameters, tuple(args), kwargs)
 
-        folded = [self.per_client(a) if isinstance(a, Tensor) else a for a in args]
-        dims = (0, *[0 if isinstance(a, Tensor) else None for a in args])
-        return torch.vmap(one, in_dims=dims, randomness="different")(self.stacked, *folded).flatten(0, 1)
+        inputs = tree_map(lambda x: self.per_client(x) if isinstance(x, Tensor) else x, (list(args), kwargs))
+        dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, inputs)
+        output = torch.vmap(one, in_dims=(0, *dims), randomness="different")(self.stacked, *inputs)
+        return tree_map(lambda x: x.flatten(0, 1), output)
 
 
 class StackedLinear(StackedModule):
@@ -117,4 +119,4 @@ class StackedLinear(StackedModule):
         result = layer.base_layer(x, *args, **kwargs)
         rows = self.per_client(layer.lora_dropout[adapter](x.to(A.dtype))).flatten(1, -2)
         update = (rows @ A.mT) @ B.mT * layer.scaling[adapter]
-        return result + update.reshape(result.shape).to(result.dtype)
+        return (result + update.reshape(result.shape)).to(result.dtype)
