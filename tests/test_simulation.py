@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForImageClassification, BertConfig, BertForSequenceClassification, BertTokenizer
 
+from fedrot.cli import main
 from fedrot.simulation import SimulationConfig, load_task, simulate
 from fedrot.simulation.clients import Clients
 from fedrot.simulation.digits import digits_data
@@ -210,3 +212,20 @@ def test_a_run_that_was_finished_can_be_resumed_to_no_effect(run, task):
     shutil.rmtree(result.folder / "adapter")
     simulate(result.config, result.folder, task=task, resume=True, progress=False)
     assert files(result.folder) == before
+
+
+def test_a_run_is_resumed_only_as_it_was(run, task):
+    result = run()
+    other = replace(result.config, lr=0.5, method="fedit")
+    with pytest.raises(ValueError, match="was run with another lr, method"):
+        simulate(other, result.folder, task=task, resume=True, progress=False)
+
+
+def test_a_command_resumes_only_its_own_runs(run, capsys):
+    folder = run().folder
+    assert main(["compare", f"--resume={folder}"]) == 1
+    assert f"go on with: fedrot simulate --resume {folder}" in capsys.readouterr().err
+    assert main(["simulate", f"--resume={folder}", "--rounds=9"]) == 1
+    assert "give no other option" in capsys.readouterr().err
+    assert main(["simulate", "--resume=nowhere"]) == 1
+    assert "takes the folder of an earlier run" in capsys.readouterr().err

@@ -63,7 +63,7 @@ class SimulationConfig:
     """N, the number of clients; with partition column the number of values, whatever is set here."""
     clients_per_round: int | None = None
     """K clients drawn at random each round; all of them if not set."""
-    rounds: int = 8
+    rounds: int = 6
     """Communication rounds."""
     local_steps: int = 20
     """Optimizer steps each client takes in a round."""
