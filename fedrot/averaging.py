@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import rotate_add_
+from fedrot_kernels import full_precision, rotate_add_
 
 from .adapters import Layout
 from .updates import StateDict
@@ -37,6 +37,7 @@ class RunningMean:
             spec = layout.specs[key]
             self._sums[key] = torch.zeros(spec.shape, dtype=_sum_dtype(spec.dtype), device=device)
 
+    @full_precision
     def add(self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None) -> None:
         """Add one client, already checked.
 
@@ -56,8 +57,8 @@ class RunningMean:
                 rotate_add_(A, group.A(update), R, weight)
                 rotate_add_(B.mT, group.B(update).mT, R, weight)
         for key in unrotated:
-            total = self._sums[key]
-            rotate_add_(total, update[key].detach().reshape(total.shape), None, weight)
+            total, x = self._sums[key], update[key]
+            total.add_(x if x.shape == total.shape else x.reshape(total.shape), alpha=weight)
 
     def _keep_in_range(self, weight: float) -> None:
         if weight > self._unit * _LARGEST_WEIGHT:

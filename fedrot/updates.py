@@ -136,12 +136,13 @@ def check_weight(weight: float, client: Update) -> float:
     return value
 
 
+@torch.no_grad()
 def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:
     """«key shape holds NaN or Inf» for the first such tensor, or None. One synchronisation with a device."""
     keys = list(update) if keys is None else keys
     # NaN and Inf survive a sum, which is ten times faster here than isfinite; that a finite sum overflowed is ruled out
     # below, tensor by tensor.
-    sums = [update[key].detach().sum(dtype=_SUM_IN.get(update.specs[key].dtype, torch.float32)) for key in keys]
+    sums = [update[key].sum(dtype=_SUM_IN.get(update.specs[key].dtype, torch.float32)) for key in keys]
     if bool(torch.stack([s.float() for s in sums]).isfinite().all()):
         return None
     for key in keys:

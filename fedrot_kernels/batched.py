@@ -186,17 +186,15 @@ def soften(R: Tensor, strength: float) -> Tensor:
 
 
 @full_precision
-def rotate_add_(total: Tensor, F: Tensor, R: Tensor | None, weight: float) -> Tensor:
+def rotate_add_(total: Tensor, F: Tensor, R: Tensor, weight: float) -> Tensor:
     """total += weight · RᵀF in place: one client's share of the rotated average.
 
     Args:
         total: (..., r, d), float32 or float64.
         F: (..., r, d), any floating dtype: A, or B.mT (with total.mT).
-        R: (..., r, r), or None for no rotation, which costs what plain averaging costs.
+        R: (..., r, r).
         weight: the client's weight.
     """
-    if R is None:
-        return total.add_(F, alpha=weight)
     return total.add_(R.mT.to(total.dtype) @ F.to(total.dtype), alpha=weight)
 
 
@@ -219,5 +217,8 @@ def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
         raise ValueError(f"weights must be finite, non-negative and not all zero, got {weights.tolist()}")
     total = torch.zeros(F.shape[1:], dtype=_working_dtype(F), device=F.device)
     for i, weight in enumerate((w / w.sum()).tolist()):
-        rotate_add_(total, F[i], None if R is None else R[i], weight)
+        if R is None:
+            total.add_(F[i], alpha=weight)
+        else:
+            rotate_add_(total, F[i], R[i], weight)
     return total
