@@ -24,7 +24,7 @@ class Adapter:
     dtype: torch.dtype
 
 
-class Group:
+class Batch:
     """Adapters of equal rank, shape and dtype, which are worked on together."""
 
     def __init__(self, adapters: list[Adapter]):
@@ -54,10 +54,10 @@ class Layout:
         self.adapters = tuple(_pair(specs, client))
         factors = {key for a in self.adapters for key in (a.key_A, a.key_B)}
         self.plain = tuple(key for key in specs if key not in factors)
-        groups: dict[tuple, list[Adapter]] = {}
+        batches: dict[tuple, list[Adapter]] = {}
         for a in self.adapters:
-            groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)
-        self.groups = tuple(Group(adapters) for adapters in groups.values())
+            batches.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)
+        self.batches = tuple(Batch(adapters) for adapters in batches.values())
 
     def check(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
         """Raise UpdateError unless these are the same keys, shapes and dtypes as this layout's, which ``first`` has."""

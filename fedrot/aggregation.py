@@ -242,9 +242,9 @@ class _Round:
         self.mean.add(client, weight, rotations)
         self.clients.append(client.name)
         self.weights.append(weight)
-        for g, group in enumerate(self.layout.groups):
-            angles = rotation_angle(rotations[g]).tolist() if rotations else [0.0] * len(group.adapters)
-            for a, angle in zip(group.adapters, angles, strict=True):
+        for g, batch in enumerate(self.layout.batches):
+            angles = rotation_angle(rotations[g]).tolist() if rotations else [0.0] * len(batch.adapters)
+            for a, angle in zip(batch.adapters, angles, strict=True):
                 self.angles[a.key_A].append(angle)
 
     def shares(self) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedrot_kernels import NOISE, cross_covariance, full_precision, polar, rotate_add_, soften, special_orthogonal
 
-from .adapters import Group, Layout
+from .adapters import Batch, Layout
 from .errors import UpdateError
 from .updates import StateDict, UpdateLike, not_finite, open_reference, open_update
 
@@ -39,16 +39,16 @@ class Alignment:
         if not isinstance(self.strength, Real) or not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be between 0 (no rotation) and 1 (full rotation), got {self.strength!r}")
 
-    def cross_covariance(self, group: Group, client: StateDict, reference: StateDict, round: int) -> Tensor:
-        """M (G, r, r) of every adapter of a group: A A_refᵀ, BᵀB_ref, or A A_refᵀ/‖A_ref‖² + BᵀB_ref/‖B_ref‖²."""
+    def cross_covariance(self, batch: Batch, client: StateDict, reference: StateDict, round: int) -> Tensor:
+        """M (G, r, r) of every adapter of a batch: A A_refᵀ, BᵀB_ref, or A A_refᵀ/‖A_ref‖² + BᵀB_ref/‖B_ref‖²."""
         on = ("B", "A")[round % 2] if self.align_on == "alternate" else self.align_on
         if on == "A":
-            return cross_covariance(group.A(client), group.A(reference))
+            return cross_covariance(batch.A(client), batch.A(reference))
         if on == "B":
-            return cross_covariance(group.B(client).mT, group.B(reference).mT)
-        A_ref, B_ref = group.A(reference), group.B(reference)
-        return _relative(cross_covariance(group.A(client), A_ref), A_ref) + _relative(
-            cross_covariance(group.B(client).mT, B_ref.mT), B_ref
+            return cross_covariance(batch.B(client).mT, batch.B(reference).mT)
+        A_ref, B_ref = batch.A(reference), batch.B(reference)
+        return _relative(cross_covariance(batch.A(client), A_ref), A_ref) + _relative(
+            cross_covariance(batch.B(client).mT, B_ref.mT), B_ref
         )
 
     def rotation(self, M: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ class Alignment:
         return soften(R, self.strength)
 
 
-def check_rotations(R: Tensor, group: Group, client: str) -> None:
+def check_rotations(R: Tensor, batch: Batch, client: str) -> None:
     """Raise UpdateError unless the rotations (G, r, r) of a client's adapters are finite."""
     if not bool(R.isfinite().all()):
-        a = group.adapters[int((~R.isfinite()).flatten(1).any(1).nonzero()[0])]
+        a = batch.adapters[int((~R.isfinite()).flatten(1).any(1).nonzero()[0])]
         raise UpdateError(f"{client}, {a.module}: the products of its factors overflow; send float64, or scale them")
 
 
@@ -114,13 +114,13 @@ def align(
     aligned = {client.keys_given[key]: client[key].detach() for key in client}
     if strength == 0:
         return aligned
-    for adapters in layout.groups:
-        R = alignment.rotation(alignment.cross_covariance(adapters, client, target, round))
-        check_rotations(R, adapters, client.name)
-        A, B = adapters.A(client), adapters.B(client)
+    for batch in layout.batches:
+        R = alignment.rotation(alignment.cross_covariance(batch, client, target, round))
+        check_rotations(R, batch, client.name)
+        A, B = batch.A(client), batch.B(client)
         A_aligned = rotate_add_(torch.zeros_like(A, dtype=R.dtype), A, R, 1.0)
         B_aligned = rotate_add_(torch.zeros_like(B, dtype=R.dtype).mT, B.mT, R, 1.0).mT
-        for i, a in enumerate(adapters.adapters):
+        for i, a in enumerate(batch.adapters):
             for key, factor in ((a.key_A, A_aligned[i]), (a.key_B, B_aligned[i])):
                 spec = layout.specs[key]
                 aligned[client.keys_given[key]] = factor.to(spec.dtype).reshape(spec.shape).clone()

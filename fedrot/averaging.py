@@ -23,15 +23,15 @@ class RunningMean:
         self.layout = layout
         self.total_weight = 0.0
         self._unit = 0.0  # what weights are measured in, so that any magnitude fits the sums' dtype
-        self._groups: list[tuple[Tensor, Tensor]] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []
         self._sums: dict[str, Tensor] = {}
-        for group in layout.groups:
-            first, G = group.adapters[0], len(group.adapters)
+        for batch in layout.batches:
+            first, G = batch.adapters[0], len(batch.adapters)
             dtype = _sum_dtype(first.dtype)
             A = torch.zeros(G, first.rank, first.d_in, dtype=dtype, device=device)
             B = torch.zeros(G, first.d_out, first.rank, dtype=dtype, device=device)
-            self._groups.append((A, B))
-            for i, a in enumerate(group.adapters):
+            self._batches.append((A, B))
+            for i, a in enumerate(batch.adapters):
                 self._sums[a.key_A], self._sums[a.key_B] = A[i], B[i]
         for key in layout.plain:
             spec = layout.specs[key]
@@ -44,7 +44,7 @@ class RunningMean:
         Args:
             update: canonical key → tensor.
             weight: non-negative; only its ratio to the other weights matters.
-            rotations: for every group of the layout R (G, r, r), or None for no rotation.
+            rotations: for every batch of the layout R (G, r, r), or None for no rotation.
         """
         if weight == 0:
             return
@@ -53,9 +53,9 @@ class RunningMean:
         self.total_weight += weight
         unrotated = tuple(self._sums) if rotations is None else self.layout.plain
         if rotations is not None:
-            for group, (A, B), R in zip(self.layout.groups, self._groups, rotations, strict=True):
-                rotate_add_(A, group.A(update), R, weight)
-                rotate_add_(B.mT, group.B(update).mT, R, weight)
+            for batch, (A, B), R in zip(self.layout.batches, self._batches, rotations, strict=True):
+                rotate_add_(A, batch.A(update), R, weight)
+                rotate_add_(B.mT, batch.B(update).mT, R, weight)
         for key in unrotated:
             total, x = self._sums[key], update[key]
             total.add_(x if x.shape == total.shape else x.reshape(total.shape), alpha=weight)

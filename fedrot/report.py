@@ -112,14 +112,14 @@ def adapter_reports(
         layout: of the updates.
         clients: the N updates that were averaged.
         weights: N weights summing to 1.
-        rotations: for every group R (N, G, r, r), or None.
+        rotations: for every batch R (N, G, r, r), or None.
         angles: key of A → N degrees.
     """
     w = torch.tensor(weights, dtype=torch.float64)
     reports = {}
-    for g, group in enumerate(layout.groups):
+    for g, batch in enumerate(layout.batches):
         R = None if rotations is None else rotations[g]
-        for i, a in enumerate(group.adapters):
+        for i, a in enumerate(batch.adapters):
             A, B = _factors(a, clients)
             if R is not None:
                 Ri = R[:, i].to(A.dtype)

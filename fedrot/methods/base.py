@@ -29,4 +29,4 @@ class Method(ABC):
     def rotations(
         self, layout: Layout, clients: Sequence[Update], reference: Update | None, round: int
     ) -> list[Tensor] | None:
-        """For every group of the layout R (N, G, r, r), float32 or float64; None to average without rotating."""
+        """For every batch of the layout R (N, G, r, r), float32 or float64; None to average without rotating."""

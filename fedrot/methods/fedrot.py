@@ -20,10 +20,10 @@ class FedRot(Method):
         if not self.needs_reference:
             return None  # exactly FedIT, to the bit
         rotations = []
-        for group in layout.groups:
-            M = [self.alignment.cross_covariance(group, client, reference, round) for client in clients]
+        for batch in layout.batches:
+            M = [self.alignment.cross_covariance(batch, client, reference, round) for client in clients]
             R = self.alignment.rotation(torch.stack(M))
             for client, of_client in zip(clients, R, strict=True):
-                check_rotations(of_client, group, client.name)
+                check_rotations(of_client, batch, client.name)
             rotations.append(R)
         return rotations
