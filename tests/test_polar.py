@@ -106,7 +106,7 @@ def test_special_orthogonal_is_a_rotation_close_to_the_best(r):
         ]
     ).float()
     R = fk.special_orthogonal(fk.polar(M), M)
-    assert orthogonality(R) <= 1e-6 + torch.finfo(torch.float32).eps
+    assert orthogonality(R) <= 1e-6
     assert (torch.linalg.det(R.double()) > 0).all()
     S = torch.linalg.svdvals(M.double())
     best = S.sum(-1) - torch.where(torch.linalg.det(fk.polar(M).double()) < 0, 2 * S[..., -1], 0)
@@ -116,13 +116,13 @@ def test_special_orthogonal_is_a_rotation_close_to_the_best(r):
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("r", [1, 2, 4, 7, 32])
+@pytest.mark.parametrize("r", [1, 2, 4, 7, 32, 128])
 def test_soften_goes_from_the_identity_to_the_rotation(r, strength, special):
     R = orthogonal(50, r, torch.Generator().manual_seed(r)).float()
     if special:
         R = fk.special_orthogonal(R, R)
     soft = fk.soften(R, strength)
-    assert orthogonality(soft) <= 1e-6 + torch.finfo(torch.float32).eps
+    assert orthogonality(soft) <= 1e-6
     if special:
         assert (torch.linalg.det(soft.double()) > 0).all()
     blend = (1 - strength) * torch.eye(r, dtype=torch.float64) + strength * R.double()
