@@ -248,7 +248,8 @@ class _Round:
                 self.angles[a.key_A].append(angle)
 
     def shares(self) -> tuple[float, ...]:
-        relative = [w / max(self.weights) for w in self.weights]  # whose sum cannot overflow
+        largest = max(self.weights)
+        relative = [w / largest for w in self.weights]  # whose sum cannot overflow
         total = sum(relative)
         return tuple(w / total for w in relative)
 

@@ -143,6 +143,7 @@ def in_model(kind: Kind, update: dict[str, Tensor]) -> dict[str, nn.Parameter]:
 def as_saved(kind: Kind, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """What PEFT saves of a model whose parameters are these."""
     model = peft_model(kind)
+    # Not strict: the frozen base is missing from an adapter's parameters. What is there must all belong to the model.
     assert not model.load_state_dict(parameters, strict=False).unexpected_keys
     return {key: x.clone() for key, x in get_peft_model_state_dict(model).items()}
 

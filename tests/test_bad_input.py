@@ -1,48 +1,13 @@
 """Input that cannot be aggregated: refused, with a message that says which client, which tensor and why."""
 
-import json
 import math
-import os
-import pickle
-from contextlib import contextmanager
 
-import peft
 import pytest
 import torch
-from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig
-from safetensors.torch import save_file
 
 import fedrot
-from fedrot import UpdateError
 
-from .peft_models import KINDS, Layers, Mixture, bert, client_updates, llama, save_clients
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
-]
-LINEAR = KINDS["modules to save"]
-QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
-A, B, HEAD = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight", "base_model.model.classifier.weight"
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-
-
-@pytest.fixture
-def clients():
-    return client_updates(LINEAR, 3)
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return save_clients(LINEAR, tmp_path, 2)
-
-
-@contextmanager
-def refused(*parts, error=UpdateError):
-    """The error, and everything its message must name."""
-    with pytest.raises(error) as caught:
-        yield
-    for part in parts:
-        assert str(part) in str(caught.value)
+from .refusals import HEAD, A, B, refused
 
 
 def with_value(x, value):
@@ -255,154 +220,6 @@ def test_a_stream_that_lacks_something_says_what(clients):
     stream.finish()
     with refused("no updates"):
         stream.finish()
-
-
-@pytest.mark.parametrize("targets", [(["query"], ["query"]), (["query"], ["value"])])
-def test_two_adapters_in_one_state_dict_are_refused(targets):
-    first, second = (peft.LoraConfig(r=4, target_modules=modules) for modules in targets)
-    model = peft.get_peft_model(bert(), first)
-    model.add_adapter("second", second)
-    both = {key: x for key, x in model.state_dict().items() if "lora_" in key}
-    with refused("client 0", "lora_A.default", "lora_A.second", "two adapters"):
-        fedrot.aggregate([both])
-
-
-ATTENTION = {"r": 4, "target_modules": ["query", "value"]}
-# The base model, what PEFT makes of it, and what the error must name: for the state dict, and for the folder.
-OTHER_TUNERS = {
-    "grouped convolution": (Layers, peft.LoraConfig(r=4, target_modules=["grouped"]), "(8, 1, 1, 1)", "(8, 1, 1, 1)"),
-    "experts": (Mixture, peft.LoraConfig(r=4, target_parameters=["experts.up"]), "expert", "target_parameters"),
-    "KaSA": (bert, peft.LoraConfig(**ATTENTION, kasa_config=peft.KasaConfig()), "query.lora_diag", "kasa_config"),
-    "MonteCLoRA": (
-        bert,
-        peft.LoraConfig(**ATTENTION, monteclora_config=MontecloraConfig()),
-        "query.lora_monteclora_sampler",
-        "monteclora_config",
-    ),
-    "block-diagonal": (
-        bert,
-        peft.LoraConfig(**ATTENTION, use_bdlora=BdLoraConfig(target_modules_bd_b=["query", "value"], nblocks=2)),
-        "(16, 2)",
-        "use_bdlora",
-    ),
-    "AdaLoRA": (bert, peft.AdaLoraConfig(init_r=4, target_modules=["query"], total_step=10), "query.lora_E", "ADALORA"),
-    "IA3": (bert, peft.IA3Config(target_modules=["query"], feedforward_modules=[]), "lora_A", "IA3"),
-    "VeRA": (bert, peft.VeraConfig(**ATTENTION), "lora_A", "VERA"),
-    "LoHa": (bert, peft.LoHaConfig(**ATTENTION), "lora_A", "LOHA"),
-    "LoKr": (bert, peft.LoKrConfig(**ATTENTION), "lora_A", "LOKR"),
-    "prompt tuning": (
-        llama,
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        "lora_A",
-        "PROMPT_TUNING",
-    ),
-}
-
-
-@pytest.mark.parametrize(("base", "config", "in_update", "in_folder"), OTHER_TUNERS.values(), ids=OTHER_TUNERS)
-def test_what_other_tuners_train_is_refused(base, config, in_update, in_folder, tmp_path):
-    model = peft.get_peft_model(base(), config)
-    update = peft.get_peft_model_state_dict(model)
-    with refused("client 0", in_update):
-        fedrot.aggregate([update, update])
-    model.save_pretrained(tmp_path / "adapter")
-    with refused("client 0", tmp_path / "adapter", in_folder):
-        fedrot.aggregate([tmp_path / "adapter"] * 2)
-
-
-def test_experts_of_any_name_are_refused_in_a_folder(tmp_path):
-    peft.get_peft_model(Mixture(), peft.LoraConfig(target_parameters=["input_linear.up"])).save_pretrained(tmp_path)
-    with refused(tmp_path, "target_parameters"):
-        fedrot.aggregate([tmp_path])
-
-
-class WritesAFile:
-    """What a hostile client would send: a pickle that acts when it is loaded."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def cut(size):
-    return lambda folder: os.truncate(folder / WEIGHTS_FILE, size(os.path.getsize(folder / WEIGHTS_FILE)))
-
-
-def tensors(**changed):
-    return lambda folder: save_file(fedrot.read_adapter(folder)[0] | changed, folder / WEIGHTS_FILE)
-
-
-BROKEN_FOLDERS = {
-    "no configuration": (lambda folder: (folder / CONFIG_FILE).unlink(), [CONFIG_FILE]),
-    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), [WEIGHTS_FILE]),
-    "not there": (lambda folder: folder.rename(folder.with_name("gone")), ["there is no folder"]),
-    "last byte missing": (cut(lambda size: size - 1), [WEIGHTS_FILE]),
-    "half missing": (cut(lambda size: size // 2), [WEIGHTS_FILE]),
-    "header cut": (cut(lambda size: 20), [WEIGHTS_FILE]),
-    "empty": (cut(lambda size: 0), [WEIGHTS_FILE]),
-    "header of 2⁶³ bytes": (write(WEIGHTS_FILE, b"\xff" * 7 + b"\x7f" + b"{}"), [WEIGHTS_FILE]),
-    "configuration not JSON": (write(CONFIG_FILE, "peft_type: LORA"), [CONFIG_FILE, "not JSON"]),
-    "configuration empty": (write(CONFIG_FILE, ""), [CONFIG_FILE, "not JSON"]),
-    "configuration not text": (write(CONFIG_FILE, b"\xff\xfe\x00"), [CONFIG_FILE, "not JSON"]),
-    "configuration nested": (write(CONFIG_FILE, "[" * 500_000), [CONFIG_FILE, "not JSON"]),
-    "configuration a list": (write(CONFIG_FILE, '["LORA"]'), [CONFIG_FILE]),
-    "configuration a word": (write(CONFIG_FILE, '"LORA"'), [CONFIG_FILE]),
-    "configuration huge": (write(CONFIG_FILE, '{"peft_type": "LORA"' + " " * (1 << 20) + "}"), [CONFIG_FILE, "larger"]),
-    "integers": (tensors(steps=torch.ones(3, dtype=torch.int64)), ["steps", "I64", "(3,)"]),
-    "8 bits": (tensors(head=torch.ones(3).to(torch.float8_e4m3fn)), ["head", "F8_E4M3", "(3,)"]),
-    "adapter's name in a key": (tensors(**{"x.lora_A.default.weight": torch.ones(2, 3)}), ["x.lora_A.default.weight"]),
-    "NaN": (tensors(**{A: torch.full((4, 16), math.nan)}), [A, "(4, 16)", "NaN"]),
-}
-
-
-@pytest.mark.parametrize(("spoil", "named"), BROKEN_FOLDERS.values(), ids=BROKEN_FOLDERS)
-def test_a_broken_folder_is_refused(folders, spoil, named):
-    reference = fedrot.read_adapter(folders[0])[0]
-    spoil(folders[1])
-    for updates in (folders[::-1], [reference, folders[1]]):
-        with refused(f"client {updates.index(folders[1])}", folders[1], *named):
-            fedrot.aggregate(updates, reference=reference)
-    with refused(f"the reference ({folders[1]})", *named):
-        fedrot.align(folders[0], folders[1])
-
-
-@pytest.mark.parametrize("name", ["adapter_model.bin", WEIGHTS_FILE])
-def test_a_pickle_is_refused_and_never_run(folders, name, tmp_path):
-    (folders[1] / WEIGHTS_FILE).unlink()
-    (folders[1] / name).write_bytes(pickle.dumps(WritesAFile(tmp_path / "ran")))
-    with refused("client 1", folders[1] / name, "safetensors"):
-        fedrot.aggregate(folders)
-    with refused(folders[1] / name, "safetensors"):
-        fedrot.read_adapter(folders[1])
-    assert not (tmp_path / "ran").exists()
-    pickle.loads((folders[1] / name).read_bytes())
-    assert (tmp_path / "ran").exists()
-
-
-SCALING = {"lora_alpha": 32, "use_rslora": True, "alpha_pattern": {"query": 1}, "use_dora": True, "r": 2}
-
-
-@pytest.mark.parametrize(("field", "value"), SCALING.items())
-def test_folders_whose_factors_mean_different_updates_are_refused(folders, field, value):
-    config = json.loads((folders[1] / CONFIG_FILE).read_text("utf-8"))
-    (folders[1] / CONFIG_FILE).write_text(json.dumps(config | {field: value}), "utf-8")
-    with refused("client 1", "client 0", *folders, field, repr(value), repr(config[field])):
-        fedrot.aggregate(folders)
-    with refused("the reference", folders[1], "client 0", field):
-        fedrot.aggregate(folders[:1], reference=folders[1])
-    with refused("the reference", "the update", field):
-        fedrot.align(folders[0], folders[1])
-    stream = fedrot.FedRotAggregator(fedrot.read_adapter(folders[0])[0])
-    stream.add(folders[0])
-    with refused("client 1", field):
-        stream.add(folders[1])
-    assert stream.finish().report.clients == (f"client 0 ({folders[0]})",)
 
 
 def test_what_is_not_an_update_is_named(clients):

@@ -125,6 +125,8 @@ class SimulationConfig:
             raise ValueError("partition column and partition_column go together: set both or neither")
         if (self.model == "digits") != (self.dataset == "digits"):
             raise ValueError('the model "digits" and the dataset "digits" go together: set both or neither')
+        if self.dataset == "digits" and self.task == "text-classification":
+            raise ValueError("the digits are images: leave task out, or name a model and a dataset of texts")
         if self.task is None:
             self.task = "image-classification" if self.dataset == "digits" else "text-classification"
 
