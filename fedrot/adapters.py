@@ -52,7 +52,8 @@ class Layout:
     def __init__(self, specs: Mapping[str, TensorSpec], client: str):
         self.specs = dict(specs)
         self.adapters = tuple(_pair(specs, client))
-        factors = {key for a in self.adapters for key in (a.key_A, a.key_B)}
+        self.factor_keys = tuple((a.key_A, a.key_B) for a in self.adapters)
+        factors = {key for keys in self.factor_keys for key in keys}
         self.plain = tuple(key for key in specs if key not in factors)
         batches: dict[tuple, list[Adapter]] = {}
         for a in self.adapters:

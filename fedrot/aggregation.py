@@ -6,13 +6,16 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from fedrot_kernels import Backend
+
 from .adapters import Layout
-from .alignment import Alignment, AlignOn, RotationGroup, check_range
+from .alignment import Alignment, AlignOn, RotationGroup, check_range, check_rotations
 from .averaging import RunningMean
 from .diagnostics import rotation_angle
 from .errors import UpdateError
 from .methods import get_method
 from .report import AdapterReport, Report, adapter_reports
+from .round import Averages, average_round
 from .updates import (
     Update,
     UpdateLike,
@@ -26,7 +29,6 @@ from .updates import (
 )
 
 OnInvalid = Literal["raise", "drop"]
-Backend = Literal["auto", "torch"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def aggregate(
     group: RotationGroup = "SO",
     on_invalid: OnInvalid = "raise",
     backend: Backend = "auto",
+    report_error: bool = True,
 ) -> AggregationResult:
     """Merge the LoRA adapters of several clients into one.
 
@@ -78,7 +81,8 @@ def aggregate(
         strength: λ; 0 is FedIT, bit for bit, 1 the full Procrustes rotation.
         group: "SO" (rotations) or "O" (reflections too).
         on_invalid: "raise" on NaN or Inf in an update, or "drop" that client and report it.
-        backend: "torch", or "auto", which is the same in this version.
+        backend: "triton", "torch", or "auto": Triton for tensors on a GPU, as far as it takes their dtype and rank.
+        report_error: False leaves the aggregation error out of the report, which then costs next to nothing.
 
     Returns:
         The merged adapter with a report.
@@ -96,6 +100,7 @@ def aggregate(
         group=group,
         on_invalid=on_invalid,
         backend=backend,
+        report_error=report_error,
     )
     return aggregator.aggregate(updates, weights)
 
@@ -109,7 +114,8 @@ class FedRotAggregator:
     Args:
         reference: the adapter that the clients start from; None if they have none in common yet, in which case the first
             round must be aggregated at once.
-        method, align_on, round, strength, group, on_invalid, backend: as in ``aggregate``.
+        method, align_on, round, strength, group, on_invalid, backend, report_error: as in ``aggregate``; the last two are
+            for rounds aggregated at once.
 
     Attributes:
         reference: the adapter that the clients of the next round start from.
@@ -127,6 +133,7 @@ class FedRotAggregator:
         group: RotationGroup = "SO",
         on_invalid: OnInvalid = "raise",
         backend: Backend = "auto",
+        report_error: bool = True,
     ):
         self.method = get_method(method, Alignment(align_on, strength, group))
         for name, value, allowed in (("on_invalid", on_invalid, OnInvalid), ("backend", backend, Backend)):
@@ -137,6 +144,8 @@ class FedRotAggregator:
         self.reference = reference
         self.round = int(round)
         self.on_invalid = on_invalid
+        self.backend = backend
+        self.report_error = report_error
         self._config: dict[str, Any] | None = None
         self._under_way: _Round | None = None
 
@@ -146,25 +155,32 @@ class FedRotAggregator:
             raise RuntimeError("updates were added one by one; finish() that round first")
         clients, layout = open_updates(updates)
         values = check_weights(weights, clients)
-        kept: list[Update] = []
-        kept_weights: list[float] = []
-        dropped: dict[str, str] = {}
-        for client, weight in zip(clients, values, strict=True):
-            if self._is_valid(client, dropped):
-                kept.append(client)
-                kept_weights.append(weight)
-        if not any(kept_weights):
-            raise _nothing_left(dropped)
-        reference = self.reference
-        if reference is None:
-            reference = kept[max(range(len(kept)), key=kept_weights.__getitem__)]
-        target = open_reference(reference, clients[0], layout)
+        first, dropped = clients[0], dict[str, str]()
+        given = None if self.reference is None else open_reference(self.reference, first, layout)
+        averages, target = self._average(layout, clients, values, given)
+        if not averages.sound:  # only then look for what is wrong
+            kept = [(client, w) for client, w in zip(clients, values, strict=True) if self._is_valid(client, dropped)]
+            if not any(w for _, w in kept):
+                raise _nothing_left(dropped)
+            if dropped:
+                clients, values = map(list, zip(*kept, strict=True))
+                averages, target = self._average(layout, clients, values, given)
+            if averages.residual is not None:
+                check_rotations(averages.residual, layout.adapters, [client.name for client in clients])
+        names, shares = tuple(client.name for client in clients), _shares(values)
+        adapters = adapter_reports(layout, averages, shares, self.report_error)
+        report = Report(self.method.name, self.round, names, shares, dropped, adapters)
+        return self._close(first, target, averages.mean, report, check=not averages.sound)
 
-        round = _Round(clients[0], layout, target, dropped)
-        rotations = self.method.rotations(layout, kept, target, self.round)
-        for i, (client, weight) in enumerate(zip(kept, kept_weights, strict=True)):
-            round.add(client, weight, None if rotations is None else [R[i] for R in rotations])
-        return self._close(round, adapter_reports(layout, kept, round.shares(), rotations, round.angles))
+    def _average(
+        self, layout: Layout, clients: list[Update], weights: list[float], reference: Update | None
+    ) -> tuple[Averages, Update]:
+        """The averages, and the reference: the one given, or the client of the largest weight."""
+        if reference is None:
+            reference = clients[max(range(len(clients)), key=weights.__getitem__)]
+        on = self.method.aligned_on(self.round)
+        averages = average_round(layout, clients, weights, reference, on, self.method.alignment, self.backend)
+        return averages, reference
 
     def add(self, update: UpdateLike, weight: float = 1.0) -> None:
         """Add one client's update to the round; nothing of it is kept but its share of the sums.
@@ -177,7 +193,7 @@ class FedRotAggregator:
         weight = check_weight(weight, client)
         if round is None:
             layout = Layout(client.specs, client.name)
-            if self.reference is None and self.method.needs_reference:
+            if self.reference is None and self.method.aligned_on(self.round):
                 raise UpdateError(
                     "updates that are added one by one need a reference; pass the adapter that the clients started from, "
                     "or aggregate(updates) the first round at once"
@@ -186,8 +202,12 @@ class FedRotAggregator:
             round = _Round(client, layout, target, {})
         check_update(client, round.first, round.layout)
         if self._is_valid(client, round.dropped):
-            rotations = self.method.rotations(round.layout, [client], round.reference, self.round)
-            round.add(client, weight, None if rotations is None else [R[0] for R in rotations])
+            rotations = None
+            if on := self.method.aligned_on(self.round):
+                alignment, target = self.method.alignment, round.reference
+                assert target is not None
+                rotations = [alignment.rotations(batch, client, target, on) for batch in round.layout.batches]
+            round.add(client, weight, rotations)
         self._under_way = round
 
     def finish(self) -> AggregationResult:
@@ -201,10 +221,12 @@ class FedRotAggregator:
             raise UpdateError("no updates: add at least one before finish()")
         if not any(round.weights):
             raise _nothing_left(round.dropped)
-        adapters = round.layout.adapters
-        return self._close(
-            round, tuple(AdapterReport(a.module, a.rank, None, None, tuple(round.angles[a.key_A])) for a in adapters)
+        adapters = tuple(
+            AdapterReport(a.module, a.rank, None, None, tuple(round.angles[a.key_A])) for a in round.layout.adapters
         )
+        shares = _shares(round.weights)
+        report = Report(self.method.name, self.round, tuple(round.clients), shares, round.dropped, adapters)
+        return self._close(round.first, round.reference, round.mean.state_dict(), report, check=True)
 
     def _is_valid(self, client: Update, dropped: dict[str, str]) -> bool:
         found = not_finite(client)
@@ -214,18 +236,19 @@ class FedRotAggregator:
             dropped[client.name] = found
         return not found
 
-    def _close(self, round: "_Round", adapters: tuple[AdapterReport, ...]) -> AggregationResult:
-        report = Report(self.method.name, self.round, tuple(round.clients), round.shares(), round.dropped, adapters)
-        mean = round.mean.state_dict()
-        state_dict = {given: mean[key] for key, given in round.first.keys_given.items()}
-        check_range(state_dict, "the average,")
-        self._config = (round.reference.config if round.reference else None) or self._config or round.first.config
+    def _close(
+        self, first: Update, reference: Update | None, mean: dict[str, Tensor], report: Report, *, check: bool
+    ) -> AggregationResult:
+        state_dict = {given: mean[key] for key, given in first.keys_given.items()}
+        if check:
+            check_range(state_dict, "the average,")
+        self._config = (reference.config if reference is not None else None) or self._config or first.config
         self.reference, self.round = state_dict, self.round + 1
         return AggregationResult(state_dict, report, self._config)
 
 
 class _Round:
-    """What is kept of a round's updates while it is aggregated."""
+    """What is kept of a round's updates while they are added one by one."""
 
     def __init__(self, first: Update, layout: Layout, reference: Update | None, dropped: dict[str, str]):
         self.first, self.layout, self.reference, self.dropped = first.without_tensors(), layout, reference, dropped
@@ -247,11 +270,12 @@ class _Round:
             for a, angle in zip(batch.adapters, angles, strict=True):
                 self.angles[a.key_A].append(angle)
 
-    def shares(self) -> tuple[float, ...]:
-        largest = max(self.weights)
-        relative = [w / largest for w in self.weights]  # whose sum cannot overflow
-        total = sum(relative)
-        return tuple(w / total for w in relative)
+
+def _shares(weights: Sequence[float]) -> tuple[float, ...]:
+    largest = max(weights)
+    relative = [w / largest for w in weights]  # whose sum cannot overflow
+    total = sum(relative)
+    return tuple(w / total for w in relative)
 
 
 def _nothing_left(dropped: dict[str, str]) -> UpdateError:

@@ -1,5 +1,7 @@
 """Rotating one client's factors towards a reference: what is aligned, how far, and in which group."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
@@ -7,14 +9,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fedrot_kernels import NOISE, cross_covariance, full_precision, polar, rotate_add_, soften, special_orthogonal
+from fedrot_kernels import NOISE, cross_covariance, full_precision, procrustes, rotate_add_
 
-from .adapters import Batch, Layout
+from .adapters import Adapter, Batch, Layout
 from .errors import UpdateError
-from .updates import StateDict, UpdateLike, not_finite, open_reference, open_update
+from .updates import StateDict, Update, UpdateLike, is_finite, not_finite, open_reference, open_update
 
+Factor = Literal["A", "B"]
 AlignOn = Literal["A", "B", "alternate", "joint"]
 RotationGroup = Literal["SO", "O"]
+
+# ‖RᵀR − I‖_max up to which a rotation counts as one; those that converge end a hundred times below.
+LARGEST_RESIDUAL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -39,35 +45,49 @@ class Alignment:
         if not isinstance(self.strength, Real) or not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be between 0 (no rotation) and 1 (full rotation), got {self.strength!r}")
 
-    def cross_covariance(self, batch: Batch, client: StateDict, reference: StateDict, round: int) -> Tensor:
-        """M (G, r, r) of every adapter of a batch: A A_refᵀ, BᵀB_ref, or A A_refᵀ/‖A_ref‖² + BᵀB_ref/‖B_ref‖²."""
-        on = ("B", "A")[round % 2] if self.align_on == "alternate" else self.align_on
-        if on == "A":
-            return cross_covariance(batch.A(client), batch.A(reference))
-        if on == "B":
-            return cross_covariance(batch.B(client).mT, batch.B(reference).mT)
-        A_ref, B_ref = batch.A(reference), batch.B(reference)
-        return _relative(cross_covariance(batch.A(client), A_ref), A_ref) + _relative(
-            cross_covariance(batch.B(client).mT, B_ref.mT), B_ref
-        )
+    def factors(self, round: int) -> tuple[Factor, ...]:
+        """The factors aligned in a round."""
+        if self.align_on == "alternate":
+            return ("A",) if round % 2 else ("B",)
+        return ("A", "B") if self.align_on == "joint" else (self.align_on,)
 
-    def rotation(self, M: Tensor) -> Tensor:
-        """R (…, r, r): the polar factor of M, in the group, softened to the strength."""
-        R = polar(M, noise=NOISE[M.dtype])
-        if self.group == "SO":
-            R = special_orthogonal(R, M)
-        return soften(R, self.strength)
+    def rotations(self, batch: Batch, client: Update, reference: StateDict, on: tuple[Factor, ...]) -> Tensor:
+        """R (G, r, r) of one client's adapters of a batch.
+
+        M is A A_refᵀ, BᵀB_ref or, aligned on both, A A_refᵀ/‖A_ref‖² + BᵀB_ref/‖B_ref‖².
+
+        Raises:
+            UpdateError: the products of the client's factors overflow.
+        """
+        frames = []
+        if "A" in on:
+            frames.append((batch.A(client), batch.A(reference)))
+        if "B" in on:
+            frames.append((batch.B(client).mT, batch.B(reference).mT))
+        products = [cross_covariance(F, F_ref) for F, F_ref in frames]
+        if len(on) > 1:
+            products = [_relative(M, F_ref) for M, (_, F_ref) in zip(products, frames, strict=True)]
+        M = products[0] if len(on) == 1 else products[0] + products[1]
+        R, residual = procrustes(M, strength=self.strength, special=self.group == "SO", noise=NOISE[M.dtype])
+        check_rotations(residual[:, None], batch.adapters, [client.name])
+        return R
 
 
-def check_rotations(R: Tensor, batch: Batch, client: str) -> None:
-    """Raise UpdateError unless the rotations (G, r, r) of a client's adapters are finite."""
-    if not bool(R.isfinite().all()):
-        a = batch.adapters[int((~R.isfinite()).flatten(1).any(1).nonzero()[0])]
-        raise UpdateError(f"{client}, {a.module}: the products of its factors overflow; send float64, or scale them")
+def check_rotations(residual: Tensor, adapters: Sequence[Adapter], clients: Sequence[str]) -> None:
+    """Raise UpdateError unless every rotation is one: residual (L, N) is ‖RᵀR − I‖_max of each."""
+    wrong = ~(residual <= LARGEST_RESIDUAL)
+    if bool(wrong.any()):
+        client, adapter = (int(index[0]) for index in wrong.T.nonzero(as_tuple=True))
+        where, far = f"{clients[client]}, {adapters[adapter].module}", float(residual[adapter, client])
+        if math.isfinite(far):
+            raise UpdateError(f"{where}: its rotation did not converge, ‖RᵀR − I‖_max is {far:.1e}; leave this client out")
+        raise UpdateError(f"{where}: the products of its factors overflow; send float64, or scale them")
 
 
 def check_range(state_dict: StateDict, name: str) -> None:
     """Raise UpdateError if a result overflowed its dtype."""
+    if is_finite(list(state_dict.values())):
+        return
     for key, x in state_dict.items():
         if not bool(x.isfinite().all()):
             raise UpdateError(f"{name} {key} {tuple(x.shape)} overflows {x.dtype}; send updates in a wider dtype")
@@ -115,8 +135,7 @@ def align(
     if strength == 0:
         return aligned
     for batch in layout.batches:
-        R = alignment.rotation(alignment.cross_covariance(batch, client, target, round))
-        check_rotations(R, batch, client.name)
+        R = alignment.rotations(batch, client, target, alignment.factors(round))
         A, B = batch.A(client), batch.B(client)
         A_aligned = rotate_add_(torch.zeros_like(A, dtype=R.dtype), A, R, 1.0)
         B_aligned = rotate_add_(torch.zeros_like(B, dtype=R.dtype).mT, B.mT, R, 1.0).mT

@@ -11,38 +11,43 @@ _COLUMNS = 256  # of the error formed at a time, where that is cheaper than Gram
 
 
 @full_precision
-def aggregation_error(A: Tensor, B: Tensor, weights: Tensor) -> tuple[float, float]:
-    """‖Σ wᵢBᵢAᵢ − B̄Ā‖_F and ‖Σ wᵢBᵢAᵢ‖_F of one adapter, without a d_out × d_in matrix.
+def aggregation_error(A: Tensor, B: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """‖Σ wᵢBᵢAᵢ − B̄Ā‖_F and ‖Σ wᵢBᵢAᵢ‖_F of G adapters of one shape, without a d_out × d_in matrix.
 
     Uses Σ wᵢBᵢAᵢ − B̄Ā = Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā) = S_B S_A, hence ‖S_B S_A‖² = Σ (S_BᵀS_B) ∘ (S_A S_Aᵀ), two Gram matrices
     of N·r rows; or, where there are so many clients that this is more work, S_B S_A itself a few columns at a time.
 
     Args:
-        A: (N, r, d_in), the factors as they are averaged, float32 or float64.
-        B: (N, d_out, r).
+        A: (G, N, r, d_in), the factors as they are averaged, float32 or float64.
+        B: (G, N, d_out, r).
         weights: (N,), summing to 1.
 
     Returns:
-        The error and the norm of the mean update B·A (the scaling s is left out of both).
+        The errors and the norms of the mean update B·A (the scaling s is left out of both), each (G,) in float64.
     """
-    n, r, d_in = A.shape
-    d_out = B.shape[1]
-    w = weights.to(A.dtype)[:, None, None]
-    mean_A, mean_B = (w * A).sum(0), (w * B).sum(0)
-    # A client's rows scaled by √w in both factors; the mean as one more client of weight 1 completes Σ wᵢBᵢAᵢ.
-    S_A = torch.cat([(w.sqrt() * (A - mean_A)).reshape(n * r, d_in), mean_A])
-    S_B = torch.cat([(w.sqrt() * (B - mean_B)).transpose(0, 1).reshape(d_out, n * r), mean_B], dim=1)
-    k = n * r
+    d_in, d_out, k = A.shape[-1], B.shape[-2], A.shape[1] * A.shape[2]
+    S_A, S_B = _centred(A, weights), _centred(B.mT, weights).mT
     if k * (d_in + d_out) <= d_in * d_out:
-        products = ((S_B.T @ S_B) * (S_A @ S_A.T)).double()
-        error, update = products[:k, :k].sum(), products.sum()
+        products = ((S_B.mT @ S_B) * (S_A @ S_A.mT)).double()
+        error, update = products[:, :k, :k].sum((1, 2)), products.sum((1, 2))
     else:
-        error, update = torch.zeros((2,), dtype=torch.float64, device=A.device)
-        for columns in S_A.split(_COLUMNS, dim=1):
-            E = S_B[:, :k] @ columns[:k]
-            error = error + E.double().square().sum()
-            update = update + (E + S_B[:, k:] @ columns[k:]).double().square().sum()
-    return math.sqrt(max(error.item(), 0.0)), math.sqrt(max(update.item(), 0.0))
+        error, update = torch.zeros((2, len(A)), dtype=torch.float64, device=A.device)
+        for columns in S_A.split(_COLUMNS, dim=2):
+            E = S_B[..., :k] @ columns[:, :k]
+            error = error + E.double().square().sum((1, 2))
+            update = update + (E + S_B[..., k:] @ columns[:, k:]).double().square().sum((1, 2))
+    return error.clamp(min=0).sqrt(), update.clamp(min=0).sqrt()
+
+
+def _centred(F: Tensor, weights: Tensor) -> Tensor:
+    """(G, N·r + r, d): √wᵢ (Fᵢ − F̄) of every client, and F̄, with which Σ wᵢBᵢAᵢ is complete; F (G, N, r, d)."""
+    w = weights.to(F.dtype)
+    mean = torch.einsum("n,gnrd->grd", w, F)
+    S = F.new_empty(len(F), F.shape[1] + 1, *F.shape[2:])
+    torch.sub(F, mean[:, None], out=S[:, :-1])
+    S[:, :-1] *= w.sqrt()[:, None, None]
+    S[:, -1] = mean
+    return S.flatten(1, 2)
 
 
 def rotation_angle(R: Tensor) -> Tensor:

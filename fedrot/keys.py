@@ -87,6 +87,7 @@ def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, T
     return specs, original
 
 
+@lru_cache(maxsize=65536)
 def parse_factor(saved: str) -> FactorKey | None:
     """What the key of a saved factor says; None for any other tensor, such as the bias of a lora_B."""
     m = _FACTOR.fullmatch(saved)
@@ -96,6 +97,7 @@ def parse_factor(saved: str) -> FactorKey | None:
     return FactorKey(m["module"], m["factor"], f"{m['module']}.lora_{m['embedding'] or ''}{other}{m['end'] or ''}")
 
 
+@lru_cache(maxsize=65536)
 def is_unknown_to_lora(saved: str) -> bool:
     """Whether a key is LoRA's by its name, but of no tensor that plain LoRA and DoRA have."""
     known = _FACTOR.fullmatch(saved) or _MAGNITUDE.fullmatch(saved)

@@ -1,7 +1,7 @@
 """What an aggregation did, adapter by adapter and client by client."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fedrot_kernels import full_precision
 
-from .adapters import Adapter, Layout
-from .diagnostics import aggregation_error
-from .updates import StateDict
+from .adapters import Layout
+from .diagnostics import aggregation_error, rotation_angle
+from .round import Averages
+
+_ENTRIES = 1 << 19  # of factors that are copied at a time to measure errors
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class AdapterReport:
     Attributes:
         module: the adapted module.
         rank: r.
-        error: the aggregation error ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F after rotation (scaling left out); None in a stream, which has
-            not kept the factors it would be computed from.
-        update_norm: ‖Σ wᵢBᵢAᵢ‖_F; None in a stream.
+        error: the aggregation error ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F after rotation (scaling left out); None where it was not asked
+            for, and in a stream, which has not kept the factors it would be computed from.
+        update_norm: ‖Σ wᵢBᵢAᵢ‖_F, or None likewise.
         angles: by how many degrees each client used was rotated.
     """
 
@@ -100,40 +102,52 @@ class Report:
 
 @full_precision
 def adapter_reports(
-    layout: Layout,
-    clients: Sequence[StateDict],
-    weights: Sequence[float],
-    rotations: Sequence[Tensor] | None,
-    angles: Mapping[str, Sequence[float]],
+    layout: Layout, averages: Averages, shares: Sequence[float], with_error: bool
 ) -> tuple[AdapterReport, ...]:
-    """Measure every adapter of an aggregation, one at a time.
+    """Measure every adapter of an aggregation, some of equal shape at a time. One synchronisation with a device.
 
     Args:
         layout: of the updates.
-        clients: the N updates that were averaged.
-        weights: N weights summing to 1.
-        rotations: for every batch R (N, G, r, r), or None.
-        angles: key of A → N degrees.
+        averages: of the N clients.
+        shares: their weights, summing to 1.
+        with_error: whether to measure the aggregation error and the update norm.
     """
-    w = torch.tensor(weights, dtype=torch.float64)
-    reports = {}
-    for g, batch in enumerate(layout.batches):
-        R = None if rotations is None else rotations[g]
-        for i, a in enumerate(batch.adapters):
-            A, B = _factors(a, clients)
+    device = averages.A[0][0].device
+    groups: dict[tuple, list[int]] = {}
+    for i, a in enumerate(layout.adapters):
+        groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(i)
+    indices: list[int] = []
+    columns: list[Tensor] = []  # per adapter: error, norm, and a client's angle each
+    w = torch.tensor(shares, dtype=torch.float64, device=device)
+    for group in groups.values():
+        a = layout.adapters[group[0]]
+        size = max(1, _ENTRIES // (len(shares) * a.rank * (a.d_in + a.d_out))) if with_error else len(group)
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            indices += part
+            R = None if averages.R is None else torch.stack([averages.R[i] for i in part])
+            values = torch.zeros(2 + len(shares), len(part), dtype=torch.float64, device=device)
             if R is not None:
-                Ri = R[:, i].to(A.dtype)
-                A, B = Ri.mT @ A, B @ Ri
-            error, norm = aggregation_error(A, B, w.to(A.device))
-            reports[a.key_A] = AdapterReport(a.module, a.rank, error, norm, tuple(angles[a.key_A]))
-    return tuple(reports[a.key_A] for a in layout.adapters)
+                values[2:] = rotation_angle(R).T
+            if with_error:
+                A, B = (_stacked([factors[i] for i in part]) for factors in (averages.A, averages.B))
+                if R is not None:
+                    A, B = R.mT @ A, B @ R
+                values[0], values[1] = aggregation_error(A, B, w)
+            columns.append(values)
+    rows = torch.cat(columns, dim=1).T.tolist()
+    reports = {}
+    for i, (error, norm, *angles) in zip(indices, rows, strict=True):
+        a = layout.adapters[i]
+        measured = (error, norm) if with_error else (None, None)
+        reports[i] = AdapterReport(a.module, a.rank, measured[0], measured[1], tuple(angles))
+    return tuple(reports[i] for i in range(len(layout.adapters)))
 
 
-def _factors(a: Adapter, clients: Sequence[StateDict]) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    A = torch.stack([c[a.key_A].detach().reshape(a.rank, a.d_in) for c in clients])
-    B = torch.stack([c[a.key_B].detach().reshape(a.d_out, a.rank) for c in clients])
-    return A.to(dtype), B.to(dtype)
+def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:
+    """(G, N, …) in working precision of G adapters' N × (…)."""
+    S = torch.stack([x for of_clients in part for x in of_clients]).unflatten(0, (len(part), -1))
+    return S if S.dtype == torch.float64 else S.float()
 
 
 def _ratio(error: float, norm: float | None) -> float:

@@ -1,13 +1,19 @@
 """Aligning and averaging the factors of LoRA adapters: tensors in, tensors out."""
 
-from .batched import NOISE, cross_covariance, polar, rotate_add_, rotate_average, soften, special_orthogonal
+from .batched import NOISE, cross_covariance, polar, procrustes, rotate_add_, rotate_average, soften, special_orthogonal
 from .precision import full_precision
+from .whole_model import Aligned, Backend, align_average, average
 
 __all__ = [
     "NOISE",
+    "Aligned",
+    "Backend",
+    "align_average",
+    "average",
     "cross_covariance",
     "full_precision",
     "polar",
+    "procrustes",
     "rotate_add_",
     "rotate_average",
     "soften",

@@ -10,15 +10,13 @@ import math
 import torch
 from torch import Tensor
 
+from .newton_schulz import newton_schulz, short_way
 from .precision import full_precision
-from .schedule import CLASSIC, PERTURB_AT, PERTURBATION, SCHEDULE
 
-# ‖XᵀX − I‖_F at which one more classic step is the last: it leaves |σ − 1| at most 2.5 (tol / 2)³.
-_CONVERGED = {torch.float32: 3e-3, torch.float64: 1e-5}
 # Added to M/‖M‖_F as a multiple of I, so that directions in which M says nothing do not rotate. A third of eps: below
 # the singular values of a matrix of condition number 1e7 even in float32, where 1e-5 costs a Procrustes gap of up to
 # 5e-4 and this at most 1e-6.
-_SHIFT = {torch.float32: 4e-8, torch.float64: 7e-17}
+SHIFT = {torch.float32: 4e-8, torch.float64: 7e-17}
 # The relative error to expect of a product of two matrices or of a rotation, with room: a hundred times eps.
 NOISE = {torch.float32: 1e-5, torch.float64: 2e-14}
 
@@ -34,38 +32,6 @@ def _check_square(**matrices: Tensor) -> None:
     for name, x in matrices.items():
         if x.dim() < 2 or x.shape[-1] != x.shape[-2]:
             raise ValueError(f"{name} must have shape (..., r, r), got {tuple(x.shape)}")
-
-
-def _generic_matrix(like: Tensor) -> Tensor:
-    """A fixed (r, r) matrix of norm about 1 without structure: cosines at multiples of the golden angle."""
-    i = torch.arange(like.shape[-1], dtype=torch.float64, device=like.device) + 0.5
-    return (torch.cos(2 * math.pi * 0.6180339887498949 * i[:, None] * i) * math.sqrt(2 / len(i))).to(like.dtype)
-
-
-def _newton_schulz(X: Tensor) -> Tensor:
-    """Drive every singular value of X (n, r, r), all at most 1, to 1. Non-finite matrices come out as they may."""
-    coefficients = torch.tensor((*SCHEDULE, CLASSIC), dtype=X.dtype, device=X.device)
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    result, active = torch.empty_like(X), torch.arange(len(X), device=X.device)
-    for step in range(len(SCHEDULE)):
-        D = X.mT @ X - eye
-        deviation = torch.linalg.matrix_norm(D)
-        if step == PERTURB_AT:  # only what still has singular values near 0, not what is about to converge
-            X = X + torch.where(deviation > 0.5, PERTURBATION, 0.0)[:, None, None].to(X.dtype) * _generic_matrix(X)
-            D = X.mT @ X - eye
-        # Once ‖G − I‖_F < 1/2 the classic step converges by itself; a minimax step would throw σ = 1 off again.
-        a, b, c = coefficients[torch.where(deviation < 0.5, len(SCHEDULE), step)].mT[..., None, None]
-        # a I + b G + c G² with G = I + D: close to convergence this rounds half as much, D being small.
-        X = (a + b + c) * X + X @ ((b + 2 * c) * D + c * (D @ D))
-        # Written so that NaN counts as finished. Finished matrices leave, so that no neighbour delays or alters them.
-        going = deviation > _CONVERGED[X.dtype]
-        if not going.all():
-            result[active[~going]] = X[~going]
-            X, active = X[going], active[going]
-        if not len(active):
-            break
-    result[active] = X
-    return result
 
 
 @full_precision
@@ -89,9 +55,25 @@ def _polar_at_rest(X: Tensor, noise: float) -> Tensor:
     """The polar factor of X (n, r, r), σ ≤ 1; directions in which X is smaller than ``noise`` do not rotate."""
     shift = noise * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     scale = 1 + 2 * noise
-    R = _newton_schulz((X + shift) / scale)
+    R = newton_schulz((X + shift) / scale)
     # The shift has turned R by about its own size. Seen from R, X is all but positive definite, which no shift turns.
-    return _polish(R @ _newton_schulz((R.mT @ X + shift) / scale))
+    return _polish(R @ newton_schulz((R.mT @ X + shift) / scale))
+
+
+def _polar_of_scaled(X: Tensor, noise: float) -> Tensor:
+    """The polar factor of X (n, r, r), σ ≤ 1."""
+    if noise > NOISE[torch.float32]:  # the short way's word for full rank is too weak
+        return _polar_at_rest(X, noise)
+    R, left = short_way(X)
+    if not len(left):
+        return R
+    rest, r = X[left], X.shape[-1]
+    if noise:
+        rest = _polar_at_rest(rest, noise)
+    else:
+        shift = SHIFT[X.dtype]
+        rest = newton_schulz((rest + shift * torch.eye(r, dtype=X.dtype, device=X.device)) / (1 + shift * math.sqrt(r)))
+    return R.index_copy(0, left, rest)
 
 
 def _polish(R: Tensor) -> Tensor:
@@ -120,13 +102,8 @@ def polar(M: Tensor, *, noise: float = 0.0) -> Tensor:
     largest = X.abs().amax((-1, -2), keepdim=True)
     X = X / torch.where(largest == 0, 1, largest)  # before the norm, whose squares under- and overflow
     norm = torch.linalg.vector_norm(X, dim=(-1, -2), keepdim=True)
-    X = X / torch.where(norm == 0, 1, norm)
     eye = torch.eye(r, dtype=dtype, device=M.device)
-    if noise:
-        R = _polar_at_rest(X, noise)
-    else:
-        shift = _SHIFT[dtype]
-        R = _newton_schulz((X + shift * eye) / (1 + shift * math.sqrt(r)))
+    R = _polar_of_scaled(torch.where(largest == 0, eye, X / norm), noise)
     R = torch.where(largest == 0, eye, R)  # to the last bit, which the iteration would miss
     return torch.where(largest.isfinite(), R, torch.nan).reshape(M.shape)
 
@@ -148,6 +125,8 @@ def special_orthogonal(R: Tensor, M: Tensor) -> Tensor:
     shape, r = R.shape, R.shape[-1]
     R, M = R.reshape(-1, r, r), M.to(R.dtype).reshape(-1, r, r)
     reflected = (torch.linalg.det(R) < 0).nonzero().squeeze(-1)
+    if not len(reflected):
+        return R.reshape(shape)
     Q, M = R[reflected], M[reflected]
     tiny = torch.finfo(M.dtype).tiny
     H = Q.mT @ (M / M.abs().amax((-1, -2), keepdim=True).clamp_min(tiny))
@@ -182,7 +161,31 @@ def soften(R: Tensor, strength: float) -> Tensor:
     if strength == 0:
         return torch.where(R.isfinite().all(-1, True).all(-2, True), eye, torch.nan)
     X = ((1 - strength) * eye + strength * R).reshape(-1, r, r)
-    return _polar_at_rest(X, NOISE[R.dtype]).reshape(R.shape)
+    return _polar_of_scaled(X, NOISE[R.dtype]).reshape(R.shape)
+
+
+@full_precision
+def procrustes(M: Tensor, *, strength: float = 1.0, special: bool = False, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The rotation of a cross-covariance, and how far from orthogonal it is.
+
+    Args:
+        M: (..., r, r), any floating dtype.
+        strength: λ of ``soften``.
+        special: SO(r), as ``special_orthogonal``; else O(r).
+        noise: as in ``polar``.
+
+    Returns:
+        R (..., r, r) and ‖RᵀR − I‖_max (...), both float32 (float64 for float64); NaN where M is not finite.
+    """
+    R = polar(M, noise=noise)
+    if special:
+        R = special_orthogonal(R, M)
+    R = soften(R, strength)
+    r = R.shape[-1]
+    if R.numel() == 0:
+        return R, R.new_zeros(R.shape[:-2])
+    flat = R.reshape(-1, r, r)
+    return R, (flat.mT @ flat - torch.eye(r, dtype=R.dtype, device=R.device)).abs().amax((-1, -2)).reshape(R.shape[:-2])
 
 
 @full_precision

@@ -231,6 +231,20 @@ def test_the_report_measures_every_adapter(kind):
     assert [report.error, report.relative_error] == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["fedrot", "fedit"])
+@every_kind
+def test_leaving_out_the_error_leaves_out_nothing_else(kind, method):
+    reference, clients = turned_clients(kind, 3)
+    whole = fedrot.aggregate(clients, WEIGHTS, reference, method=method)
+    quick = fedrot.aggregate(clients, WEIGHTS, reference, method=method, report_error=False)
+    assert_same_bits(quick.state_dict, whole.state_dict)
+    assert [a.angles for a in quick.report.adapters] == [a.angles for a in whole.report.adapters]
+    assert {(a.error, a.update_norm, a.relative_error) for a in quick.report.adapters} == {(None, None, None)}
+    assert quick.report.error is None and quick.report.relative_error is None and "–" in str(quick.report)
+    aggregator = fedrot.FedRotAggregator(reference, method=method, report_error=False)
+    assert aggregator.aggregate(clients, WEIGHTS).report == quick.report
+
+
 @pytest.mark.parametrize("position", [0, 1, 3])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("key", ["query.lora_A.weight", "value.lora_B.weight", "classifier.bias"])
@@ -296,6 +310,22 @@ def test_a_client_of_weight_zero_has_no_effect(kind):
             everyone = [*clients[:position], other, *clients[position:]]
             weights = [*WEIGHTS[:position], 0.0, *WEIGHTS[position:]]
             assert_close(fedrot.aggregate(everyone, weights, start).state_dict, expected)
+
+
+@pytest.mark.parametrize("start", ["reference", None])
+@pytest.mark.parametrize("key", ["query.lora_A.weight", "value.lora_B.weight", "classifier.bias"])
+@pytest.mark.parametrize("method", ["fedrot", "fedit"])
+def test_nan_is_found_in_a_client_of_weight_zero(method, key, start):
+    reference, clients = turned_clients(KINDS["modules to save"], 3)
+    start = reference if start else None
+    (key,) = (name for name in clients[0] if name.endswith(key))
+    clients[1][key].view(-1)[0] = math.nan
+    with pytest.raises(fedrot.UpdateError, match=r"client 1.*NaN"):
+        fedrot.aggregate(clients, [1, 0, 1], start, method=method)
+    dropped = fedrot.aggregate(clients, [1, 0, 1], start, method=method, on_invalid="drop")
+    expected = fedrot.aggregate([clients[0], clients[2]], [1, 1], start, method=method)
+    assert_same_bits(dropped.state_dict, expected.state_dict)
+    assert list(dropped.report.dropped) == ["client 1"]
 
 
 def test_without_a_reference_clients_are_aligned_to_the_one_of_largest_weight():

@@ -15,11 +15,12 @@ def test_the_aggregation_error_of_few_and_of_many_clients(n, d_in, d_out, dtype)
     generator = torch.Generator().manual_seed(n)
     A, B, w = (torch.randn(shape, generator=generator).double() for shape in ((n, 4, d_in), (n, d_out, 4), (n,)))
     w = w.square() / w.square().sum()
-    error, norm = aggregation_error(A.to(dtype), B.to(dtype), w)
+    errors, norms = aggregation_error(torch.stack([A, A]).to(dtype), torch.stack([B, 2 * B]).to(dtype), w)
     mean = torch.einsum("n,nor,nri->oi", w, B, A).norm().item()
     eps = 100 * torch.finfo(dtype).eps
-    assert norm == pytest.approx(mean, rel=eps)
-    assert error == pytest.approx(oracle.aggregation_error(list(A), list(B), w.tolist()).item(), abs=eps * mean)
+    expected = oracle.aggregation_error(list(A), list(B), w.tolist()).item()
+    assert norms.tolist() == pytest.approx([mean, 2 * mean], rel=eps)
+    assert errors.tolist() == pytest.approx([expected, 2 * expected], abs=2 * eps * mean)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -104,6 +104,28 @@ def test_overflow_is_an_error_that_names_the_client():
         fedrot.align(half, turned, strength=1.0)
 
 
+def test_a_rotation_that_did_not_converge_is_an_error_that_names_the_client(monkeypatch):
+    updates = [
+        {f"{m}.lora_{f}.weight": random(*shape, seed=s) for m in "mn" for f, shape in (("A", (4, 30)), ("B", (20, 4)))}
+        for s in range(3)
+    ]
+    computed = fk.align_average
+
+    def wrong_by(residual):
+        def align_average(*args, **kwargs):
+            result = computed(*args, **kwargs)
+            result.residual[1, 2] = residual
+            return result
+
+        return align_average
+
+    monkeypatch.setattr(fk, "align_average", wrong_by(5e-5))
+    fedrot.aggregate(updates)
+    monkeypatch.setattr(fk, "align_average", wrong_by(2e-4))
+    with pytest.raises(fedrot.UpdateError, match=r"client 2, n: its rotation did not converge.* 2.0e-04"):
+        fedrot.aggregate(updates)
+
+
 @pytest.mark.parametrize("r", [2, 16, 64])
 def test_special_orthogonal_of_rank_one_is_orthogonal(r):
     u, v = torch.linalg.qr(random(r, r, dtype=torch.float64))[0][:, :2].T

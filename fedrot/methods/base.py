@@ -1,18 +1,13 @@
-"""What a method decides: how every client's factors are rotated before they are averaged."""
+"""What a method decides: on which factors clients are aligned before they are averaged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor
-
-from ..adapters import Layout
-from ..alignment import Alignment
-from ..updates import Update
+from ..alignment import Alignment, Factor
 
 
 class Method(ABC):
-    """An aggregation method. Averaging itself is the same for all."""
+    """An aggregation method. Rotating and averaging are the same for all."""
 
     name: ClassVar[str]
     rotates: ClassVar[bool]  # whether the alignment, and so its strength, plays a part
@@ -20,13 +15,6 @@ class Method(ABC):
     def __init__(self, alignment: Alignment):
         self.alignment = alignment
 
-    @property
     @abstractmethod
-    def needs_reference(self) -> bool:
-        """Whether ``rotations`` looks at the reference."""
-
-    @abstractmethod
-    def rotations(
-        self, layout: Layout, clients: Sequence[Update], reference: Update | None, round: int
-    ) -> list[Tensor] | None:
-        """For every batch of the layout R (N, G, r, r), float32 or float64; None to average without rotating."""
+    def aligned_on(self, round: int) -> tuple[Factor, ...]:
+        """The factors whose distance to the reference is made least in a round; none to average without rotating."""

@@ -8,7 +8,6 @@ class FedIT(Method):
 
     name = "fedit"
     rotates = False
-    needs_reference = False
 
-    def rotations(self, layout, clients, reference, round):
-        return None
+    def aligned_on(self, round):
+        return ()

@@ -1,0 +1,1 @@
+"""Benchmarks of fedrot. Run them from a checkout: ``pytest benchmarks``, ``python -m benchmarks.aggregation``."""

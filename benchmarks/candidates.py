@@ -1,0 +1,98 @@
+"""The ways of merging one workload that a table compares, each ready to be called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import fedrot_kernels as fk
+
+from . import baselines
+from .workloads import Inputs
+
+try:
+    import fedrot
+except ModuleNotFoundError as missing:
+    # A machine with PyTorch and nothing else still runs the kernels; ``candidates`` says what it leaves out.
+    WITHOUT_FEDROT: str | None = f"fedrot from state dicts: skipped, {missing}"
+else:
+    WITHOUT_FEDROT = None
+
+PUBLISHED, DICTIONARY_LOOP, COPY = "published procedure", "dictionary loop", "copy of the same bytes"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of a table.
+
+    Attributes:
+        call: does the work once.
+        moved: the bytes that this work must move at least.
+        aligns: whether it rotates before it averages.
+        captures: whether the call can be captured in a CUDA graph.
+    """
+
+    call: Callable[[], object]
+    moved: int
+    aligns: bool
+    captures: bool = False
+
+
+def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
+    """Name → candidate, all aligning on A with the same strength in SO(r), or averaging plainly."""
+    workload, weights, reference = inputs.workload, inputs.weights, inputs.reference
+    example = next(iter(reference.values()))
+    aligned, averaged = workload.aligned_bytes(example.dtype), workload.averaged_bytes(example.dtype)
+    stacked, slabs, separate = inputs.stacked_factors, inputs.factors(inputs.slabs), inputs.factors(inputs.separate)
+    A_ref = inputs.reference_A
+    source, target = baselines.copy_of_bytes(aligned, example.device)
+    # On the device from the start: a capture in a CUDA graph allows no copy from the host.
+    shares = torch.tensor(weights, device=example.device)
+
+    def align_average(layout) -> Candidate:
+        A, B = layout
+        return Candidate(lambda: fk.align_average(A, B, shares, A_ref=A_ref, strength=strength), aligned, True, True)
+
+    def average(layout) -> Candidate:
+        tensors = [*layout[0], *layout[1]]
+        return Candidate(lambda: fk.average(tensors, shares), averaged, False, True)
+
+    def aggregate(method: str, moved: int) -> Candidate:
+        def call() -> object:
+            return fedrot.aggregate(
+                inputs.separate,
+                weights,
+                reference,
+                method=method,
+                align_on="A",
+                strength=strength,
+                report_error=False,
+            )
+
+        return Candidate(call, moved, method == "fedrot")
+
+    rows = {
+        PUBLISHED: Candidate(
+            lambda: baselines.published(inputs.separate, weights, reference, strength), aligned, aligns=True
+        ),
+        DICTIONARY_LOOP: Candidate(lambda: baselines.dictionary_loop(inputs.separate, weights), averaged, aligns=False),
+    }
+    if WITHOUT_FEDROT is None:
+        rows["fedrot, state dicts"] = aggregate("fedrot", aligned)
+        rows["fedit, state dicts"] = aggregate("fedit", averaged)
+    return rows | {
+        "align_average, separate": align_average(separate),
+        "align_average, slabs": align_average(slabs),
+        "align_average, stacked": align_average(stacked),
+        "average, separate": average(separate),
+        "average, slabs": average(slabs),
+        "average, stacked": average(stacked),
+        "batched SVD + bmm, stacked": Candidate(
+            lambda: baselines.batched_svd(*stacked, weights, A_ref, strength), aligned, aligns=True
+        ),
+        "_foreach average, slabs": Candidate(
+            lambda: baselines.foreach_average(inputs.slabs, weights), averaged, aligns=False
+        ),
+        "shares @ stacked": Candidate(lambda: baselines.stacked_average(inputs.stacked, weights), averaged, aligns=False),
+        COPY: Candidate(lambda: target.copy_(source), aligned, aligns=False),
+    }

@@ -1,0 +1,84 @@
+"""One round's updates, rotated and averaged all at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fedrot_kernels as fk
+
+from .adapters import Layout
+from .alignment import LARGEST_RESIDUAL, Alignment, Factor
+from .updates import Update
+
+
+@dataclass(frozen=True)
+class Averages:
+    """The means of N clients.
+
+    Attributes:
+        mean: canonical key → mean, in the updates' shapes and dtypes, each with storage of its own.
+        A, B: per adapter of the layout the N clients' factors as matrices, which share memory with the updates.
+        R: per adapter (N, r, r), or None if nothing was rotated.
+        residual: (L, N) ‖RᵀR − I‖_max, or None.
+        sound: whether every mean is finite and every rotation is one.
+    """
+
+    mean: dict[str, Tensor]
+    A: list[list[Tensor]]
+    B: list[list[Tensor]]
+    R: list[Tensor] | None
+    residual: Tensor | None
+    sound: bool
+
+
+def average_round(
+    layout: Layout,
+    clients: Sequence[Update],
+    weights: Sequence[float],
+    reference: Update | None,
+    on: tuple[Factor, ...],
+    alignment: Alignment,
+    backend: fk.Backend,
+) -> Averages:
+    """Align on the given factors (none: as they come) and average. One synchronisation with a device."""
+    given = [[client.tensors[client.keys_given[key]] for key in layout.specs] for client in clients]
+    tensors = dict(zip(layout.specs, zip(*given, strict=True), strict=True))
+    A, B = ([_matrices(tensors[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
+    keys = layout.plain if on else tuple(layout.specs)
+    mean: dict[str, Tensor] = {}
+    checks: list[Tensor] = []
+    if keys:
+        means, finite = fk.average([tensors[key] for key in keys], weights, backend=backend)
+        mean |= zip(keys, means, strict=True)
+        checks.append(finite)
+    R = residual = None
+    if on:
+        assert reference is not None
+        A_ref, B_ref = ([_matrix(reference[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
+        aligned = fk.align_average(
+            A,
+            B,
+            weights,
+            A_ref=A_ref if "A" in on else None,
+            B_ref=B_ref if "B" in on else None,
+            strength=alignment.strength,
+            special=alignment.group == "SO",
+            backend=backend,
+        )
+        R, residual = aligned.R, aligned.residual
+        checks += [aligned.finite, (residual <= LARGEST_RESIDUAL).all()]
+        for (key_A, key_B), mean_A, mean_B in zip(layout.factor_keys, aligned.A, aligned.B, strict=True):
+            mean[key_A] = mean_A.view(layout.specs[key_A].shape)
+            mean[key_B] = mean_B.view(layout.specs[key_B].shape)
+    return Averages(mean, A, B, R, residual, bool(torch.stack(checks).all()))
+
+
+def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return list(tensors) if tensors[0].dim() == 2 else [_matrix(x) for x in tensors]
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """A (r, d_in, …) or B (d_out, r, 1, …) of a convolution as a matrix."""
+    return x.detach().flatten(1)

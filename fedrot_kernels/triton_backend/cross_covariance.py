@@ -1,0 +1,88 @@
+"""Cross-covariance M = F F_refᵀ of every adapter and client in one launch, as partial sums over slices of d."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import accurate_dot, address, client_rows, one_address, work_item
+from .launch import LaunchOptions, precision, rank_multiple, triton_dtype
+
+
+@triton.jit(do_not_specialize=["first_client", "n_clients", "n_rows"])
+def cross_covariance_kernel(
+    p_table,
+    p_items,
+    p_M,
+    first_client,
+    n_clients,
+    n_rows,
+    DTYPE: tl.constexpr,
+    REF_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    RP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """M[item, client] (RP, RP) over one slice of d, for as many clients as fill ROWS rows: one product for all of them.
+
+    The table has ``n_rows`` addresses per tensor, the reference's last. Even tensors are A (r, d), odd ones B (d, r). Rows
+    and columns beyond a tensor's rank come out zero.
+    """
+    item = tl.program_id(0)
+    tensor, rank, d, start = work_item(p_items + 4 * item, ALIGNED, RANK_MULTIPLE, SLICE)
+    REF_ROWS: tl.constexpr = max(RP, 16)  # the least that tl.dot takes
+    q = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    client, k = client_rows(q, RP, RP)
+    client += first_client
+    exists = client < n_clients
+    p_tensor = p_table + tensor.to(tl.int64) * n_rows
+    p_F = address(p_tensor + client, exists, DTYPE, ALIGNED, RP)
+    p_ref = one_address(p_tensor + n_rows - 1, REF_DTYPE, ALIGNED)
+    inside = exists & (k < rank)
+    j = tl.arange(0, REF_ROWS)
+    end = tl.minimum(start + SLICE, d)
+    b_M = tl.zeros((ROWS, REF_ROWS), tl.float32)
+    if tensor % 2 == 0:
+        for first in range(start, end, BLOCK_D):
+            c = tl.multiple_of(first, BLOCK_D) + tl.arange(0, BLOCK_D)
+            at_F = p_F[:, None] + (k[:, None].to(tl.int64) * d + c[None, :])
+            at_ref = p_ref + (j[:, None].to(tl.int64) * d + c[None, :])
+            b_F = tl.load(at_F, mask=inside[:, None] & (c[None, :] < d), other=0.0)
+            b_ref = tl.load(at_ref, mask=(j[:, None] < rank) & (c[None, :] < d), other=0.0)
+            b_M = accurate_dot(b_F, tl.trans(b_ref), b_M, PRECISION)
+    else:
+        for first in range(start, end, BLOCK_D):
+            c = tl.multiple_of(first, BLOCK_D) + tl.arange(0, BLOCK_D)
+            at_F = p_F[:, None] + (c[None, :].to(tl.int64) * rank + k[:, None])
+            at_ref = p_ref + (c[:, None].to(tl.int64) * rank + j[None, :])
+            b_F = tl.load(at_F, mask=inside[:, None] & (c[None, :] < d), other=0.0)
+            b_ref = tl.load(at_ref, mask=(j[None, :] < rank) & (c[:, None] < d), other=0.0)
+            b_M = accurate_dot(b_F, b_ref, b_M, PRECISION)
+    row = item.to(tl.int64) * n_rows * RP + first_client * RP + q
+    tl.store(p_M + row[:, None] * RP + j[None, :], b_M, mask=exists[:, None] & (j[None, :] < RP))
+
+
+def slice_length(RP: int) -> int:
+    """How much of d one partial sum covers: its RP × RP result is then at most 1/64 of what it read (in numbers)."""
+    return max(512, 64 * RP)
+
+
+def options(RP: int, dtype: torch.dtype, ref_dtype: torch.dtype, aligned: bool, backend: str) -> LaunchOptions:
+    """How to launch: one stage, because the asynchronous copies of deeper pipelines are 4 bytes wide for float32 frames
+    that must be transposed; 64 rows are what Hopper's matrix unit takes at least."""
+    wide = RP == 128
+    constants = {
+        "DTYPE": triton_dtype(dtype),
+        "REF_DTYPE": triton_dtype(ref_dtype),
+        "ALIGNED": aligned,
+        "RANK_MULTIPLE": rank_multiple(RP, dtype),
+        "RP": RP,
+        "ROWS": 128 if wide else 64,
+        "BLOCK_D": 32 if wide else 64,
+        "SLICE": slice_length(RP),
+        "PRECISION": precision(backend),
+    }
+    return LaunchOptions(constants, num_warps=8 if wide else 4, num_stages=1)

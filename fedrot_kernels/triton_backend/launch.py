@@ -1,0 +1,59 @@
+"""What every launcher shares: padded ranks, dtypes, and launch options as data, which the compile matrix enumerates."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+RANKS = (4, 8, 16, 32, 64, 128)  # what ranks are padded to in registers and scratch, never in the factors
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+ALIGNMENT = 16  # bytes of the widest load
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """A kernel's compile-time constants, warps per program and pipeline stages."""
+
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def padded_rank(rank: int) -> int:
+    """The smallest of RANKS that holds a rank."""
+    return next(RP for RP in RANKS if RP >= rank)
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype."""
+    return DTYPES[dtype]
+
+
+def rank_multiple(RP: int, dtype: torch.dtype) -> int:
+    """What all ranks must be divisible by for rows of B to be read in the widest loads that fit them."""
+    return min(RP, ALIGNMENT // dtype.itemsize)
+
+
+def precision(backend: str) -> str:
+    """The input precision of float32 products: never Triton's default, tf32, which is good for three digits.
+
+    Args:
+        backend: "cuda" or "hip"; the latter has float32 matrix instructions and no tf32x3.
+    """
+    return "tf32x3" if backend == "cuda" else "ieee"
+
+
+def current_backend() -> str:
+    """ "hip" where PyTorch was built for AMD, "cuda" elsewhere."""
+    return "hip" if torch.version.hip else "cuda"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU."""
+    return bool(triton.knobs.runtime.interpret)

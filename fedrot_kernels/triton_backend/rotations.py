@@ -1,0 +1,73 @@
+"""Launching the polar kernels: the one for small ranks in registers, the one for large ranks on scratch memory."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..batched import NOISE, SHIFT
+from ..schedule import PERTURB_AT, SCHEDULE
+from . import polar, polar_blocked
+from .launch import LaunchOptions, current_backend, interpreted
+from .tables import schedule_table, stream_of
+
+_STEPS = len(SCHEDULE)
+
+
+def options(RP: int, backend: str) -> LaunchOptions:
+    """How to launch, for any padded rank."""
+    if RP <= 32:
+        return polar.options(RP, _STEPS, PERTURB_AT)
+    return polar_blocked.options(RP, _STEPS, PERTURB_AT, backend)
+
+
+def rotations(
+    M: Tensor,
+    adapters: Tensor,
+    *,
+    RP: int,
+    leading: int,
+    n_clients: int,
+    joint: bool,
+    strength: float,
+    special: bool,
+    noise: float,
+) -> tuple[Tensor, Tensor]:
+    """R of L adapters and N clients, from sums of slices of M.
+
+    Args:
+        M: (slices, rows, leading, leading) float32, rows ≥ N; row N is the reference's own where joint.
+        adapters: (L, 5) int32, see ``ModelTables``.
+        RP: the padded rank.
+        leading: the leading dimension of the matrices.
+        strength, special, noise: as in ``procrustes``.
+
+    Returns:
+        R (L, N, leading, leading), of which rows and columns beyond an adapter's rank are undefined, and ‖RᵀR − I‖_max
+        (L, N), NaN where M is not finite.
+    """
+    L, device = len(adapters), M.device
+    n = L * n_clients
+    R = torch.empty(L, n_clients, leading, leading, dtype=torch.float32, device=device)
+    residual = torch.empty(L, n_clients, dtype=torch.float32, device=device)
+    schedule = schedule_table(device, stream_of(device))
+    launch = options(RP, current_backend())
+    counts = (n, n_clients, M.shape[1], leading, int(joint), int(special))
+    scalars = (float(noise), SHIFT[torch.float32], float(strength))
+    if RP <= 32:
+        grid = (triton.cdiv(n, launch.constants["SIZE"] // RP),)
+        polar.polar_kernel[grid](M, R, residual, adapters, schedule, *counts, *scalars, **launch.arguments())
+        return R, residual
+    programs = min(n, _resident_programs(device))
+    scratch = torch.empty(programs, polar_blocked.BUFFERS, RP, RP, dtype=torch.float32, device=device)
+    polar_blocked.polar_blocked_kernel[(programs,)](
+        M, R, residual, adapters, schedule, scratch, *counts, *scalars, **launch.arguments()
+    )
+    return R, residual
+
+
+def _resident_programs(device: torch.device) -> int:
+    """One program per multiprocessor: of their 384 KiB of scratch at rank 128, an H200's L2 holds as many."""
+    return 2 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+__all__ = ["NOISE", "options", "rotations"]

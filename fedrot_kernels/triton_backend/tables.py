@@ -1,0 +1,143 @@
+"""What a launch over a whole model reads from the device: work items, where tensors are, where averages go.
+
+Tables are made once per model shape and kept on the device. Addresses are kept as well, for as long as the same tensors
+come back: what was launched once can be captured in a CUDA graph, which then holds nothing but the launches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..schedule import CLASSIC, SCHEDULE
+from . import plain_average, rotate_average
+from .cross_covariance import slice_length
+from .launch import ALIGNMENT
+
+Shape = tuple[int, int, int]  # rank, d_in, d_out of an adapter
+_LANE = 64  # elements: averages begin at multiples, which are aligned in every dtype
+
+
+@dataclass(frozen=True)
+class ModelTables:
+    """The work of one model shape.
+
+    Attributes:
+        slices: (n, 4) int32, the cross-covariance's items: tensor, rank, d, start. Tensor 2l is A of adapter l, 2l + 1 is B.
+        adapters: (L, 5) int32, rank and the first and last slice that sum to M, and those of B where both are aligned.
+        tiles: (m, 4) int32, the rotated average's items, likewise.
+        offsets: (2L,) int64, where each average begins in the memory of all.
+        size: how many elements that memory has.
+    """
+
+    slices: Tensor
+    adapters: Tensor
+    tiles: Tensor
+    offsets: Tensor
+    starts: tuple[int, ...]
+    size: int
+
+
+@lru_cache(maxsize=64)
+def model_tables(shapes: tuple[Shape, ...], on: tuple[int, ...], RP: int, device: torch.device, stream: int) -> ModelTables:
+    """The tables of a model whose factors ``on`` (0 for A, 1 for B) are aligned.
+
+    The averages begin with the aligned factor's tiles, last adapter first: what the cross-covariance read last is what the
+    L2 cache still holds.
+    """
+    dims = {(adapter, factor): (rank, d[factor]) for adapter, (rank, *d) in enumerate(shapes) for factor in (0, 1)}
+    slices: list[tuple[int, ...]] = []
+    adapters = []
+    for adapter, (rank, *_) in enumerate(shapes):
+        bounds = []
+        for factor in on:
+            d = dims[adapter, factor][1]
+            bounds.append(len(slices))
+            slices += [(2 * adapter + factor, rank, d, start) for start in range(0, d, slice_length(RP))]
+            bounds.append(len(slices))
+        adapters.append((rank, *bounds, *[0] * (4 - len(bounds))))
+    reread = [(adapter, factor) for adapter in reversed(range(len(shapes))) for factor in on]
+    order = [*reread, *(key for key in dims if key[1] not in on)]
+    tiles = [
+        (2 * adapter + factor, *dims[adapter, factor], start)
+        for adapter, factor in order
+        for start in range(0, dims[adapter, factor][1], rotate_average.tile_length(RP))
+    ]
+    starts, size = _starts([rank * d for rank, d in dims.values()])
+    return ModelTables(
+        _on_device(slices, torch.int32, device),
+        _on_device(adapters, torch.int32, device),
+        _on_device(tiles, torch.int32, device),
+        _on_device(starts, torch.int64, device),
+        starts,
+        size,
+    )
+
+
+@dataclass(frozen=True)
+class AverageTables:
+    """The work of plain averages: items (n, 3) int64 of tensor, elements and start; offsets as in ``ModelTables``."""
+
+    items: Tensor
+    offsets: Tensor
+    starts: tuple[int, ...]
+    size: int
+
+
+@lru_cache(maxsize=64)
+def average_tables(sizes: tuple[int, ...], device: torch.device, stream: int) -> AverageTables:
+    """The tables of tensors of these many elements."""
+    items = [(t, n, start) for t, n in enumerate(sizes) for start in range(0, n, plain_average.BLOCK)]
+    starts, size = _starts(sizes)
+    return AverageTables(_on_device(items, torch.int64, device), _on_device(starts, torch.int64, device), starts, size)
+
+
+@lru_cache(maxsize=16)
+def address_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """int64 addresses on the device, ordered by tensor, then client, then the reference."""
+    return _on_device(addresses, torch.int64, device)
+
+
+@lru_cache(maxsize=16)
+def schedule_table(device: torch.device, stream: int) -> Tensor:
+    """(steps + 1, 3) float32: the coefficients of Newton-Schulz, the classic ones last."""
+    return _on_device((*SCHEDULE, CLASSIC), torch.float32, device)
+
+
+def addresses_of(clients: Tensor | Sequence[Tensor], size: int) -> tuple[list[int], Sequence[Tensor]]:
+    """Where every client's tensor is, and what must live until the launch: the tensors, or copies if not contiguous."""
+    if isinstance(clients, Tensor):
+        if not clients[0].is_contiguous():
+            clients = clients.contiguous()
+        first, step = clients.data_ptr(), clients.stride(0) * clients.element_size()
+        return [first + step * i for i in range(len(clients))], clients
+    if not all(map(Tensor.is_contiguous, clients)):
+        clients = [x.contiguous() for x in clients]
+    return list(map(Tensor.data_ptr, clients)), clients
+
+
+def are_aligned(addresses: Sequence[int]) -> bool:
+    """Whether 16 bytes can be read at once from all of them."""
+    return not bool((torch.tensor(addresses) % ALIGNMENT).any())
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream, which tables are copied on: another stream does not see them in time."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _starts(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    ends = list(accumulate(-(-n // _LANE) * _LANE for n in sizes))
+    return (0, *ends[:-1]), ends[-1]
+
+
+def _on_device(rows: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy that nothing waits for."""
+    if device.type != "cuda":
+        return torch.tensor(rows, dtype=dtype, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("these tensors are new: call once before capturing a CUDA graph, with the tensors to be captured")
+    return torch.tensor(rows, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
