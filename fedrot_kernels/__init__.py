@@ -1,6 +1,7 @@
 """Aligning and averaging the factors of LoRA adapters: tensors in, tensors out."""
 
-from .batched import NOISE, cross_covariance, polar, procrustes, rotate_add_, rotate_average, soften, special_orthogonal
+from .batched import NOISE, rotate_add_, soften, special_orthogonal
+from .ops import cross_covariance, polar, procrustes, rotate_average
 from .precision import full_precision
 from .whole_model import Aligned, Backend, align_average, average
 

@@ -21,33 +21,41 @@ SHIFT = {torch.float32: 4e-8, torch.float64: 7e-17}
 NOISE = {torch.float32: 1e-5, torch.float64: 2e-14}
 
 
-def _working_dtype(*tensors: Tensor) -> torch.dtype:
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if one of the tensors is.
+
+    Raises:
+        TypeError: not floating-point.
+    """
     for x in tensors:
         if not x.is_floating_point():
             raise TypeError(f"expected a floating-point tensor, got {x.dtype}")
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def _check_square(**matrices: Tensor) -> None:
+def check_square(**matrices: Tensor) -> None:
+    """Raise ValueError unless these are (..., r, r)."""
     for name, x in matrices.items():
         if x.dim() < 2 or x.shape[-1] != x.shape[-2]:
             raise ValueError(f"{name} must have shape (..., r, r), got {tuple(x.shape)}")
 
 
-@full_precision
-def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
-    """M = F F_refᵀ: how a client's frame lies relative to the reference.
-
-    Args:
-        F: (..., r, d), the clients' frames: A, or B.mT.
-        F_ref: (..., r, d), the reference frames, broadcast against F.
-
-    Returns:
-        (..., r, r), float32 (float64 if an input is).
-    """
+def check_frames(F: Tensor, F_ref: Tensor) -> None:
+    """Raise ValueError unless these are frames of one shape (..., r, d)."""
     if F.dim() < 2 or F_ref.dim() < 2 or F.shape[-2:] != F_ref.shape[-2:]:
         raise ValueError(f"F and F_ref must both end in (r, d), got {tuple(F.shape)} and {tuple(F_ref.shape)}")
-    dtype = _working_dtype(F, F_ref)
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError unless λ is in [0, 1]."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be between 0 and 1, got {strength}")
+
+
+@full_precision
+def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
+    """See ``ops.cross_covariance``."""
+    dtype = working_dtype(F, F_ref)
     return F.to(dtype) @ F_ref.to(dtype).mT
 
 
@@ -83,21 +91,10 @@ def _polish(R: Tensor) -> Tensor:
 
 @full_precision
 def polar(M: Tensor, *, noise: float = 0.0) -> Tensor:
-    """The orthogonal polar factor R of M = R H, by Newton-Schulz: it maximises tr(RᵀM), so ‖RᵀF − F_ref‖_F is least.
-
-    Args:
-        M: (..., r, r), any floating dtype, any scale. Directions in which M is zero do not rotate: polar(0) = I.
-        noise: the size of M's own error relative to ‖M‖_F. Directions in which M is smaller do not rotate either; in a
-            computed product of low rank they would otherwise rotate as its rounding happens to fall.
-
-    Returns:
-        (..., r, r), float32 (float64 for float64), ‖RᵀR − I‖_max ≤ 1e-6 (1e-12). A matrix holding NaN or Inf gives NaN
-        and leaves its neighbours as they would be without it.
-    """
-    _check_square(M=M)
-    dtype, r = _working_dtype(M), M.shape[-1]
+    """See ``ops.polar``."""
+    dtype, r = working_dtype(M), M.shape[-1]
     if M.numel() == 0:
-        return M.to(dtype)
+        return M.to(dtype, copy=True)
     X = M.to(dtype).reshape(-1, r, r)
     largest = X.abs().amax((-1, -2), keepdim=True)
     X = X / torch.where(largest == 0, 1, largest)  # before the norm, whose squares under- and overflow
@@ -119,7 +116,7 @@ def special_orthogonal(R: Tensor, M: Tensor) -> Tensor:
     Returns:
         (..., r, r): R (I − 2 v vᵀ) where det(R) < 0, v the weakest eigenvector of H = RᵀM; R elsewhere.
     """
-    _check_square(R=R, M=M)
+    check_square(R=R, M=M)
     if R.numel() == 0:
         return R
     shape, r = R.shape, R.shape[-1]
@@ -151,9 +148,8 @@ def soften(R: Tensor, strength: float) -> Tensor:
         R: (..., r, r), orthogonal, float32 or float64.
         strength: λ in [0, 1].
     """
-    _check_square(R=R)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be between 0 and 1, got {strength}")
+    check_square(R=R)
+    check_strength(strength)
     if strength == 1 or R.numel() == 0:
         return R
     r = R.shape[-1]
@@ -166,17 +162,7 @@ def soften(R: Tensor, strength: float) -> Tensor:
 
 @full_precision
 def procrustes(M: Tensor, *, strength: float = 1.0, special: bool = False, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The rotation of a cross-covariance, and how far from orthogonal it is.
-
-    Args:
-        M: (..., r, r), any floating dtype.
-        strength: λ of ``soften``.
-        special: SO(r), as ``special_orthogonal``; else O(r).
-        noise: as in ``polar``.
-
-    Returns:
-        R (..., r, r) and ‖RᵀR − I‖_max (...), both float32 (float64 for float64); NaN where M is not finite.
-    """
+    """See ``ops.procrustes``."""
     R = polar(M, noise=noise)
     if special:
         R = special_orthogonal(R, M)
@@ -203,22 +189,11 @@ def rotate_add_(total: Tensor, F: Tensor, R: Tensor, weight: float) -> Tensor:
 
 @full_precision
 def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
-    """F̄ = Σ wᵢ RᵢᵀFᵢ, the weights normalised to Σ wᵢ = 1, accumulated in float32 client by client.
-
-    Args:
-        F: (N, ..., r, d), any floating dtype.
-        R: (N, ..., r, r), or None for the plain weighted mean.
-        weights: (N,), non-negative, not all zero.
-
-    Returns:
-        (..., r, d), float32 (float64 if F is).
-    """
-    if weights.shape != F.shape[:1]:
-        raise ValueError(f"expected one weight per client, got weights {tuple(weights.shape)} and F {tuple(F.shape)}")
+    """See ``ops.rotate_average``."""
     w = weights.double()
     if not (bool((w >= 0).all()) and bool(w.isfinite().all()) and bool(w.any())):
         raise ValueError(f"weights must be finite, non-negative and not all zero, got {weights.tolist()}")
-    total = torch.zeros(F.shape[1:], dtype=_working_dtype(F), device=F.device)
+    total = torch.zeros(F.shape[1:], dtype=working_dtype(F), device=F.device)
     for i, weight in enumerate((w / w.sum()).tolist()):
         if R is None:
             total.add_(F[i], alpha=weight)

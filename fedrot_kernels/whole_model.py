@@ -24,7 +24,7 @@ class Aligned:
     """Rotated averages of L adapters from N clients.
 
     Attributes:
-        A: per adapter Ā = Σ wᵢ RᵢᵀAᵢ (r, d_in), the inputs' dtype, each with storage of its own.
+        A: per adapter Ā = Σ wᵢ RᵢᵀAᵢ (r, d_in), the inputs' dtype, each with storage of its own (Triton: parts of one).
         B: per adapter B̄ = Σ wᵢ BᵢRᵢ (d_out, r), likewise.
         R: per adapter the rotations (N, r, r), float32 (float64 for float64 inputs).
         residual: (L, N), ‖RᵀR − I‖_max of every rotation; NaN where the cross-covariance was not finite.
@@ -112,6 +112,12 @@ def average(
 
         return triton(tensors, _shares(weights, n, first.device).float())
     return torch_backend.average(tensors, _numbers(weights, n))
+
+
+def runs_on_triton(x: Tensor, rank: int) -> bool:
+    """Whether "auto" means Triton for a tensor of this rank."""
+    fits = x.device.type == "cuda" and x.dtype in _TRITON_DTYPES and rank <= _TRITON_RANK
+    return fits and find_spec("triton") is not None
 
 
 def _use_triton(backend: str, samples: Sequence[Tensor], rank: int) -> bool:

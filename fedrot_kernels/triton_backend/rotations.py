@@ -4,11 +4,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..batched import NOISE, SHIFT
+from ..batched import SHIFT
 from ..schedule import PERTURB_AT, SCHEDULE
 from . import polar, polar_blocked
 from .launch import LaunchOptions, current_backend, interpreted
-from .tables import schedule_table, stream_of
+from .tables import schedule_table
 
 _STEPS = len(SCHEDULE)
 
@@ -49,25 +49,23 @@ def rotations(
     n = L * n_clients
     R = torch.empty(L, n_clients, leading, leading, dtype=torch.float32, device=device)
     residual = torch.empty(L, n_clients, dtype=torch.float32, device=device)
-    schedule = schedule_table(device, stream_of(device))
+    schedule = schedule_table(device)
     launch = options(RP, current_backend())
     counts = (n, n_clients, M.shape[1], leading, int(joint), int(special))
     scalars = (float(noise), SHIFT[torch.float32], float(strength))
-    if RP <= 32:
-        grid = (triton.cdiv(n, launch.constants["SIZE"] // RP),)
-        polar.polar_kernel[grid](M, R, residual, adapters, schedule, *counts, *scalars, **launch.arguments())
-        return R, residual
-    programs = min(n, _resident_programs(device))
-    scratch = torch.empty(programs, polar_blocked.BUFFERS, RP, RP, dtype=torch.float32, device=device)
-    polar_blocked.polar_blocked_kernel[(programs,)](
-        M, R, residual, adapters, schedule, scratch, *counts, *scalars, **launch.arguments()
-    )
+    with torch.cuda.device_of(M):
+        if RP <= 32:
+            grid = (triton.cdiv(n, launch.constants["SIZE"] // RP),)
+            polar.polar_kernel[grid](M, R, residual, adapters, schedule, *counts, *scalars, **launch.arguments())
+        else:
+            programs = min(n, _resident_programs(device))
+            scratch = torch.empty(programs, polar_blocked.BUFFERS, RP, RP, dtype=torch.float32, device=device)
+            polar_blocked.polar_blocked_kernel[(programs,)](
+                M, R, residual, adapters, schedule, scratch, *counts, *scalars, **launch.arguments()
+            )
     return R, residual
 
 
 def _resident_programs(device: torch.device) -> int:
     """One program per multiprocessor: of their 384 KiB of scratch at rank 128, an H200's L2 holds as many."""
     return 2 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-__all__ = ["NOISE", "options", "rotations"]

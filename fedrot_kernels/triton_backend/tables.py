@@ -1,7 +1,7 @@
 """What a launch over a whole model reads from the device: work items, where tensors are, where averages go.
 
-Tables are made once per model shape and kept on the device. Addresses are kept as well, for as long as the same tensors
-come back: what was launched once can be captured in a CUDA graph, which then holds nothing but the launches.
+Tables are made once per model shape and kept on the device. Addresses are kept as well, in case the same tensors come
+back: what was launched once can be captured in a CUDA graph, which then holds nothing but the launches.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import CLASSIC, SCHEDULE
+from ..whole_model import Clients
 from . import plain_average, rotate_average
 from .cross_covariance import slice_length
 from .launch import ALIGNMENT
@@ -42,7 +43,7 @@ class ModelTables:
 
 
 @lru_cache(maxsize=64)
-def model_tables(shapes: tuple[Shape, ...], on: tuple[int, ...], RP: int, device: torch.device, stream: int) -> ModelTables:
+def model_tables(shapes: tuple[Shape, ...], on: tuple[int, ...], RP: int, device: torch.device) -> ModelTables:
     """The tables of a model whose factors ``on`` (0 for A, 1 for B) are aligned.
 
     The averages begin with the aligned factor's tiles, last adapter first: what the cross-covariance read last is what the
@@ -88,26 +89,45 @@ class AverageTables:
 
 
 @lru_cache(maxsize=64)
-def average_tables(sizes: tuple[int, ...], device: torch.device, stream: int) -> AverageTables:
+def average_tables(sizes: tuple[int, ...], device: torch.device) -> AverageTables:
     """The tables of tensors of these many elements."""
     items = [(t, n, start) for t, n in enumerate(sizes) for start in range(0, n, plain_average.BLOCK)]
     starts, size = _starts(sizes)
     return AverageTables(_on_device(items, torch.int64, device), _on_device(starts, torch.int64, device), starts, size)
 
 
-@lru_cache(maxsize=16)
-def address_table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
     """int64 addresses on the device, ordered by tensor, then client, then the reference."""
+    table = _address_table(tuple(addresses), device)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(table)
+        else:
+            table.record_stream(torch.cuda.current_stream(device))  # not to be reused before this stream has read it
+    return table
+
+
+_captured: list[Tensor] = []  # what graphs read lives as long as the process: nothing tells when a graph is gone
+
+
+@lru_cache(maxsize=16)
+def _address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return _on_device(addresses, torch.int64, device)
 
 
 @lru_cache(maxsize=16)
-def schedule_table(device: torch.device, stream: int) -> Tensor:
+def one_adapter(rank: int, device: torch.device) -> Tensor:
+    """(1, 5) int32: the ``adapters`` of a batch of whole matrices of one rank."""
+    return _on_device([(rank, 0, 1, 0, 0)], torch.int32, device)
+
+
+@lru_cache(maxsize=16)
+def schedule_table(device: torch.device) -> Tensor:
     """(steps + 1, 3) float32: the coefficients of Newton-Schulz, the classic ones last."""
     return _on_device((*SCHEDULE, CLASSIC), torch.float32, device)
 
 
-def addresses_of(clients: Tensor | Sequence[Tensor], size: int) -> tuple[list[int], Sequence[Tensor]]:
+def addresses_of(clients: Clients) -> tuple[list[int], Clients]:
     """Where every client's tensor is, and what must live until the launch: the tensors, or copies if not contiguous."""
     if isinstance(clients, Tensor):
         if not clients[0].is_contiguous():
@@ -124,20 +144,24 @@ def are_aligned(addresses: Sequence[int]) -> bool:
     return not bool((torch.tensor(addresses) % ALIGNMENT).any())
 
 
-def stream_of(device: torch.device) -> int:
-    """The current stream, which tables are copied on: another stream does not see them in time."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
 def _starts(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
     ends = list(accumulate(-(-n // _LANE) * _LANE for n in sizes))
     return (0, *ends[:-1]), ends[-1]
 
 
 def _on_device(rows: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A copy that nothing waits for."""
+    """A copy that every stream may read. Waits for itself alone, on a stream of its own, not for what is under way."""
     if device.type != "cuda":
         return torch.tensor(rows, dtype=dtype, device=device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("these tensors are new: call once before capturing a CUDA graph, with the tensors to be captured")
-    return torch.tensor(rows, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    stream = _copy_stream(device)
+    with torch.cuda.stream(stream):
+        copy = torch.tensor(rows, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    stream.synchronize()
+    return copy
+
+
+@lru_cache(maxsize=64)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

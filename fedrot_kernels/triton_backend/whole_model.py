@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..whole_model import Aligned, Clients
 from ..batched import NOISE
+from ..whole_model import Aligned, Clients
 from . import cross_covariance, plain_average, rotate_average
 from .launch import current_backend, interpreted, padded_rank, rank_multiple
 from .rotations import rotations
@@ -18,7 +18,6 @@ from .tables import (
     are_aligned,
     average_tables,
     model_tables,
-    stream_of,
 )
 
 
@@ -37,10 +36,9 @@ def align_average(
     The averages of one dtype share their memory. shares: (N,) float32 on the factors' device, summing to 1.
     """
     A_mean, B_mean, R = [A[0][0]] * len(A), [A[0][0]] * len(A), [A[0][0]] * len(A)
-    residual = torch.empty(len(A), len(A[0]), dtype=torch.float32, device=shares.device)
-    finite = []
+    residual, finite = [shares] * len(A), []
     for indices in _by_dtype([x[0] for x in A]):
-        model = _Model(
+        model = Model(
             [A[i] for i in indices],
             [B[i] for i in indices],
             None if A_ref is None else [A_ref[i] for i in indices],
@@ -59,12 +57,12 @@ def align_average(
             noise=NOISE[torch.float32],
         )
         means, is_finite = model.rotate_average(model_R, shares, model.dtype)
-        residual[indices] = far
         finite.append(is_finite)
         for at, i in enumerate(indices):
             rank = model.shapes[at][0]
             A_mean[i], B_mean[i], R[i] = means[2 * at], means[2 * at + 1], model_R[at, :, :rank, :rank]
-    return Aligned(A_mean, B_mean, R, residual, torch.stack(finite).all())
+            residual[i] = far[at]
+    return Aligned(A_mean, B_mean, R, torch.stack(residual), torch.stack(finite).all())
 
 
 def average(tensors: Sequence[Clients], shares: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -74,11 +72,11 @@ def average(tensors: Sequence[Clients], shares: Tensor) -> tuple[list[Tensor], T
         first = [tensors[i][0] for i in indices]
         device, dtype = first[0].device, first[0].dtype
         _check_device(device)
-        found = [addresses_of(tensors[i], 0) for i in indices]
+        found = [addresses_of(tensors[i]) for i in indices]
         addresses = [p for of_tensor, _ in found for p in of_tensor]
         sizes = tuple(x.numel() for x in first)
-        tables = average_tables(sizes, device, stream_of(device))
-        table = address_table(tuple(addresses), device, stream_of(device))
+        tables = average_tables(sizes, device)
+        table = address_table(addresses, device)
         out = torch.empty(tables.size, dtype=dtype, device=device)
         flags = torch.empty(len(tables.items), dtype=torch.int32, device=device)
         aligned = are_aligned(addresses) and all(n % 8 == 0 for n in sizes)
@@ -93,7 +91,7 @@ def average(tensors: Sequence[Clients], shares: Tensor) -> tuple[list[Tensor], T
     return means, torch.stack(finite).all()
 
 
-class _Model:
+class Model:
     """Adapters of one dtype, wherever their factors are: L adapters of N clients, and the references."""
 
     def __init__(
@@ -108,27 +106,27 @@ class _Model:
         self.shapes = tuple((a[0].shape[0], a[0].shape[1], b[0].shape[0]) for a, b in zip(A, B, strict=True))
         self.on = tuple(factor for factor, ref in enumerate((A_ref, B_ref)) if ref is not None)
         self.RP = padded_rank(max(rank for rank, _, _ in self.shapes))
-        self.tables: ModelTables = model_tables(self.shapes, self.on, self.RP, self.device, stream_of(self.device))
+        self.tables: ModelTables = model_tables(self.shapes, self.on, self.RP, self.device)
         refs = [r for of_factor in (A_ref, B_ref) if of_factor is not None for r in of_factor]
         self.ref_dtype = self.dtype if all(r.dtype == self.dtype for r in refs) else torch.float32
         addresses: list[int] = []
-        self._alive: list[Sequence[Tensor]] = []
+        self._alive: list[Clients] = []  # copies of what was not contiguous live until the launches
         for adapter, factors in enumerate(zip(A, B, strict=True)):
             for clients, of_factor in zip(factors, (A_ref, B_ref), strict=True):
-                found, alive = addresses_of(clients, 0)
+                found, alive = addresses_of(clients)
                 addresses += found
                 self._alive.append(alive)
                 if of_factor is None:
                     addresses.append(0)
                 else:
-                    found, alive = addresses_of([of_factor[adapter].to(self.device, self.ref_dtype)], 0)
+                    found, alive = addresses_of([of_factor[adapter].to(self.device, self.ref_dtype)])
                     addresses += found
                     self._alive.append(alive)
         multiple = rank_multiple(self.RP, self.dtype)
         self.aligned = are_aligned(addresses) and all(
             rank % multiple == 0 and d_in % 8 == 0 and d_out % 8 == 0 for rank, d_in, d_out in self.shapes
         )
-        self.table = address_table(tuple(addresses), self.device, stream_of(self.device))
+        self.table = address_table(addresses, self.device)
 
     def cross_covariance(self) -> Tensor:
         """(slices, N + 1, RP, RP) float32; row N, the reference's own, is written where both factors are aligned."""
@@ -181,6 +179,4 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def _check_device(device: torch.device) -> None:
     if device.type != "cuda" and not interpreted():
-        raise ValueError(
-            f"the Triton kernels take tensors on a GPU, got {device}; use backend 'torch', or TRITON_INTERPRET=1"
-        )
+        raise ValueError(f"the Triton kernels take tensors on a GPU, got {device}; use backend='torch'")
