@@ -16,7 +16,7 @@ _STEPS = len(SCHEDULE)
 def options(RP: int, backend: str) -> LaunchOptions:
     """How to launch, for any padded rank."""
     if RP <= 32:
-        return polar.options(RP, _STEPS, PERTURB_AT)
+        return polar.options(RP, _STEPS, PERTURB_AT, backend)
     return polar_blocked.options(RP, _STEPS, PERTURB_AT, backend)
 
 
