@@ -7,23 +7,23 @@ from .compile_configurations import ARCHITECTURES
 from .compiled import Compiled
 
 # Kernels that use a stack all the same: (kernel, pattern of configurations, architecture) → bytes per thread at most. All
-# that match need one; where one no longer does, its exception has to go. The stack is in the L1 cache.
+# that match need one; where one no longer does, its exception has to go. Measured with Triton 3.7.1.
 STACK_EXCEPTIONS = {
-    # tf32x3 splits both operands in three, and a 64 × RP result in registers leaves no room: mma.sync keeps operands there,
-    # where sm_90 and sm_100 read them out of shared memory.
+    # tf32x3 on sm_80 has all operands in registers, split, beside the result: all 255 are in use. Products of half precision
+    # need no stack. BLOCK_D 32 at RP 64, and 16 at RP 128 for mixed dtypes, would do without on aligned inputs.
     ("cross_covariance", "RP 128, *float16, reference float32, *", "sm_80"): 480,
     ("cross_covariance", "RP 128, float32, reference float32, unaligned", "sm_80"): 496,
     ("cross_covariance", "RP 64, *, reference float32, *", "sm_80"): 480,
     ("cross_covariance", "RP 32, *, reference float32, unaligned", "sm_80"): 144,
-    # Ditto, and the addresses of unaligned elements, which are loaded one by one.
+    # All 255 registers are in use: elements that are not aligned are loaded one by one, each from an address of its own.
     ("rotate_average", "RP 32, float*, unaligned", "sm_80"): 24,
     ("rotate_average", "RP [48], float16, average float16, unaligned", "sm_80"): 56,
     ("rotate_average", "RP 16, float16, average float16, unaligned", "sm_80"): 56,
-    # Once per program, for what outlives the products: a few of 255 registers.
+    # A few numbers of the whole iteration.
     ("polar", "RP 16", "sm_80"): 8,
     ("polar_blocked", "RP 64", "sm_80"): 56,
     ("polar_blocked", "RP 128", "sm_80"): 96,
-    # Not spilled: 56 registers. ptxas assembles pairs of half-precision numbers in memory.
+    # With 56 registers in use: not for want of them.
     ("plain_average", "float16, unaligned", "sm_100"): 16,
 }
 

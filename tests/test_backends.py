@@ -13,7 +13,9 @@ WEIGHTS = [1.0, 2.0, 4.5]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bfloat16 cannot be interpreted; float64 has no kernels.
 KINDS_OF_KERNELS = [
-    name for name, kind in KINDS.items() if kind.dtype != torch.float64 and (DEVICE == "cuda" or kind.dtype != torch.bfloat16)
+    name
+    for name, kind in KINDS.items()
+    if kind.dtype != torch.float64 and (DEVICE == "cuda" or kind.dtype != torch.bfloat16)
 ]
 
 
@@ -61,7 +63,7 @@ def test_clients_that_are_not_finite_are_found_after_the_launch(key, bad, method
 
 
 def test_what_the_kernels_do_not_take_is_said():
-    reference, clients = clients_of("linear")
+    _, clients = clients_of("linear")
     double = [{key: x.double() for key, x in client.items()} for client in clients]
     with pytest.raises(ValueError, match="float16, bfloat16 and float32 of rank up to 128"):
         fedrot.aggregate(double, backend="triton")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import padded_rank
+from .launch import ALIGNMENT, padded_rank
 from .rotations import rotations
 from .tables import one_adapter
 from .whole_model import Model
@@ -26,6 +26,8 @@ def procrustes(M: Tensor, strength: float, special: bool, noise: float) -> tuple
     """``fedrot_kernels.procrustes`` of M (..., r, r), float32 or lower."""
     r = M.shape[-1]
     flat = M.float().reshape(1, -1, r, r).contiguous()
+    if flat.data_ptr() % ALIGNMENT:
+        flat = flat.clone()  # so that the kernel is the one that was compiled and checked
     R, residual = rotations(
         flat,
         one_adapter(r, M.device),

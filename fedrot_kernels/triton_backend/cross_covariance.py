@@ -72,8 +72,8 @@ def slice_length(RP: int) -> int:
 
 def options(RP: int, dtype: torch.dtype, ref_dtype: torch.dtype, aligned: bool, backend: str) -> LaunchOptions:
     """How to launch: one stage, because the asynchronous copies of deeper pipelines are 4 bytes wide for float32 frames
-    that must be transposed; 64 rows are what Hopper's matrix unit takes at least."""
-    wide = RP == 128
+    that must be transposed; 64 rows are what Hopper's matrix unit takes at least; BLOCK_D is what registers hold."""
+    wide, mixed = RP == 128, dtype != ref_dtype
     constants = {
         "DTYPE": triton_dtype(dtype),
         "REF_DTYPE": triton_dtype(ref_dtype),
@@ -81,7 +81,7 @@ def options(RP: int, dtype: torch.dtype, ref_dtype: torch.dtype, aligned: bool, 
         "RANK_MULTIPLE": rank_multiple(RP, dtype),
         "RP": RP,
         "ROWS": 128 if wide else 64,
-        "BLOCK_D": 32 if wide else 64,
+        "BLOCK_D": 64 if RP <= 32 else 16 if wide and mixed else 32,
         "SLICE": slice_length(RP),
         "PRECISION": precision(backend),
     }
