@@ -24,7 +24,7 @@ def grid(r, most=12):
         return S
     kinds = len(CONDITION_NUMBERS) * 4
     chosen = [4 * CONDITION_NUMBERS.index(kappa) + kind for kappa in (1e7, 1e3, 1.0) for kind in range(4)]
-    return S[[*range(kinds, len(S)), *chosen][: most if r <= 32 else 5]]
+    return S[[*range(kinds, len(S)), *chosen][: most if r <= 32 else 4]]
 
 
 def procrustes(M, *, strength=1.0, special=False, noise=0.0):
@@ -52,7 +52,7 @@ def procrustes(M, *, strength=1.0, special=False, noise=0.0):
 @pytest.mark.parametrize("noise", [0.0, NOISE[torch.float32]])
 @pytest.mark.parametrize("r", RANKS)
 def test_polar_is_orthogonal_and_optimal(r, noise):
-    M = with_singular_values(grid(r), seed=r).float()
+    M = with_singular_values(grid(r, most=6 if noise else 12), seed=r).float()
     R, residual = procrustes(M, noise=noise)
     assert orthogonality(R) <= 1e-6 and residual.max() <= 1e-6
     # A direction of singular value σ below the noise that is left at rest costs 2σ of ‖M‖_* ≥ ‖M‖_F, and there are r.
@@ -79,12 +79,12 @@ def test_more_matrices_than_programs_on_scratch_memory():
 def test_the_largest_rank():
     M = with_singular_values(torch.logspace(0, -3, 128, dtype=torch.float64)[None], seed=1).float()
     M[0, 0] *= -torch.linalg.det(M.double()).sign().float()  # reflected
-    R, _ = procrustes(M, special=True, strength=0.5, noise=NOISE[torch.float32])
+    R, _ = procrustes(M, special=True)
     assert orthogonality(R) <= 1e-6 and torch.linalg.det(R[0].double()) > 0
 
 
 @pytest.mark.parametrize("r", [4, 8, 16, *([64] if GPU else [])])
-@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18])
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
 def test_polar_does_not_depend_on_the_scale(scale, r):
     M = with_singular_values(grid(r), seed=0).float() * scale
     R, _ = procrustes(M)
@@ -126,7 +126,7 @@ def test_directions_without_information_do_not_rotate(r, noise, special):
 
 @pytest.mark.parametrize("r", [1, 2, 3, 4, 5, 8, 12, 16, 32, 33, *([64, 128] if GPU else [])])
 def test_special_orthogonal_is_a_rotation_close_to_the_best(r):
-    few = 2 if r > 32 else 6
+    few = 2 if r > 16 else 5
     M = torch.cat(
         [
             with_singular_values(grid(r), seed=r + 100)[:few],
@@ -145,10 +145,10 @@ def test_special_orthogonal_is_a_rotation_close_to_the_best(r):
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("strength", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.5, *([0.9] if GPU else [])])
 @pytest.mark.parametrize("r", [1, 2, 4, 7, 32, *([64, 128] if GPU else [33])])
 def test_soften_goes_from_the_identity_to_the_rotation(r, strength, special):
-    M = orthogonal(50 if GPU else 1 if r > 32 else 8, r, torch.Generator().manual_seed(r)).float()
+    M = orthogonal(50 if GPU else 8 if r < 8 else 1, r, torch.Generator().manual_seed(r)).float()
     R, _ = procrustes(M, special=special)
     soft, residual = procrustes(M, strength=strength, special=special)
     assert orthogonality(soft) <= 1e-6 and residual.max() <= 1e-6
@@ -174,7 +174,7 @@ def test_soften_where_the_blend_is_singular(half_turns):
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("r", [1, 4, 8, 12, 33])
 def test_one_bad_matrix_leaves_the_others_untouched(r, bad):
-    M = with_singular_values(grid(r, most=5), seed=1).float()[: 5 if r < 32 else 2]
+    M = with_singular_values(grid(r, most=5), seed=1).float()[: 5 if r < 12 else 2]
     settings = {"strength": 0.5, "special": True, "noise": NOISE[torch.float32]} if r < 32 else {}
     alone, residual_alone = procrustes(M, **settings)
     M[1, r // 2, r - 1] = bad
@@ -186,7 +186,7 @@ def test_one_bad_matrix_leaves_the_others_untouched(r, bad):
 
 @pytest.mark.parametrize("r", SHARING)
 def test_matrices_that_share_a_program_are_as_alone(r):
-    M = with_singular_values(grid(r, most=7), seed=5).float()
+    M = with_singular_values(grid(r, most=5), seed=5).float()
     settings = {"strength": 0.9, "special": True, "noise": NOISE[torch.float32]}
     together, residual = procrustes(M, **settings)
     for i in range(len(M)):

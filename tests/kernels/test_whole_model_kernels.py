@@ -69,7 +69,7 @@ def test_align_average_is_what_the_definitions_say(name, dtype, setting):
 @pytest.mark.parametrize(("dtype", "on"), list(zip(DTYPES, ["joint", "A", "B"], strict=False)))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts(layout, on, dtype):
-    for shapes in (MIXED[:4], WIDE):
+    for shapes in (MIXED[:3], WIDE):
         A, B, A_ref, B_ref = model(shapes, 3, dtype)
         result, placed = align(A, B, [1, 0, 2], A_ref, B_ref, on, layout)
         check(result, A, B, [1, 0, 2], A_ref, B_ref, on, True, 1.0)
@@ -106,7 +106,7 @@ def test_one_column_adapters(on, special):
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("on", ["A", "B", "joint"])
 def test_empty_clients_and_references_do_not_rotate(on, strength):
-    A, B, A_ref, B_ref = model(MIXED[:4], 3)
+    A, B, A_ref, B_ref = model(MIXED[:3], 3)
     for x in (*A, *B):
         x[1] = 0
     result, _ = align(A, B, [1, 2, 3], A_ref, B_ref, on, strength=strength)
@@ -114,7 +114,7 @@ def test_empty_clients_and_references_do_not_rotate(on, strength):
     zero = [[torch.zeros_like(x) for x in of_factor] for of_factor in (A_ref, B_ref)]
     rests, _ = align(A, B, [1, 2, 3], *zero, on, strength=strength)
     assert bool(rests.finite)
-    for i, (r, *_) in enumerate(MIXED[:4]):
+    for i, (r, *_) in enumerate(MIXED[:3]):
         for R in (result.R[i][1].cpu(), rests.R[i].cpu()):
             eye = torch.eye(r).expand_as(R)
             if strength == 1:
@@ -127,7 +127,7 @@ def test_empty_clients_and_references_do_not_rotate(on, strength):
 
 
 def test_joint_with_a_reference_of_which_one_factor_is_zero():
-    A, B, A_ref, B_ref = model(MIXED[:4], 3)
+    A, B, A_ref, B_ref = model(MIXED[:3], 3)
     zero = [torch.zeros_like(x) for x in B_ref]
     joint, _ = align(A, B, [1, 2, 3], A_ref, zero, "joint")
     alone, _ = align(A, B, [1, 2, 3], A_ref, B_ref, "A")
@@ -139,14 +139,14 @@ def test_joint_with_a_reference_of_which_one_factor_is_zero():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ref_dtype", [torch.float16, torch.float32, torch.float64])
 def test_references_may_have_another_dtype(ref_dtype, dtype, on):
-    A, B, A_ref, B_ref = model(MIXED[:4], 3, dtype)
+    A, B, A_ref, B_ref = model(MIXED[:3], 3, dtype)
     A_ref, B_ref = ([x.half().to(ref_dtype) for x in of_factor] for of_factor in (A_ref, B_ref))
     result, _ = align(A, B, [1, 2, 3], A_ref, B_ref, on)
     check(result, A, B, [1, 2, 3], A_ref, B_ref, on, True, 1.0)
 
 
 def test_one_of_two_references_may_have_another_dtype():
-    A, B, A_ref, B_ref = model(MIXED[:4], 3, torch.float16)
+    A, B, A_ref, B_ref = model(MIXED[:3], 3, torch.float16)
     B_ref = [x.float() for x in B_ref]
     result, _ = align(A, B, [1, 2, 3], A_ref, B_ref, "joint")
     check(result, A, B, [1, 2, 3], A_ref, B_ref, "joint", True, 1.0)
@@ -154,7 +154,7 @@ def test_one_of_two_references_may_have_another_dtype():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_inputs_give_the_same_bits(dtype):
-    A, B, A_ref, B_ref = model(MIXED[:4], 3, dtype)
+    A, B, A_ref, B_ref = model(MIXED[:3], 3, dtype)
     results = [align(A, B, [1, 2, 3], A_ref, B_ref, "joint", strength=0.5)[0] for _ in range(20 if GPU else 2)]
     for other in results[1:]:
         assert torch.equal(other.residual, results[0].residual)
@@ -176,16 +176,15 @@ def test_adapters_of_several_dtypes_in_one_call():
             assert torch.equal(mixed.R[place_of], alone.R[i]) and torch.equal(mixed.residual[place_of], alone.residual[i])
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize(("factor", "value"), [("A", torch.nan), ("B", torch.nan), ("B", torch.inf)])
 @pytest.mark.parametrize("on", ["A", "B", "joint"])
 def test_what_is_not_finite_shows_where_it_belongs(on, factor, value):
     """Even at weight zero; other adapters, and the rotations of other clients, keep their bits."""
     adapter, client, shapes = 1, 1, [(4, 33, 20), (3, 65, 48), (8, 513, 33)]
     A, B, A_ref, B_ref = model(shapes, 3)
-    clean, _ = align(A, B, [1, 0, 1], A_ref, B_ref, on, strength=0.5)
+    clean, _ = align(A, B, [1, 0, 1], A_ref, B_ref, on)
     {"A": A, "B": B}[factor][adapter][client].view(-1)[-1] = value
-    result, _ = align(A, B, [1, 0, 1], A_ref, B_ref, on, strength=0.5)
+    result, _ = align(A, B, [1, 0, 1], A_ref, B_ref, on)
     assert not bool(result.finite)
     expected = torch.zeros(len(shapes), 3, dtype=torch.bool, device=DEVICE)
     expected[adapter, client] = on in (factor, "joint")  # what is not in M does not harm R
