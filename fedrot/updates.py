@@ -70,7 +70,12 @@ def open_update(update: UpdateLike, name: str, first: Update | None = None) -> U
     """
     if isinstance(update, Update):
         return update
-    if first is not None and type(update) is dict and type(first.tensors) is dict and _looks(update) == first.looks:
+    if (
+        first is not None
+        and type(update) is type(first.tensors) is dict
+        and (looks := _looks(update))
+        and looks == first.looks
+    ):
         return replace(first, name=name, tensors=update)
     if isinstance(update, Mapping):
         specs, keys_given = describe(update, name)
@@ -90,7 +95,7 @@ def _looks(tensors: StateDict) -> tuple[list, ...]:
     """Keys and kinds of tensors, to be compared as a whole: a fraction of a microsecond for each."""
     values = tensors.values()
     if not {*map(type, values)} <= {Tensor, Parameter}:
-        return ()  # which no opened update looks like
+        return ()  # looks like nothing that needs no parsing
     return list(tensors), *([get(x) for x in values] for get in map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 

@@ -52,6 +52,13 @@ def check_strength(strength: float) -> None:
         raise ValueError(f"strength must be between 0 and 1, got {strength}")
 
 
+def check_weights(weights: Tensor) -> None:
+    """Raise ValueError unless weights can be averaged with."""
+    w = weights.double()
+    if not (bool((w >= 0).all()) and bool(w.isfinite().all()) and bool(w.any())):
+        raise ValueError(f"weights must be finite, non-negative and not all zero, got {weights.tolist()}")
+
+
 @full_precision
 def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
     """See ``ops.cross_covariance``."""
@@ -191,8 +198,6 @@ def rotate_add_(total: Tensor, F: Tensor, R: Tensor, weight: float) -> Tensor:
 def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
     """See ``ops.rotate_average``."""
     w = weights.double()
-    if not (bool((w >= 0).all()) and bool(w.isfinite().all()) and bool(w.any())):
-        raise ValueError(f"weights must be finite, non-negative and not all zero, got {weights.tolist()}")
     total = torch.zeros(F.shape[1:], dtype=working_dtype(F), device=F.device)
     for i, weight in enumerate((w / w.sum()).tolist()):
         if R is None:

@@ -42,6 +42,8 @@ def _(M: Tensor, strength: float, special: bool, noise: float) -> tuple[Tensor, 
 
 @torch.library.custom_op("fedrot::rotate_average", mutates_args=())
 def _rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
+    if weights.device.type == "cpu":
+        batched.check_weights(weights)
     if R is not None and runs_on_triton(F, F.shape[-2]) and R.dtype != torch.float64:
         from .triton_backend.batches import rotate_average
 
@@ -118,7 +120,7 @@ def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
     Args:
         F: (N, ..., r, d), any floating dtype.
         R: (N, ..., r, r), or None for the plain weighted mean.
-        weights: (N,), non-negative, not all zero; not checked where they and F are on a GPU.
+        weights: (N,), non-negative, not all zero; not checked on a GPU.
 
     Returns:
         (..., r, d), float32 (float64 if F is).

@@ -10,10 +10,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def full_precision(function: Function) -> Function:
-    """Run a function without autograd and outside autocast, in which a rotation would be rounded to half precision."""
+    """Run a function without autograd, outside autocast, in which a rotation would be rounded to half precision, and
+    without tf32, in which it would keep three digits."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if (given := torch.get_float32_matmul_precision()) != "highest":
+            torch.set_float32_matmul_precision("highest")
+            try:
+                return wrapper(*args, **kwargs)
+            finally:
+                torch.set_float32_matmul_precision(given)
         if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
             with torch.no_grad():  # leaving autocast takes longer than the smallest of these functions
                 return function(*args, **kwargs)

@@ -94,8 +94,8 @@ def average(
         weights, backend: as in ``align_average``.
 
     Returns:
-        The means, in the inputs' dtypes, each with storage of its own, summed in float32 (float64 for float64) and rounded
-        once; and a bool scalar tensor on their device: every entry is finite.
+        The means, in the inputs' dtypes, each with storage of its own (Triton: parts of one per dtype), summed in float32
+        (float64 for float64) and rounded once; and a bool scalar tensor on their device: every entry is finite.
 
     Raises:
         ValueError: shapes or weights that do not fit, by the tensor's index.
@@ -105,7 +105,7 @@ def average(
     if not n:
         raise ValueError("nothing to average: pass at least one tensor of at least one client")
     for i, of_clients in enumerate(tensors):
-        _check_clients(of_clients, n, f"tensor {i}")
+        _check_clients(of_clients, n, f"tensor {i}", tensors[0][0].device)
     first = tensors[0][0]
     if _use_triton(backend, [of_clients[0] for of_clients in tensors], 0):
         from .triton_backend import average as triton
@@ -147,7 +147,10 @@ def _shares(weights: Sequence[float] | Tensor, n: int, device: torch.device) -> 
     else:
         values = torch.tensor(_numbers(weights, n), dtype=torch.float64)
     values = values / values.amax()  # so that the sum cannot overflow
-    return (values / values.sum()).to(device)
+    values = values / values.sum()
+    if values.device.type == "cpu" and device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _check_adapters(
@@ -161,8 +164,8 @@ def _check_adapters(
         raise ValueError(f"A, B and the references must have one entry per adapter, and at least one client; got {lengths}")
     n = len(A[0])
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
-        _check_clients(a, n, f"adapter {i}, A")
-        _check_clients(b, n, f"adapter {i}, B")
+        _check_clients(a, n, f"adapter {i}, A", A[0][0].device)
+        _check_clients(b, n, f"adapter {i}, B", A[0][0].device)
         (A0, B0), shapes = (a[0], b[0]), f"A {tuple(a[0].shape)} and B {tuple(b[0].shape)}"
         if A0.dim() != 2 or B0.dim() != 2 or A0.shape[0] != B0.shape[1] or not A0.numel() or not B0.numel():
             raise ValueError(f"adapter {i}: expected (r, d_in) and (d_out, r) per client, got {shapes}")
@@ -174,11 +177,14 @@ def _check_adapters(
     return n
 
 
-def _check_clients(of_clients: Clients, n: int, name: str) -> None:
+def _check_clients(of_clients: Clients, n: int, name: str, device: torch.device) -> None:
     if len(of_clients) != n:
         raise ValueError(f"{name}: {len(of_clients)} clients, but {n} in the first")
     if not of_clients[0].is_floating_point():
         raise TypeError(f"{name}: expected floating-point tensors, got {of_clients[0].dtype}")
+    devices = {of_clients.device} if isinstance(of_clients, Tensor) else {x.device for x in of_clients}
+    if devices != {device}:
+        raise ValueError(f"{name}: on {' and '.join(map(str, devices))}, the first on {device}; move them to one device")
     if isinstance(of_clients, Tensor):
         return
     if len(shapes := {x.shape for x in of_clients}) > 1:

@@ -236,3 +236,14 @@ def test_what_is_not_an_update_is_named(clients):
     for option in ({"strength": "a"}, {"strength": None}, {"method": ["fedrot"]}):
         with refused(error=ValueError):
             fedrot.aggregate(clients, **option)
+
+
+def test_updates_of_tensor_subclasses_are_checked_like_any_other(clients):
+    class Labelled(torch.Tensor):
+        pass
+
+    labelled = [{key: x.as_subclass(Labelled) for key, x in client.items()} for client in clients]
+    key = next(iter(labelled[1]))
+    labelled[1][key] = labelled[1][key][:2]
+    with pytest.raises(fedrot.UpdateError, match=r"client 1"):
+        fedrot.aggregate(labelled)

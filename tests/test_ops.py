@@ -44,3 +44,14 @@ def test_gradients_stop_here():
     assert not fk.polar(M).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fk.polar(M), fk.polar(M.clone()))
+
+
+def test_the_callers_tf32_is_off_inside_and_on_again_after():
+    given = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        seen = []
+        fk.full_precision(lambda: seen.append(torch.get_float32_matmul_precision()))()
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(given)

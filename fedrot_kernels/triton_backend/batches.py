@@ -54,7 +54,8 @@ def rotate_average(F: Tensor, R: Tensor, weights: Tensor) -> Tensor:
     padded[:, :, :r, :r] = R.expand(*F.shape[:-1], r).reshape(n, g, r, r).transpose(0, 1)
     w = weights.to(F.device, torch.float64)
     means, _ = model.rotate_average(padded, (w / w.sum()).float(), torch.float32)
-    return torch.stack([x if x.shape == (r, d) else x.mT for x in means if x.numel()]).reshape(*batch, r, d)
+    of_A, of_B = means[::2], means[1::2]  # one of the two is empty
+    return torch.stack(of_A if of_A[0].numel() else [x.mT for x in of_B]).reshape(*batch, r, d)
 
 
 def _model(F: Tensor, F_ref: Tensor | None) -> Model:

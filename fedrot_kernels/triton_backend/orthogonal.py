@@ -40,7 +40,7 @@ def first_of_matrix(b_where, b_k, b_same, ONE: tl.constexpr, SIZE: tl.constexpr)
 def determinant_sign(b_R, b_k, b_same, RP: tl.constexpr, SIZE: tl.constexpr):
     """The sign of each determinant, by elimination with row pivots: signs of the pivots times that of the row order."""
     ONE: tl.constexpr = SIZE == RP
-    b_sign = tl.where(sum_of_matrix(tl.sum(b_R * b_R, 0), b_same, ONE) >= 0, 1.0, 1.0)
+    b_sign = tl.where(sum_of_matrix(tl.sum(b_R * b_R, 0), b_same, ONE) >= 0, 1.0, 1.0)  # of a loop's type
     b_left = b_k >= 0  # the rows without a pivot yet
     for column in range(RP):
         b_column = tl.sum(tl.where(b_same & (b_k == column)[None, :], b_R, 0.0), 1)
@@ -73,7 +73,7 @@ def longest_column(b_P, b_k, b_same, RP: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def slice_sum(p_M, first, last, matrix, n_rows, entries, b_row, b_column, LD, b_entry, b_some):
     """Σ over slices first … last of M[slice, matrix], in that order. first, last, matrix: (rows,), per row of the tile."""
-    b_total = tl.where(b_entry, 0.0, 0.0)
+    b_total = tl.where(b_entry, 0.0, 0.0)  # of a loop's type
     for step in range(tl.max(tl.where(b_some, last - first, 0))):
         slot = first + step
         at = (slot.to(tl.int64) * n_rows + matrix) * entries + b_row * LD
@@ -84,7 +84,7 @@ def slice_sum(p_M, first, last, matrix, n_rows, entries, b_row, b_column, LD, b_
 @triton.jit
 def slice_trace(p_M, first, last, matrix, n_rows, entries, b_k, LD, b_inside, b_same, ONE: tl.constexpr):
     """(SIZE,) tr Σ M[slice, matrix] of each matrix: ‖F_ref‖² where the matrix is the reference's own."""
-    b_total = tl.where(b_inside, 0.0, 0.0)
+    b_total = tl.where(b_inside, 0.0, 0.0)  # ditto
     for step in range(tl.max(tl.where(b_inside, last - first, 0))):
         slot = first + step
         at = (slot.to(tl.int64) * n_rows + matrix) * entries + b_k * (LD + 1)

@@ -6,7 +6,7 @@ import triton.language as tl
 from .launch import LaunchOptions
 from .orthogonal import determinant_sign, longest_column, max_of_matrix, slice_sum, slice_trace, sum_of_matrix
 
-# ‖XᵀX − I‖_F at which one more classic step is the last; see fedrot_kernels/batched.py.
+# ‖XᵀX − I‖_F at which one more classic step is the last; see fedrot_kernels/newton_schulz.py.
 _CONVERGED = tl.constexpr(3e-3)
 _SQUARINGS = tl.constexpr(10)
 
@@ -18,7 +18,7 @@ def _newton_schulz(
     """Drive every singular value to 1. A matrix that has converged stays as it is while its neighbours go on."""
     SIZE: tl.constexpr = b_X.shape[0]
     ONE: tl.constexpr = SIZE == RP
-    b_going = sum_of_matrix(tl.sum(b_eye, 0), b_same, ONE) > 0
+    b_going = sum_of_matrix(tl.sum(b_eye, 0), b_same, ONE) > 0  # all, of the type that a loop's variable keeps
     step = 0
     going = 1
     while going > 0:

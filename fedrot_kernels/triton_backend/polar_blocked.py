@@ -8,7 +8,8 @@ from .launch import LaunchOptions, precision
 from .orthogonal import slice_sum, slice_trace
 
 _CONVERGED = tl.constexpr(3e-3)
-BUFFERS = 6  # matrices of scratch per program
+_BUFFERS = tl.constexpr(6)  # matrices of scratch per program
+BUFFERS = _BUFFERS.value
 _ROWS = tl.constexpr(32)  # of a matrix in registers at a time, where it is worked on entry by entry
 
 
@@ -249,7 +250,7 @@ def polar_blocked_kernel(
     PRECISION: tl.constexpr,
 ):
     """Rotations one after the other, as many programs at once as there is scratch for. Arguments as in ``polar_kernel``."""
-    p_X = p_scratch + tl.program_id(0).to(tl.int64) * (6 * RP * RP)
+    p_X = p_scratch + tl.program_id(0).to(tl.int64) * (_BUFFERS * RP * RP)
     p_here, p_turn, p_D = p_X + RP * RP, p_X + 2 * RP * RP, p_X + 3 * RP * RP
     p_Y, p_next = p_X + 4 * RP * RP, p_X + 5 * RP * RP
     k = tl.arange(0, RP)

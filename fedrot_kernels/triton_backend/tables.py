@@ -1,12 +1,13 @@
 """What a launch over a whole model reads from the device: work items, where tensors are, where averages go.
 
-Tables are made once per model shape and kept on the device. Addresses are kept as well, in case the same tensors come
-back: what was launched once can be captured in a CUDA graph, which then holds nothing but the launches.
+Tables are made once per model shape and kept on the device for good: launches under way and graphs may read them. Addresses
+are kept as well, in case the same tensors come back: what was launched once can be captured in a CUDA graph, which then
+holds nothing but the launches.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
 import torch
@@ -30,7 +31,7 @@ class ModelTables:
         slices: (n, 4) int32, the cross-covariance's items: tensor, rank, d, start. Tensor 2l is A of adapter l, 2l + 1 is B.
         adapters: (L, 5) int32, rank and the first and last slice that sum to M, and those of B where both are aligned.
         tiles: (m, 4) int32, the rotated average's items, likewise.
-        offsets: (2L,) int64, where each average begins in the memory of all.
+        offsets: (2L,) int64, where each average begins in the memory of all; starts: the same on the host.
         size: how many elements that memory has.
     """
 
@@ -42,7 +43,7 @@ class ModelTables:
     size: int
 
 
-@lru_cache(maxsize=64)
+@cache
 def model_tables(shapes: tuple[Shape, ...], on: tuple[int, ...], RP: int, device: torch.device) -> ModelTables:
     """The tables of a model whose factors ``on`` (0 for A, 1 for B) are aligned.
 
@@ -88,7 +89,7 @@ class AverageTables:
     size: int
 
 
-@lru_cache(maxsize=64)
+@cache
 def average_tables(sizes: tuple[int, ...], device: torch.device) -> AverageTables:
     """The tables of tensors of these many elements."""
     items = [(t, n, start) for t, n in enumerate(sizes) for start in range(0, n, plain_average.BLOCK)]
@@ -115,13 +116,13 @@ def _address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return _on_device(addresses, torch.int64, device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def one_adapter(rank: int, device: torch.device) -> Tensor:
     """(1, 5) int32: the ``adapters`` of a batch of whole matrices of one rank."""
     return _on_device([(rank, 0, 1, 0, 0)], torch.int32, device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def schedule_table(device: torch.device) -> Tensor:
     """(steps + 1, 3) float32: the coefficients of Newton-Schulz, the classic ones last."""
     return _on_device((*SCHEDULE, CLASSIC), torch.float32, device)
@@ -129,6 +130,8 @@ def schedule_table(device: torch.device) -> Tensor:
 
 def addresses_of(clients: Clients) -> tuple[list[int], Clients]:
     """Where every client's tensor is, and what must live until the launch: the tensors, or copies if not contiguous."""
+    if not clients[0].numel():
+        return [0] * len(clients), clients
     if isinstance(clients, Tensor):
         if not clients[0].is_contiguous():
             clients = clients.contiguous()
@@ -154,7 +157,7 @@ def _on_device(rows: Sequence, dtype: torch.dtype, device: torch.device) -> Tens
     if device.type != "cuda":
         return torch.tensor(rows, dtype=dtype, device=device)
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("these tensors are new: call once before capturing a CUDA graph, with the tensors to be captured")
+        raise RuntimeError("new tensors: call once before capturing a CUDA graph, with contiguous tensors of one dtype")
     stream = _copy_stream(device)
     with torch.cuda.stream(stream):
         copy = torch.tensor(rows, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
