@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -180,14 +181,18 @@ def _check_adapters(
 def _check_clients(of_clients: Clients, n: int, name: str, device: torch.device) -> None:
     if len(of_clients) != n:
         raise ValueError(f"{name}: {len(of_clients)} clients, but {n} in the first")
-    if not of_clients[0].is_floating_point():
-        raise TypeError(f"{name}: expected floating-point tensors, got {of_clients[0].dtype}")
-    devices = {of_clients.device} if isinstance(of_clients, Tensor) else {x.device for x in of_clients}
-    if devices != {device}:
-        raise ValueError(f"{name}: on {' and '.join(map(str, devices))}, the first on {device}; move them to one device")
-    if isinstance(of_clients, Tensor):
+    first = of_clients[0]
+    if not first.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point tensors, got {first.dtype}")
+    kinds = {_kind(first)} if isinstance(of_clients, Tensor) else {*map(_kind, of_clients)}
+    if kinds == {(first.shape, first.dtype, device)}:
         return
-    if len(shapes := {x.shape for x in of_clients}) > 1:
+    shapes, dtypes, devices = ({kind[i] for kind in kinds} for i in range(3))
+    if len(shapes) > 1:
         raise ValueError(f"{name}: clients of the shapes {' and '.join(str(tuple(s)) for s in shapes)}")
-    if len(dtypes := {x.dtype for x in of_clients}) > 1:
+    if len(dtypes) > 1:
         raise ValueError(f"{name}: clients of the dtypes {' and '.join(map(str, dtypes))}")
+    raise ValueError(f"{name}: on {' and '.join(map(str, devices))}, the first on {device}; move them to one device")
+
+
+_kind = attrgetter("shape", "dtype", "device")
