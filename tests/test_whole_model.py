@@ -251,3 +251,12 @@ def test_wrong_input_to_average_names_the_tensor():
         fk.average([torch.ones(2, 4)], [1, 1, 1])
     with pytest.raises(ValueError, match="use torch"):
         fk.average([torch.ones(2, 4).double()], [1, 1], backend="triton")
+
+
+def test_tensors_of_two_devices_are_refused_by_name():
+    A, B, A_ref, _ = model([(2, 5, 4), (3, 6, 4)], 2)
+    elsewhere = [A[0], [A[1][0], A[1][1].to("meta")]]
+    with pytest.raises(ValueError, match=r"adapter 1, A: on .*meta.*, the first on cpu; move them to one device"):
+        fk.align_average(elsewhere, B, [1, 1], A_ref=A_ref)
+    with pytest.raises(ValueError, match=r"tensor 1: on meta, the first on cpu"):
+        fk.average([A[0], A[1].to("meta")], [1, 1])
