@@ -319,7 +319,9 @@ def test_nan_is_found_in_a_client_of_weight_zero(method, key, start):
     reference, clients = turned_clients(KINDS["modules to save"], 3)
     start = reference if start else None
     (key,) = (name for name in clients[0] if name.endswith(key))
-    clients[1][key].view(-1)[0] = math.nan
+    broken = {name: x.clone() for name, x in clients[1].items()}
+    broken[key].view(-1)[0] = math.nan
+    clients = [clients[0], broken, clients[2]]
     with pytest.raises(fedrot.UpdateError, match=r"client 1.*NaN"):
         fedrot.aggregate(clients, [1, 0, 1], start, method=method)
     dropped = fedrot.aggregate(clients, [1, 0, 1], start, method=method, on_invalid="drop")
