@@ -61,7 +61,7 @@ def plot(comparisons: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     )
     for axis in axes.flat[len(comparisons) :]:
         axis.set_visible(False)
-    for axis, comparison in zip(axes.flat, comparisons, strict=False):
+    for axis, comparison in zip(axes.flat[: len(comparisons)], comparisons, strict=True):
         rows = comparison["rows"]
         times = [row["median_s"] * 1e3 for row in rows.values()]
         spread = [

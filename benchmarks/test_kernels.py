@@ -75,7 +75,7 @@ def test_rotation(benchmark, operation, r, matrices):
 def test_whole_model(benchmark, operation, label, layout):
     workload = MODELS[label]
     if reason := does_not_fit(workload, DEVICE, torch.float32):
-        pytest.skip(reason)
+        pytest.skip(reason)  # which says how much memory is wanted and how much there is
     inputs = build(workload, DEVICE, torch.float32)
     A, B = inputs.stacked_factors if layout == "stacked" else inputs.factors(getattr(inputs, layout))
     weights = torch.tensor(inputs.weights, device=DEVICE)

@@ -71,7 +71,7 @@ def test_align_average_is_what_the_definitions_say(layout, on, special, strength
     for i in range(len(RAGGED)):
         problem = (A[i], B[i], A_ref[i], B_ref[i], weights, on, strength, special)
         truth, plain = by_definition(*problem, torch.float64), by_definition(*problem, working(dtype))
-        for mean, exact, theirs in zip((result.A[i], result.B[i]), truth, plain, strict=False):
+        for mean, exact, theirs in zip((result.A[i], result.B[i]), truth[:2], plain[:2], strict=True):
             assert mean.dtype == dtype and mean.shape == exact.shape
             bound = (theirs.to(dtype) - exact).abs().max() + EXTRA[working(dtype)] * exact.abs().max()
             assert (mean - exact).abs().max() <= bound, i

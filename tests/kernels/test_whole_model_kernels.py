@@ -66,7 +66,7 @@ def test_align_average_is_what_the_definitions_say(name, dtype, setting):
     check(result, *factors[:2], weights, *factors[2:], on, special, strength)
 
 
-@pytest.mark.parametrize(("dtype", "on"), list(zip(DTYPES, ["joint", "A", "B"], strict=False)))
+@pytest.mark.parametrize(("dtype", "on"), list(zip(DTYPES, ["joint", "A", "B"][: len(DTYPES)], strict=True)))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_layouts(layout, on, dtype):
     for shapes in (MIXED[:3], WIDE):
@@ -202,10 +202,10 @@ def test_an_average_that_overflows_its_dtype_is_not_finite():
     A, B, A_ref, B_ref = model([(2, 30, 20)], 1, torch.float16)
     A[0].fill_(60000)
     A_ref[0].fill_(1)
-    A_ref[0][1] = -1  # R turns (1, 1) into (√2, 0): 85,000
+    A_ref[0][1] = 0  # R turns (1, 1) into (√2, 0): 85,000
     result, _ = align(A, B, [1], A_ref, B_ref, "A")
     assert result.residual.max() <= 1e-6
-    assert bool(result.finite) == bool(result.A[0].isfinite().all())
+    assert not bool(result.finite) and result.A[0][0].isinf().all() and result.B[0].isfinite().all()
 
 
 @pytest.mark.parametrize("weights", [[1.0, 2.0, 4.5], [0.0, 1e-30, 1e30], torch.tensor([3, 2, 1])])
