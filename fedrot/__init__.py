@@ -4,8 +4,10 @@ from .aggregation import AggregationResult, FedRotAggregator, aggregate
 from .alignment import align
 from .errors import UpdateError
 from .folders import read_adapter, write_adapter
+from .folding import fold
 from .methods import METHODS
 from .report import AdapterReport, Report
+from .server_optimizer import ServerOptimizer
 
 __all__ = [
     "METHODS",
@@ -13,9 +15,11 @@ __all__ = [
     "AggregationResult",
     "FedRotAggregator",
     "Report",
+    "ServerOptimizer",
     "UpdateError",
     "aggregate",
     "align",
+    "fold",
     "read_adapter",
     "write_adapter",
 ]

@@ -1,9 +1,10 @@
 """Aggregating the updates of one round, all at once or as they arrive."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from fedrot_kernels import Backend
@@ -13,13 +14,19 @@ from .alignment import Alignment, AlignOn, RotationGroup, check_range, check_rot
 from .averaging import RunningMean
 from .diagnostics import rotation_angle
 from .errors import UpdateError
-from .methods import get_method
+from .folding import base_config
+from .methods import Round, get_method
 from .report import AdapterReport, Report, adapter_reports
-from .round import Averages, average_round
+from .round import Averages
+from .scaling import result_config, scalings, widest_layout, with_configs
+from .server_optimizer import ServerOptimizer
 from .updates import (
+    StateDict,
     Update,
     UpdateLike,
+    check_device,
     check_update,
+    check_updates,
     check_weight,
     check_weights,
     not_finite,
@@ -36,14 +43,22 @@ class AggregationResult:
     """The aggregated adapter.
 
     Attributes:
-        state_dict: the keys, shapes and dtypes of the first update.
+        state_dict: the keys, shapes and dtypes of the first update; shapes of the largest ranks, where ranks differ.
         report: aggregation error and rotation angles per adapter, clients used and dropped.
-        config: the adapter_config.json of the reference's or else the first update's folder; None without folders.
+        config: its adapter_config.json, from the reference's or else the clients' folders or configs; None without any.
+        base_update: of methods that change the base weights (FLoRA, FedEx-LoRA) the change, as the PEFT state dict of an
+            adapter to be merged into the base before ``state_dict`` is used, under the keys of a saved one: see
+            ``fedrot.fold``. None of other methods.
+        base_config: the adapter_config.json of that adapter.
+        personal: keys that are not in ``state_dict``, of which each client keeps its own (B of FedSA-LoRA).
     """
 
     state_dict: dict[str, Tensor] = field(repr=False)
     report: Report
     config: dict[str, Any] | None = None
+    base_update: dict[str, Tensor] | None = field(default=None, repr=False)
+    base_config: dict[str, Any] | None = None
+    personal: tuple[str, ...] = ()
 
 
 def aggregate(
@@ -59,11 +74,14 @@ def aggregate(
     on_invalid: OnInvalid = "raise",
     backend: Backend = "auto",
     report_error: bool = True,
+    configs: Any = None,
+    seed: int = 0,
 ) -> AggregationResult:
     """Merge the LoRA adapters of several clients into one.
 
-    Ā = Σ wᵢ RᵢᵀAᵢ and B̄ = Σ wᵢ BᵢRᵢ with rotations Rᵢ towards the reference (FedRot-LoRA, arXiv 2602.23638), or Rᵢ = I
-    (FedIT); every other tensor is averaged. Deterministic: the same inputs give the same bits.
+    Ā = Σ wᵢ RᵢᵀAᵢ and B̄ = Σ wᵢ BᵢRᵢ with rotations Rᵢ towards the reference (FedRot-LoRA, arXiv 2602.23638), Rᵢ = I
+    (FedIT), or what another of ``fedrot.METHODS`` makes of them; every other tensor is averaged. Deterministic: the same
+    inputs give the same bits.
 
     Variants of LoRA that a rotation would break are refused as far as keys, shapes and a folder's configuration show
     them. A bare state dict does not tell block-diagonal factors, nor ``target_parameters`` of a module that is not
@@ -83,6 +101,9 @@ def aggregate(
         on_invalid: "raise" on NaN or Inf in an update, or "drop" that client and report it.
         backend: "triton", "torch", or "auto": Triton for tensors on a GPU, as far as it takes their dtype and rank.
         report_error: False leaves the aggregation error out of the report, which then costs next to nothing.
+        configs: the LoRA configuration of state dicts, a ``peft.LoraConfig`` for all or one each: needed where s of
+            ΔW = s·B·A plays a part (FLoRA, FedEx-LoRA, and FlexLoRA of unequal ranks or scalings). Folders have theirs.
+        seed: of the random rotations, and of what FLoRA draws anew.
 
     Returns:
         The merged adapter with a report.
@@ -101,6 +122,8 @@ def aggregate(
         on_invalid=on_invalid,
         backend=backend,
         report_error=report_error,
+        configs=configs,
+        seed=seed,
     )
     return aggregator.aggregate(updates, weights)
 
@@ -114,8 +137,9 @@ class FedRotAggregator:
     Args:
         reference: the adapter that the clients start from; None if they have none in common yet, in which case the first
             round must be aggregated at once.
-        method, align_on, round, strength, group, on_invalid, backend, report_error: as in ``aggregate``; the last two are
-            for rounds aggregated at once.
+        method, align_on, round, strength, group, on_invalid, backend, report_error, configs, seed: as in ``aggregate``;
+            backend, report_error and configs are for rounds aggregated at once.
+        server_optimizer: steps from the reference towards each round's mean; None takes the mean itself.
 
     Attributes:
         reference: the adapter that the clients of the next round start from.
@@ -134,8 +158,16 @@ class FedRotAggregator:
         on_invalid: OnInvalid = "raise",
         backend: Backend = "auto",
         report_error: bool = True,
+        configs: Any = None,
+        seed: int = 0,
+        server_optimizer: ServerOptimizer | None = None,
     ):
-        self.method = get_method(method, Alignment(align_on, strength, group))
+        self.method = get_method(method, Alignment(align_on, strength, group), seed)
+        if server_optimizer is not None and not self.method.keeps_basis:
+            raise ValueError(
+                f"{method} changes the adapter's basis every round, so that a server optimizer's moments would mean nothing; "
+                "leave it out, or take another method"
+            )
         for name, value, allowed in (("on_invalid", on_invalid, OnInvalid), ("backend", backend, Backend)):
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
@@ -146,6 +178,8 @@ class FedRotAggregator:
         self.on_invalid = on_invalid
         self.backend = backend
         self.report_error = report_error
+        self.configs = configs
+        self.server_optimizer = server_optimizer
         self._config: dict[str, Any] | None = None
         self._under_way: _Round | None = None
 
@@ -153,34 +187,62 @@ class FedRotAggregator:
         """Aggregate a whole round. See ``fedrot.aggregate``."""
         if self._under_way is not None:
             raise RuntimeError("updates were added one by one; finish() that round first")
-        clients, layout = open_updates(updates)
+        clients = with_configs(open_updates(updates), self.configs)
+        layout = self._layout(clients)
         values = check_weights(weights, clients)
-        first, dropped = clients[0], dict[str, str]()
-        given = None if self.reference is None else open_reference(self.reference, first, layout)
-        averages, target = self._average(layout, clients, values, given)
+        dropped = dict[str, str]()
+        if self.method.needs_all:  # whose algebra does not survive NaN
+            clients, values = self._valid(clients, values, dropped)
+        given = None if self.reference is None else self._open_reference(clients[0], layout)
+        averages = self._average(layout, clients, values, given)
         if not averages.sound:  # only then look for what is wrong
-            kept = [(client, w) for client, w in zip(clients, values, strict=True) if self._is_valid(client, dropped)]
-            if not any(w for _, w in kept):
-                raise _nothing_left(dropped)
-            if dropped:
-                clients, values = map(list, zip(*kept, strict=True))
-                averages, target = self._average(layout, clients, values, given)
+            kept, kept_values = self._valid(clients, values, dropped)
+            if len(kept) < len(clients):
+                clients, values = kept, kept_values
+                averages = self._average(layout, clients, values, given)
             if averages.residual is not None:
                 check_rotations(averages.residual, layout.adapters, [client.name for client in clients])
+        frozen = self._frozen(layout)
+        for client in clients:
+            _check_frozen(client, given or clients[0], frozen, self.method.name)
         names, shares = tuple(client.name for client in clients), _shares(values)
         adapters = adapter_reports(layout, averages, shares, self.report_error)
         report = Report(self.method.name, self.round, names, shares, dropped, adapters)
-        return self._close(first, target, averages.mean, report, check=not averages.sound)
+        return self._close(clients, layout, given, averages, report, check=not averages.sound)
 
-    def _average(
-        self, layout: Layout, clients: list[Update], weights: list[float], reference: Update | None
-    ) -> tuple[Averages, Update]:
-        """The averages, and the reference: the one given, or the client of the largest weight."""
+    def _layout(self, clients: list[Update]) -> Layout:
+        if not self.method.unequal_ranks:
+            return check_updates(clients)
+        for client in clients[1:]:
+            check_device(client, clients[0])
+        return widest_layout(clients)
+
+    def _open_reference(self, first: Update, layout: Layout) -> Update:
+        assert self.reference is not None
+        if self.method.unequal_ranks or self.method.shares() != ("A", "B"):  # the reference may have other shapes, or no B
+            return open_update(self.reference, "the reference")
+        return open_reference(self.reference, first, layout)
+
+    def _valid(
+        self, clients: list[Update], weights: list[float], dropped: dict[str, str]
+    ) -> tuple[list[Update], list[float]]:
+        kept = [(client, w) for client, w in zip(clients, weights, strict=True) if self._is_valid(client, dropped)]
+        if not any(w for _, w in kept):
+            raise _nothing_left(dropped)
+        return [client for client, _ in kept], [w for _, w in kept]
+
+    def _average(self, layout: Layout, clients: list[Update], weights: list[float], reference: Update | None) -> Averages:
+        """The averages, towards the reference given, or else the client of the largest weight."""
         if reference is None:
             reference = clients[max(range(len(clients)), key=weights.__getitem__)]
-        on = self.method.aligned_on(self.round)
-        averages = average_round(layout, clients, weights, reference, on, self.method.alignment, self.backend)
-        return averages, reference
+        s = scalings(clients, layout) if self.method.unequal_ranks else (None, None)
+        round = Round(self.round, layout, clients, weights, reference, *s, self.backend, self.report_error)
+        return self.method.aggregate(round)
+
+    def _frozen(self, layout: Layout) -> frozenset[str]:
+        """The keys of factors that no client trained in this round."""
+        trained = self.method.trains(self.round)
+        return frozenset(key for keys in layout.factor_keys for key, f in zip(keys, "AB", strict=True) if f not in trained)
 
     def add(self, update: UpdateLike, weight: float = 1.0) -> None:
         """Add one client's update to the round; nothing of it is kept but its share of the sums.
@@ -188,26 +250,25 @@ class FedRotAggregator:
         Raises:
             UpdateError: as in ``aggregate``; the round goes on as if the update had not been added.
         """
+        if self.method.needs_all:
+            raise ValueError(f"{self.method.name} needs all updates of a round at once: aggregate(updates)")
         round = self._under_way
         client = open_update(update, f"client {round.seen if round else 0}")
         weight = check_weight(weight, client)
         if round is None:
             layout = Layout(client.specs, client.name)
-            if self.reference is None and self.method.aligned_on(self.round):
+            if self.reference is None and self.method.needs_reference(self.round):
                 raise UpdateError(
                     "updates that are added one by one need a reference; pass the adapter that the clients started from, "
                     "or aggregate(updates) the first round at once"
                 )
-            target = None if self.reference is None else open_reference(self.reference, client, layout)
-            round = _Round(client, layout, target, {})
+            target = None if self.reference is None else self._open_reference(client, layout)
+            frozen = {key: (target or client)[key].detach().clone() for key in self._frozen(layout)}
+            round = _Round(client, layout, target, frozen, {})
         check_update(client, round.first, round.layout)
         if self._is_valid(client, round.dropped):
-            rotations = None
-            if on := self.method.aligned_on(self.round):
-                alignment, target = self.method.alignment, round.reference
-                assert target is not None
-                rotations = [alignment.rotations(batch, client, target, on) for batch in round.layout.batches]
-            round.add(client, weight, rotations)
+            _check_frozen(client, round.frozen, round.frozen, self.method.name)
+            round.add(client, weight, *self.method.prepare(self.round, client, round.seen, round.layout, round.reference))
         self._under_way = round
 
     def finish(self) -> AggregationResult:
@@ -226,7 +287,8 @@ class FedRotAggregator:
         )
         shares = _shares(round.weights)
         report = Report(self.method.name, self.round, tuple(round.clients), shares, round.dropped, adapters)
-        return self._close(round.first, round.reference, round.mean.state_dict(), report, check=True)
+        averages = Averages(round.mean.state_dict() | round.frozen, [], [], None, None, False)
+        return self._close([round.first], round.layout, round.reference, averages, report, check=True)
 
     def _is_valid(self, client: Update, dropped: dict[str, str]) -> bool:
         found = not_finite(client)
@@ -237,21 +299,55 @@ class FedRotAggregator:
         return not found
 
     def _close(
-        self, first: Update, reference: Update | None, mean: dict[str, Tensor], report: Report, *, check: bool
+        self,
+        clients: Sequence[Update],
+        layout: Layout,
+        reference: Update | None,
+        averages: Averages,
+        report: Report,
+        *,
+        check: bool,
     ) -> AggregationResult:
-        state_dict = {given: mean[key] for key, given in first.keys_given.items()}
-        if check:
+        personal = {
+            key for keys in layout.factor_keys for key, f in zip(keys, "AB", strict=True) if f not in self.method.shares()
+        }
+        frozen = self._frozen(layout)
+        mean = {key: x for key, x in averages.mean.items() if key not in personal}
+        if frozen and clients[0].tensors:  # to the bit, not to the rounding of a mean of equals
+            mean |= {key: (reference or clients[0])[key].detach().clone() for key in frozen}
+        if self.server_optimizer is not None and reference is not None:
+            mean = self.server_optimizer.step(reference, mean, layout.specs, frozen)
+        first = clients[0]
+        state_dict = {given: mean[key] for key, given in first.keys_given.items() if key in mean}
+        if check or self.server_optimizer is not None:
             check_range(state_dict, "the average,")
-        self._config = (reference.config if reference is not None else None) or self._config or first.config
+        chosen = result_config(clients, layout) if self.method.unequal_ranks else first.config
+        self._config = (reference.config if reference is not None else None) or self._config or chosen
         self.reference, self.round = state_dict, self.round + 1
-        return AggregationResult(state_dict, report, self._config)
+        config = chosen if self.method.unequal_ranks else self._config
+        return AggregationResult(
+            state_dict,
+            report,
+            config,
+            averages.base,
+            None if averages.base is None else base_config(averages.base, config),
+            tuple(first.keys_given[key] for key in layout.specs if key in personal),
+        )
 
 
 class _Round:
     """What is kept of a round's updates while they are added one by one."""
 
-    def __init__(self, first: Update, layout: Layout, reference: Update | None, dropped: dict[str, str]):
-        self.first, self.layout, self.reference, self.dropped = first.without_tensors(), layout, reference, dropped
+    def __init__(
+        self,
+        first: Update,
+        layout: Layout,
+        reference: Update | None,
+        frozen: dict[str, Tensor],
+        dropped: dict[str, str],
+    ):
+        self.first, self.layout, self.reference = first.without_tensors(), layout, reference
+        self.frozen, self.dropped = frozen, dropped
         self.clients: list[str] = []
         self.weights: list[float] = []
         self.angles: dict[str, list[float]] = {a.key_A: [] for a in layout.adapters}
@@ -261,8 +357,8 @@ class _Round:
     def seen(self) -> int:
         return len(self.clients) + len(self.dropped)
 
-    def add(self, client: Update, weight: float, rotations: list[Tensor] | None) -> None:
-        self.mean.add(client, weight, rotations)
+    def add(self, client: Update, weight: float, tensors: StateDict, rotations: list[Tensor] | None) -> None:
+        self.mean.add(tensors, weight, rotations)
         self.clients.append(client.name)
         self.weights.append(weight)
         for g, batch in enumerate(self.layout.batches):
@@ -276,6 +372,17 @@ def _shares(weights: Sequence[float]) -> tuple[float, ...]:
     relative = [w / largest for w in weights]  # whose sum cannot overflow
     total = sum(relative)
     return tuple(w / total for w in relative)
+
+
+def _check_frozen(client: Update, expected: StateDict, frozen: Iterable[str], method: str) -> None:
+    """Raise UpdateError if a factor that clients do not train is not what it was."""
+    for key in frozen:
+        x, y = client[key].detach(), expected[key].detach()
+        if not torch.equal(x, y.to(x.device, x.dtype).reshape(x.shape)):
+            raise UpdateError(
+                f"{client.name}, {key} {tuple(x.shape)}: frozen in this round of {method}, but not what clients started "
+                "from; begin from one adapter and do not train it, or pass the right round"
+            )
 
 
 def _nothing_left(dropped: dict[str, str]) -> UpdateError:

@@ -39,6 +39,18 @@ def aggregation_error(A: Tensor, B: Tensor, weights: Tensor) -> tuple[Tensor, Te
     return error.clamp(min=0).sqrt(), update.clamp(min=0).sqrt()
 
 
+@full_precision
+def product_norm(B: Tensor, A: Tensor) -> Tensor:
+    """‖B A‖_F, (G,), of B (G, d_out, K) and A (G, K, d_in): by Gram matrices, unless B A is the smaller matrix.
+
+    By Gram matrices, a norm that is small beside ‖B‖‖A‖ loses half the digits of the dtype.
+    """
+    (d_out, k), d_in = B.shape[1:], A.shape[2]
+    if d_out * d_in <= k * (d_out + d_in):
+        return torch.linalg.matrix_norm(B @ A)
+    return ((B.mT @ B) * (A @ A.mT)).sum((1, 2)).clamp(min=0).sqrt()
+
+
 def _centred(F: Tensor, weights: Tensor) -> Tensor:
     """(G, N·r + r, d): √wᵢ (Fᵢ − F̄) of every client, and F̄, with which Σ wᵢBᵢAᵢ is complete; F (G, N, r, d)."""
     w = weights.to(F.dtype)
@@ -64,3 +76,23 @@ def rotation_angle(R: Tensor) -> Tensor:
     r = R.shape[-1]
     chord = torch.linalg.matrix_norm(R - torch.eye(r, dtype=R.dtype, device=R.device))
     return torch.rad2deg(2 * torch.asin((chord / (2 * math.sqrt(r))).clamp(max=1)))
+
+
+@full_precision
+def error_bound(A: Tensor, B: Tensor, weights: Tensor) -> Tensor:
+    """Σ wᵢ ‖Bᵢ−B̄‖_F ‖Aᵢ−Ā‖_F of G adapters of one shape, which no aggregation error of averaged factors exceeds.
+
+    By the triangle inequality on Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā).
+
+    Args:
+        A: (G, N, r, d_in), the factors as they are averaged, float32 or float64.
+        B: (G, N, d_out, r).
+        weights: (N,), summing to 1.
+
+    Returns:
+        (G,) in float64.
+    """
+    w = weights.to(A.dtype)[:, None, None]
+    A, B = A - A[:, :1], B - B[:, :1]  # of which equal factors leave nothing, not even rounding
+    spread_A, spread_B = (torch.linalg.matrix_norm(F - (w * F).sum(1, keepdim=True)).double() for F in (A, B))
+    return (spread_A * spread_B) @ weights.double()

@@ -112,6 +112,10 @@ def adapter_reports(
         shares: their weights, summing to 1.
         with_error: whether to measure the aggregation error and the update norm.
     """
+    if averages.errors is not None or not averages.A:
+        given = averages.errors or [(None, None)] * len(layout.adapters)
+        still = (0.0,) * len(shares)
+        return tuple(AdapterReport(a.module, a.rank, *pair, still) for a, pair in zip(layout.adapters, given, strict=True))
     device = averages.A[0][0].device
     groups: dict[tuple, list[int]] = {}
     for i, a in enumerate(layout.adapters):

@@ -1,7 +1,8 @@
 """One round's updates, rotated and averaged all at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,7 +11,11 @@ import fedrot_kernels as fk
 
 from .adapters import Layout
 from .alignment import LARGEST_RESIDUAL, Alignment, Factor
-from .updates import Update
+from .averaging import RunningMean
+from .updates import Update, is_finite
+
+if TYPE_CHECKING:
+    from .methods import Round
 
 
 @dataclass(frozen=True)
@@ -19,10 +24,13 @@ class Averages:
 
     Attributes:
         mean: canonical key → mean, in the updates' shapes and dtypes, each with storage of its own.
-        A, B: per adapter of the layout the N clients' factors as matrices, which share memory with the updates.
+        A, B: per adapter of the layout the N clients' factors as matrices, which may share memory with the updates; empty
+            where the errors are given.
         R: per adapter (N, r, r), or None if nothing was rotated.
         residual: (L, N) ‖RᵀR − I‖_max, or None.
         sound: whether every mean is finite and every rotation is one.
+        base: key → factor, A (K, d_in, …) and B (d_out, K, …), of B·A to be added to the base weights, or None.
+        errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, where a method measured them itself.
     """
 
     mean: dict[str, Tensor]
@@ -31,6 +39,8 @@ class Averages:
     R: list[Tensor] | None
     residual: Tensor | None
     sound: bool
+    base: dict[str, Tensor] | None = None
+    errors: Sequence[tuple[float | None, float | None]] | None = None
 
 
 def average_round(
@@ -73,6 +83,28 @@ def average_round(
             mean[key_A] = mean_A.view(layout.specs[key_A].shape)
             mean[key_B] = mean_B.view(layout.specs[key_B].shape)
     return Averages(mean, A, B, R, residual, bool(torch.stack(checks).all()))
+
+
+def stream_round(round: "Round", prepare: Callable) -> Averages:
+    """Average what ``Method.prepare`` makes of every client, one after the other."""
+    layout = round.layout
+    mean = RunningMean(layout, round.clients[0].device)
+    A: list[list[Tensor]] = [[] for _ in layout.adapters]
+    B: list[list[Tensor]] = [[] for _ in layout.adapters]
+    R: list[list[Tensor]] = [[] for _ in layout.adapters]
+    numbers = {a.key_A: i for i, a in enumerate(layout.adapters)}
+    for index, (client, weight) in enumerate(zip(round.clients, round.weights, strict=True)):
+        tensors, rotations = prepare(round.number, client, index, layout, round.reference)
+        mean.add(tensors, weight, rotations)
+        for i, (key_A, key_B) in enumerate(layout.factor_keys):
+            A[i].append(_matrix(tensors[key_A]))
+            B[i].append(_matrix(tensors[key_B]))
+        for batch, of_batch in zip(layout.batches, rotations or [], strict=rotations is not None):
+            for a, of_adapter in zip(batch.adapters, of_batch, strict=True):
+                R[numbers[a.key_A]].append(of_adapter)
+    state_dict = mean.state_dict()
+    rotated = [torch.stack(of_clients) for of_clients in R] if R[0] else None
+    return Averages(state_dict, A, B, rotated, None, is_finite(list(state_dict.values())))
 
 
 def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:

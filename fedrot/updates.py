@@ -99,8 +99,8 @@ def _looks(tensors: StateDict) -> tuple[list, ...]:
     return list(tensors), *([get(x) for x in values] for get in map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 
-def open_updates(updates: Sequence[UpdateLike]) -> tuple[list[Update], Layout]:
-    """All clients' updates, checked against each other, and their common layout."""
+def open_updates(updates: Sequence[UpdateLike]) -> list[Update]:
+    """All clients' updates, not yet checked against each other."""
     if isinstance(updates, Mapping | str | os.PathLike) or not isinstance(updates, Iterable):
         raise UpdateError("updates must be a sequence of state dicts or folders, one per client; put a single one in a list")
     opened: list[Update] = []
@@ -108,22 +108,32 @@ def open_updates(updates: Sequence[UpdateLike]) -> tuple[list[Update], Layout]:
         opened.append(open_update(update, f"client {i}", opened[0] if opened else None))
     if not opened:
         raise UpdateError("no updates: pass at least one client's state dict or folder")
-    first = opened[0]
+    return opened
+
+
+def check_updates(clients: Sequence[Update]) -> Layout:
+    """The layout of clients; raise UpdateError unless all have it and one scaling."""
+    first = clients[0]
     layout = Layout(first.specs, first.name)
-    for other in opened[1:]:
+    for other in clients[1:]:
         check_update(other, first, layout)
-    return opened, layout
+    return layout
 
 
 def check_update(update: Update, first: Update, layout: Layout) -> None:
     """Raise UpdateError unless the update has the layout and the scaling of ``first``."""
     if update.specs is not first.specs:
         layout.check(update.specs, update.name, first.name)
+    check_device(update, first)
+    check_scaling(update.config, update.name, first.config, first.name)
+
+
+def check_device(update: Update, first: Update) -> None:
+    """Raise UpdateError unless both are on one device."""
     if update.device != first.device:
         raise UpdateError(
             f"{update.name} is on {update.device}, but {first.name} on {first.device}; move them to one device"
         )
-    check_scaling(update.config, update.name, first.config, first.name)
 
 
 def open_reference(reference: UpdateLike, first: Update, layout: Layout) -> Update:

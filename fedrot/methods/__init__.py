@@ -1,14 +1,28 @@
 """The registry of aggregation methods: one name for the API, the command line and the simulator."""
 
 from ..alignment import Alignment
-from .base import Method
+from .base import Method, Round
+from .fedex_lora import FedExLoRA
 from .fedit import FedIT
 from .fedrot import FedRot
+from .fedsa_lora import FedSALoRA
+from .ffa_lora import FFALoRA
+from .flexlora import FlexLoRA
+from .flora import FLoRA
+from .lora_fair import LoRAFAIR
+from .random_rotation import RandomRotation
+from .rolora import RoLoRA
+from .scalar import Scalar
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FedIT, FedRot)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        FedIT, FedRot, FFALoRA, RoLoRA, FlexLoRA, FLoRA, FedExLoRA, FedSALoRA, LoRAFAIR, RandomRotation, Scalar
+    )
+}  # fmt: skip
 
 
-def get_method(name: str, alignment: Alignment) -> Method:
+def get_method(name: str, alignment: Alignment, seed: int = 0) -> Method:
     """The method of that name.
 
     Raises:
@@ -16,7 +30,7 @@ def get_method(name: str, alignment: Alignment) -> Method:
     """
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
-    return METHODS[name](alignment)
+    return METHODS[name](alignment, seed)
 
 
-__all__ = ["METHODS", "Method", "get_method"]
+__all__ = ["METHODS", "Method", "Round", "get_method"]

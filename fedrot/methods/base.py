@@ -1,20 +1,131 @@
-"""What a method decides: on which factors clients are aligned before they are averaged."""
+"""What a method decides: which factors clients train and share, and how a round's updates become one."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
+import fedrot_kernels as fk
+
+from ..adapters import Batch, Layout
 from ..alignment import Alignment, Factor
+from ..round import Averages
+from ..updates import StateDict, Update
+
+
+@dataclass(frozen=True)
+class Round:
+    """The updates of one round.
+
+    Attributes:
+        number: from 0.
+        layout: of the updates; with the largest ranks, where ranks differ.
+        clients: the N updates.
+        weights: one per client, non-negative, not all zero; only their ratios matter.
+        reference: the adapter that the clients started from, or stand in for it.
+        scaling: module → s of the result; None if no LoRA configuration was given.
+        scalings: per client module → s, likewise.
+        backend: of the kernels.
+        report_error: whether the aggregation error is asked for.
+    """
+
+    number: int
+    layout: Layout
+    clients: Sequence[Update]
+    weights: Sequence[float]
+    reference: Update
+    scaling: dict[str, float] | None
+    scalings: Sequence[dict[str, float]] | None
+    backend: fk.Backend
+    report_error: bool
+
+    @property
+    def shares(self) -> Tensor:
+        """(N,) float64, on the CPU: the weights, summing to 1."""
+        w = torch.tensor(self.weights, dtype=torch.float64)
+        w = w / w.amax()  # whose sum cannot overflow
+        return w / w.sum()
 
 
 class Method(ABC):
-    """An aggregation method. Rotating and averaging are the same for all."""
+    """An aggregation method.
+
+    Attributes:
+        name: in the registry.
+        paper: where it is from.
+        up: what a client sends each round.
+        down: what it receives.
+        cost: of the server's work for one adapter from N clients, d = d_in + d_out.
+        exact: whether, or when, the result is Σ wᵢsᵢBᵢAᵢ.
+        rotates: whether the strength λ plays a part.
+        needs_shared_start: whether clients must begin with the same adapter.
+        needs_all: whether all updates are needed at once, so that they cannot be added one by one.
+        unequal_ranks: whether clients' ranks and scalings may differ.
+        keeps_basis: whether results of successive rounds are in one basis, which a server optimizer's moments assume.
+    """
 
     name: ClassVar[str]
-    rotates: ClassVar[bool]  # whether the alignment, and so its strength, plays a part
+    paper: ClassVar[str]
+    up: ClassVar[str] = "A, B"
+    down: ClassVar[str] = "A, B"
+    cost: ClassVar[str]
+    exact: ClassVar[str]
+    rotates: ClassVar[bool] = False
+    needs_shared_start: ClassVar[bool] = False
+    needs_all: ClassVar[bool] = False
+    unequal_ranks: ClassVar[bool] = False
+    keeps_basis: ClassVar[bool] = True
 
-    def __init__(self, alignment: Alignment):
-        self.alignment = alignment
+    def __init__(self, alignment: Alignment, seed: int = 0):
+        self.alignment, self.seed = alignment, seed
+
+    def trains(self, round: int) -> tuple[Factor, ...]:
+        """The factors that clients train in a round; the others are frozen, the same in every update."""
+        return ("A", "B")
+
+    def shares(self) -> tuple[Factor, ...]:
+        """The factors that the server averages and returns; each client keeps its own of the others."""
+        return ("A", "B")
+
+    def needs_reference(self, round: int) -> bool:
+        """Whether a client's part in the average depends on the reference."""
+        return False
 
     @abstractmethod
-    def aligned_on(self, round: int) -> tuple[Factor, ...]:
-        """The factors whose distance to the reference is made least in a round; none to average without rotating."""
+    def aggregate(self, round: Round) -> Averages:
+        """A round's updates as one."""
+
+    def prepare(
+        self, round: int, client: Update, index: int, layout: Layout, reference: Update | None
+    ) -> tuple[StateDict, list[Tensor] | None]:
+        """A client's tensors as they enter the mean, and for every batch of the layout its rotations (G, r, r), if any.
+
+        What ``add`` does with a client whose update will not be kept.
+        """
+        return client, None
+
+
+def generator(seed: int, *stream: int) -> torch.Generator:
+    """A stream of random numbers for these coordinates."""
+    state = seed
+    for number in stream:  # Fibonacci hashing spreads neighbours over the seeds
+        state = (state * 0x9E3779B97F4A7C15 + number + 1) % (1 << 63)
+    return torch.Generator().manual_seed(state)
+
+
+def by_adapter(layout: Layout, of_batches: Sequence[Tensor]) -> list[Tensor]:
+    """Per adapter of the layout its part of what was computed per batch (G, …)."""
+    found = {
+        a.key_A: x
+        for batch, xs in zip(layout.batches, of_batches, strict=True)
+        for a, x in zip(batch.adapters, xs, strict=True)
+    }
+    return [found[a.key_A] for a in layout.adapters]
+
+
+def identities(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """(G, r, r)"""
+    return torch.eye(batch.adapters[0].rank, dtype=dtype).expand(len(batch.adapters), -1, -1)

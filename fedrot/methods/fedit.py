@@ -1,5 +1,6 @@
 """FedIT (arXiv 2305.05644): the mean of A and the mean of B."""
 
+from ..round import average_round
 from .base import Method
 
 
@@ -7,7 +8,9 @@ class FedIT(Method):
     """Averages the factors as they come."""
 
     name = "fedit"
-    rotates = False
+    paper = "arXiv 2305.05644"
+    cost = "N r d"
+    exact = "when all clients share A or B"
 
-    def aligned_on(self, round):
-        return ()
+    def aggregate(self, round):
+        return average_round(round.layout, round.clients, round.weights, None, (), self.alignment, round.backend)

@@ -1,0 +1,33 @@
+"""FlexLoRA (arXiv 2402.11505): the best approximation of rank r of the mean update."""
+
+import torch
+
+from .low_rank import Combined, LowRankMethod, stacked
+
+
+class FlexLoRA(LowRankMethod):
+    """B̄Ā is the truncated SVD of Σ wᵢsᵢBᵢAᵢ / s, its singular values shared evenly: B̄ = U√Σ, Ā = √Σ Vᵀ.
+
+    With S_B S_A the mean update, S_B = Q_B R_B and S_Aᵀ = Q_A R_A, its SVD is that of R_B R_Aᵀ, of N r rows and columns.
+    """
+
+    name = "flexlora"
+    paper = "arXiv 2402.11505"
+    cost = "N² r² d + N³ r³"
+    exact = "when the mean update has rank r"
+    unequal_ranks = True
+    keeps_basis = False
+
+    def combine(self, A, B, w):
+        r = A.shape[2]
+        S_A, S_B = stacked(A, B, w)
+        Q_B, R_B = torch.linalg.qr(S_B)
+        Q_A, R_A = torch.linalg.qr(S_A.mT)
+        U, sigma, Vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+        # Fewer directions than r where d or N r is smaller: the rest of the factors is zero.
+        root = sigma[:, :r].sqrt()
+        A_out, B_out = A.new_zeros(A[:, 0].shape), B.new_zeros(B[:, 0].shape)
+        k = root.shape[1]
+        A_out[:, :k] = root[:, :, None] * (Vt[:, :r] @ Q_A.mT)
+        B_out[:, :, :k] = (Q_B @ U[:, :, :r]) * root[:, None]
+        return Combined(A_out, B_out)

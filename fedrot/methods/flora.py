@@ -1,0 +1,39 @@
+"""FLoRA (arXiv 2409.05976): the mean update, the clients' factors stacked, goes into the base, and they begin anew."""
+
+import torch
+
+from ..errors import UpdateError
+from .base import generator
+from .low_rank import Combined, LowRankMethod
+
+
+class FLoRA(LowRankMethod):
+    """[w₁B₁ … w_N B_N] [A₁; …; A_N] = Σ wᵢBᵢAᵢ is added to the base; A is drawn anew and B is zero, as PEFT begins."""
+
+    name = "flora"
+    paper = "arXiv 2409.05976"
+    down = "A, B of all clients"
+    cost = "N r d"
+    exact = "yes, through the base weights"
+    unequal_ranks = True
+    keeps_basis = False
+    folds = True
+
+    def combine(self, A, B, w):
+        base = A.flatten(1, 2), (w[:, None, None] * B).transpose(1, 2).flatten(2)
+        return Combined(torch.zeros_like(A[:, 0]), torch.zeros_like(B[:, 0]), base)
+
+    def aggregate(self, round):
+        for key in round.layout.plain:
+            if "lora_" in key:
+                raise UpdateError(f"{key}: flora merges B·A into the base weights, and cannot merge this; use fedex-lora")
+        averages = super().aggregate(round)
+        numbers = generator(self.seed, round.number)
+        for a in round.layout.adapters:
+            A, B = averages.mean[a.key_A], averages.mean[a.key_B]
+            if "lora_embedding_" in a.key_A:  # PEFT draws B of embeddings
+                B.copy_(torch.randn(B.shape, generator=numbers))
+            else:  # torch's initialisation of a linear layer
+                bound = a.d_in**-0.5
+                A.copy_((2 * torch.rand(A.shape, generator=numbers) - 1) * bound)
+        return averages

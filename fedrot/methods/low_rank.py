@@ -1,0 +1,118 @@
+"""Methods that compute a result from all clients' factors at once, and never a d_out × d_in matrix of the mean update."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels import average, full_precision
+
+from ..adapters import Adapter
+from ..diagnostics import product_norm
+from ..errors import UpdateError
+from ..round import Averages
+from .base import Method, Round
+
+_ENTRIES = 1 << 25  # of clients' factors that are copied together at a time
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The result for G adapters of one shape, in units of their scaling s.
+
+    Attributes:
+        A, B: the factors that clients continue from, (G, r, d_in) and (G, d_out, r).
+        base: factors (G, K, d_in) and (G, d_out, K) of what is to be added to the base weight, or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    base: tuple[Tensor, Tensor] | None = None
+
+
+class LowRankMethod(Method):
+    """Subclasses say how the stacked factors of adapters of one shape become one."""
+
+    needs_all = True
+    folds: bool = False  # whether something is to be added to the base weights
+
+    @abstractmethod
+    def combine(self, A: Tensor, B: Tensor, w: Tensor) -> Combined:
+        """Σ wᵢBᵢAᵢ, or what the method makes of it.
+
+        Args:
+            A, B: (G, N, r, d_in) and (G, N, d_out, r), float32 or float64; where ranks or scalings differ, with rows of
+                zero, and B scaled so that s is the same for all.
+            w: (N,), summing to 1, of their dtype.
+        """
+
+    @full_precision
+    def aggregate(self, round: Round) -> Averages:
+        layout, mean, base, errors = round.layout, dict[str, Tensor](), dict[str, Tensor](), dict[str, tuple]()
+        if self.folds and round.scaling is None:
+            raise UpdateError(
+                f"{self.name} adds s·B·A to the base weights and needs the scaling s: pass folders, or the clients' LoRA "
+                "configuration (configs=model.peft_config['default'])"
+            )
+        if layout.plain:
+            tensors = [[client[key] for client in round.clients] for key in layout.plain]
+            means, _ = average(tensors, round.weights, backend=round.backend)
+            mean |= zip(layout.plain, means, strict=True)
+        for adapters, A, B in _stacks(round):
+            w = round.shares.to(A.device, A.dtype)
+            combined = self.combine(A, B, w)
+            for i, a in enumerate(adapters):
+                for key, factor in ((a.key_A, combined.A[i]), (a.key_B, combined.B[i])):
+                    spec = layout.specs[key]
+                    mean[key] = factor.to(spec.dtype).reshape(spec.shape).clone()
+                if combined.base is not None:
+                    assert round.scaling is not None
+                    A_base, B_base = combined.base[0][i], round.scaling[a.module] * combined.base[1][i]
+                    base[a.key_A] = A_base.reshape(-1, *layout.specs[a.key_A].shape[1:]).clone()
+                    base[a.key_B] = B_base.reshape(*B_base.shape, *layout.specs[a.key_B].shape[2:]).clone()
+            if round.report_error:
+                measured = zip(*_errors(A, B, w, combined), strict=True)
+                errors |= {a.key_A: values for a, values in zip(adapters, measured, strict=True)}
+        sound = bool(torch.stack([x.isfinite().all() for x in (*mean.values(), *base.values())]).all())
+        in_order = [errors[a.key_A] for a in layout.adapters] if round.report_error else None
+        mean = {key: mean[key] for key in layout.specs}
+        return Averages(mean, [], [], None, None, sound, base or None, in_order)
+
+
+def _stacks(round: Round) -> Iterator[tuple[Sequence[Adapter], Tensor, Tensor]]:
+    """Some adapters of one shape at a time: they, A (G, N, r, d_in) and B (G, N, d_out, r), rows of zero up to rank r."""
+    for batch in round.layout.batches:
+        a = batch.adapters[0]
+        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        size = max(1, _ENTRIES // (len(round.clients) * a.rank * (a.d_in + a.d_out)))
+        for start in range(0, len(batch.adapters), size):
+            part = batch.adapters[start : start + size]
+            device = round.clients[0].device
+            A = torch.zeros(len(part), len(round.clients), a.rank, a.d_in, dtype=dtype, device=device)
+            B = torch.zeros(len(part), len(round.clients), a.d_out, a.rank, dtype=dtype, device=device)
+            for g, adapter in enumerate(part):
+                for n, client in enumerate(round.clients):
+                    A_n, B_n = (client[key].detach().flatten(1) for key in (adapter.key_A, adapter.key_B))
+                    A[g, n, : len(A_n)] = A_n
+                    B[g, n, :, : len(A_n)] = B_n
+                    if round.scaling is not None and round.scalings is not None:
+                        ratio = round.scalings[n][adapter.module] / round.scaling[adapter.module]
+                        B[g, n] *= ratio
+            yield part, A, B
+
+
+def _errors(A: Tensor, B: Tensor, w: Tensor, combined: Combined) -> tuple[list[float], list[float]]:
+    """‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, in float64: differences of Gram matrices lose half the digits."""
+    S_A, S_B = stacked(A.double(), B.double(), w.double())
+    results = [(combined.A, combined.B), *([combined.base] if combined.base else [])]
+    left = torch.cat([S_B, *(-B_result.double() for _, B_result in results)], dim=2)
+    right = torch.cat([S_A, *(A_result.double() for A_result, _ in results)], dim=1)
+    return product_norm(left, right).tolist(), product_norm(S_B, S_A).tolist()
+
+
+def stacked(A: Tensor, B: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """S_A (G, N·r, d_in) and S_B (G, d_out, N·r) with S_B S_A = Σ wᵢBᵢAᵢ, the weights' roots on both."""
+    root = w.sqrt()[:, None, None]
+    return (root * A).flatten(1, 2), (root * B).transpose(1, 2).flatten(2)

@@ -1,0 +1,102 @@
+"""Server optimizers (FedOpt, arXiv 2003.00295): the mean of a round is a direction to step in, not the next adapter."""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UpdateError
+from .keys import TensorSpec
+from .updates import Update
+
+ServerOptimizerName = Literal["none", "momentum", "adam"]
+_MOMENTUM, _BETAS, _EPS = 0.9, (0.9, 0.999), 1e-8
+
+
+class ServerOptimizer:
+    """Steps from the reference along reference − mean, as if that were a gradient, with torch's SGD or Adam.
+
+    The mean is that of rotated factors. Rotation decides what moments mean: they are kept entry by entry, in the basis of
+    the reference, and only clients that were rotated towards it contribute to the entries that they agree on. Unrotated
+    clients that hold one update in unlike bases cancel in the mean, and the moments see noise. Adam's step is not
+    equivariant (a rotated reference would step elsewhere): methods whose results change basis from round to round
+    (FlexLoRA, FLoRA) are refused.
+
+    Moments and the adapter itself are kept in float32 (float64 for float64), so that small steps add up in half
+    precision too. A tensor that clients did not train in a round does not move, nor do its moments.
+
+    Args:
+        name: "momentum" (β 0.9) or "adam" (β 0.9 and 0.999, ε 1e-8, bias-corrected).
+        lr: the server's learning rate; momentum with β = 0 and lr 1 would be plain averaging.
+    """
+
+    def __init__(self, name: ServerOptimizerName, lr: float):
+        if name not in get_args(ServerOptimizerName)[1:]:
+            raise ValueError(f"a server optimizer is momentum or adam, got {name!r}")
+        if not lr > 0:
+            raise ValueError(f"the server's learning rate must be positive, got {lr}")
+        self.name, self.lr = name, lr
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._restored: dict[str, Tensor] | None = None
+
+    def step(
+        self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: frozenset[str]
+    ) -> dict[str, Tensor]:
+        """The adapter after one step.
+
+        Args:
+            reference: what the clients started from.
+            mean: canonical key → the round's mean.
+            specs: canonical key → shape and dtype of the result.
+            frozen: the keys that clients did not train.
+        """
+        if lacking := next((key for key in mean if key not in reference), None):
+            raise UpdateError(f"{reference.name} lacks {lacking}; a server optimizer steps from it, pass the whole adapter")
+        if self._optimizer is None:
+            wide = {key: _wide(reference[key].to(x.device)).reshape(x.shape) for key, x in mean.items()}
+            copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in wide.items()}
+            self._parameters = {key: nn.Parameter(x) for key, x in copies.items()}
+            values = list(self._parameters.values())
+            if self.name == "adam":
+                self._optimizer = torch.optim.Adam(values, self.lr, _BETAS, _EPS)
+            else:
+                self._optimizer = torch.optim.SGD(values, self.lr, _MOMENTUM)
+            self._load()
+        for key, p in self._parameters.items():
+            start = _wide(reference[key].to(p.device)).reshape(p.shape)
+            p.grad = None if key in frozen else start - _wide(mean[key])
+        self._optimizer.step()
+        return {key: p.detach().to(specs[key].dtype).clone() for key, p in self._parameters.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a restart needs, to be saved as safetensors; empty before the first step."""
+        if self._optimizer is None:
+            return dict(self._restored or {})
+        state = {f"value.{key}": p.detach() for key, p in self._parameters.items()}
+        for key, p in self._parameters.items():
+            for name, x in self._optimizer.state.get(p, {}).items():
+                if isinstance(x, Tensor):
+                    state[f"{name}.{key}"] = x
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state_dict`` returned, at the next step."""
+        self._restored, self._optimizer = dict(state), None
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        assert self._optimizer is not None
+        for full, x in (self._restored or {}).items():
+            name, key = full.split(".", 1)
+            p = self._parameters[key]
+            if name == "value":
+                p.copy_(x)
+            else:  # Adam counts its steps on the CPU
+                self._optimizer.state[p][name] = x.clone() if name == "step" else x.to(p.device).clone()
+        self._restored = None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,119 @@
+"""Server optimizers step as FedOpt's formulas say, on the rotated mean, and go on after a restart."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fedrot
+from fedrot import FedRotAggregator, ServerOptimizer
+
+from .peft_models import KINDS, client_updates, factor_keys, turned_clients
+from .refusals import refused
+
+KIND = KINDS["float64"]
+LR = {"momentum": 0.7, "adam": 0.05}
+
+
+def formula(name, reference, means):
+    """FedAvgM and FedAdam in float64, tensor by tensor; returns the adapter after each round."""
+    x, m, v, after = dict(reference), {}, {}, []
+    for t, mean in enumerate(means, start=1):
+        for key in x:
+            g = after[-1][key] - mean[key] if after else reference[key] - mean[key]
+            if name == "momentum":
+                m[key] = 0.9 * m.get(key, 0) + g
+                x[key] = x[key] - LR[name] * m[key]
+            else:
+                m[key], v[key] = 0.9 * m.get(key, 0) + 0.1 * g, 0.999 * v.get(key, 0) + 0.001 * g**2
+                x[key] = x[key] - LR[name] * (m[key] / (1 - 0.9**t)) / ((v[key] / (1 - 0.999**t)).sqrt() + 1e-8)
+        after.append(dict(x))
+    return after
+
+
+def rounds_of_updates(n=3):
+    return [turned_clients(KIND, 3, seed=seed)[1] for seed in range(n)]
+
+
+@pytest.mark.parametrize("method", ["fedit", "fedrot"])
+@pytest.mark.parametrize("name", LR)
+def test_it_steps_along_the_rotated_mean(name, method):
+    reference = turned_clients(KIND, 3)[0]
+    aggregator = FedRotAggregator(reference, method=method, server_optimizer=ServerOptimizer(name, LR[name]))
+    means, results, start = [], [], reference
+    for round, updates in enumerate(rounds_of_updates()):
+        means.append(fedrot.aggregate(updates, None, start, method=method, round=round).state_dict)
+        results.append(aggregator.aggregate(updates).state_dict)
+        start = results[-1]
+    for got, expected in zip(results, formula(name, reference, means), strict=True):
+        for key, x in expected.items():
+            torch.testing.assert_close(got[key], x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LR)
+def test_it_goes_on_after_a_restart_to_the_bit(name, tmp_path):
+    reference = turned_clients(KIND, 3)[0]
+    whole = FedRotAggregator(reference, server_optimizer=ServerOptimizer(name, LR[name]))
+    *before, last = rounds_of_updates(4)
+    for updates in before:
+        whole.aggregate(updates)
+    save_file(whole.server_optimizer.state_dict(), tmp_path / "state")
+    again = FedRotAggregator(whole.reference, round=whole.round, server_optimizer=ServerOptimizer(name, LR[name]))
+    again.server_optimizer.load_state_dict(load_file(tmp_path / "state"))
+    assert again.server_optimizer.state_dict().keys() == whole.server_optimizer.state_dict().keys()
+    expected, got = whole.aggregate(last).state_dict, again.aggregate(last).state_dict
+    assert all(torch.equal(got[key], x) for key, x in expected.items())
+
+
+def test_added_one_by_one_too():
+    reference, updates = turned_clients(KIND, 3)
+    results = []
+    for at_once in (True, False):
+        aggregator = FedRotAggregator(reference, round=1, server_optimizer=ServerOptimizer("adam", 0.1))
+        if at_once:
+            results.append(aggregator.aggregate(updates).state_dict)
+            continue
+        for update in updates:
+            aggregator.add(update)
+        results.append(aggregator.finish().state_dict)
+    for key, x in results[0].items():
+        torch.testing.assert_close(results[1][key], x, rtol=1e-9, atol=1e-9)
+
+
+def test_a_frozen_factor_and_its_moments_stay():
+    base = client_updates(KIND, 1)[0]
+    aggregator = FedRotAggregator(base, method="rolora", server_optimizer=ServerOptimizer("adam", 0.1))
+    for round in range(4):
+        trained = "AB"[(round + 1) % 2]
+        start = aggregator.reference
+        keys = [pair["AB".index(trained)] for pair in factor_keys(base)]
+        clients = [{**start, **{key: start[key] + 1 for key in keys}} for _ in range(2)]
+        result = aggregator.aggregate(clients).state_dict
+        for key_A, key_B in factor_keys(base):
+            moved, still = (key_A, key_B) if trained == "A" else (key_B, key_A)
+            torch.testing.assert_close(result[moved] - start[moved], torch.full_like(start[moved], 0.1))
+            assert torch.equal(result[still], start[still])
+
+
+def test_small_steps_add_up_in_half_precision():
+    kind = KINDS["bfloat16"]
+    reference = {key: torch.ones_like(x) for key, x in client_updates(kind, 1)[0].items()}
+    aggregator = FedRotAggregator(reference, method="fedit", server_optimizer=ServerOptimizer("adam", 1e-3))
+    for _ in range(20):  # each below half of what bfloat16 can tell apart at 1
+        result = aggregator.aggregate([{key: x + 1 for key, x in aggregator.reference.items()}])
+    for x in result.state_dict.values():
+        assert x.dtype == torch.bfloat16
+        torch.testing.assert_close(x.float(), torch.full(x.shape, 1.02), rtol=0, atol=0.004)
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="momentum or adam, got 'sgd'"):
+        ServerOptimizer("sgd", 1.0)
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        ServerOptimizer("adam", 0)
+    for method in ("flora", "flexlora"):
+        with pytest.raises(ValueError, match=f"{method} changes the basis"):
+            FedRotAggregator(method=method, server_optimizer=ServerOptimizer("adam", 1.0))
+    updates = client_updates(KIND, 2)
+    reference = {key: x for key, x in updates[0].items() if "lora" in key}
+    with refused("the reference lacks", "classifier", "steps from it"):
+        FedRotAggregator(reference, server_optimizer=ServerOptimizer("adam", 1.0)).aggregate(updates)
