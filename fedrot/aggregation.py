@@ -165,7 +165,7 @@ class FedRotAggregator:
         self.method = get_method(method, Alignment(align_on, strength, group), seed)
         if server_optimizer is not None and not self.method.keeps_basis:
             raise ValueError(
-                f"{method} changes the adapter's basis every round, so that a server optimizer's moments would mean nothing; "
+                f"{method} changes the basis every round, so that a server optimizer's moments would mean nothing; "
                 "leave it out, or take another method"
             )
         for name, value, allowed in (("on_invalid", on_invalid, OnInvalid), ("backend", backend, Backend)):

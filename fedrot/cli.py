@@ -1,4 +1,4 @@
-"""The command line. ``aggregate`` and ``inspect`` need nothing but fedrot; the simulator is loaded only when used."""
+"""The command line. Only ``simulate`` and ``compare`` load the simulator; the rest needs nothing but fedrot."""
 
 import argparse
 import sys
@@ -8,8 +8,8 @@ from typing import get_args
 
 from .aggregation import AggregationResult, OnInvalid, aggregate
 from .alignment import AlignOn, RotationGroup
-from .folders import check_new, write_adapter
-from .methods import METHODS
+from .folders import check_new, new_folder, read_adapter, write_adapter
+from .methods import METHODS, methods_table
 
 _SIMULATOR = {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}
 
@@ -42,12 +42,16 @@ def make_parser() -> argparse.ArgumentParser:
     _add_adapters(merge)
     merge.add_argument("--method", default="fedrot", choices=METHODS, help="the aggregation method (default: %(default)s)")
     merge.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
+    merge.add_argument("--seed", type=int, default=0, help="of methods that draw at random (default: %(default)s)")
     merge.add_argument("--on-invalid", default="raise", choices=get_args(OnInvalid), help="what to do with NaN or Inf")
     merge.set_defaults(run=_aggregate)
 
     inspect = commands.add_parser("inspect", help="what averaging adapters would lose, as they are and rotated")
     _add_adapters(inspect)
     inspect.set_defaults(run=_inspect)
+
+    methods = commands.add_parser("methods", help="what each method communicates, costs, and loses")
+    methods.set_defaults(run=lambda args: print(methods_table()))
     return parser
 
 
@@ -61,7 +65,9 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", default="SO", choices=get_args(RotationGroup), help="default: %(default)s")
 
 
-def _aggregate_folders(args: argparse.Namespace, method: str, on_invalid: OnInvalid = "raise") -> AggregationResult:
+def _aggregate_folders(
+    args: argparse.Namespace, method: str, on_invalid: OnInvalid = "raise", seed: int = 0
+) -> AggregationResult:
     return aggregate(
         args.folders,
         args.weights,
@@ -72,18 +78,38 @@ def _aggregate_folders(args: argparse.Namespace, method: str, on_invalid: OnInva
         strength=args.strength,
         group=args.group,
         on_invalid=on_invalid,
+        seed=seed,
     )
 
 
 def _aggregate(args: argparse.Namespace) -> None:
     check_new(args.output)
-    result = _aggregate_folders(args, args.method, args.on_invalid)
+    result = _aggregate_folders(args, args.method, args.on_invalid, args.seed)
     options = {name: value for name, value in vars(args).items() if name != "run"}
+    report = {"options": options, **result.report.as_dict()}
     assert result.config is not None  # folders have one
-    write_adapter(args.output, result.state_dict, result.config, {"options": options, **result.report.as_dict()})
     print(result.report)
     _explain_no_rotation(result, args)
-    print(f"written to {args.output}")
+    if result.personal:
+        with new_folder(args.output) as folder:
+            for number, path in enumerate(args.folders):
+                if f"client {number} ({path})" in result.report.dropped:
+                    continue
+                own, config = read_adapter(path)
+                write_adapter(folder / f"client{number}", {**own, **result.state_dict}, config, report)
+        print(f"written to {args.output}, a folder per client: what is shared and its own B")
+    elif result.base_update is not None:
+        assert result.base_config is not None
+        with new_folder(args.output) as folder:
+            write_adapter(folder / "adapter", result.state_dict, result.config, report)
+            write_adapter(folder / "base_update", result.base_update, result.base_config)
+        print(
+            f"written to {args.output}: merge base_update into the base model (PeftModel.from_pretrained(base, "
+            f'"{args.output}/base_update").merge_and_unload()), then load adapter on it'
+        )
+    else:
+        write_adapter(args.output, result.state_dict, result.config, report)
+        print(f"written to {args.output}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

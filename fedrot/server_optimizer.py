@@ -78,7 +78,7 @@ class ServerOptimizer:
         for key, p in self._parameters.items():
             for name, x in self._optimizer.state.get(p, {}).items():
                 if isinstance(x, Tensor):
-                    state[f"{name}.{key}"] = x
+                    state[f"{name}.{key}"] = x.contiguous()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

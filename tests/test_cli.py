@@ -139,28 +139,6 @@ def test_wrong_values_leave_no_run(tmp_path, capsys, options, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_compare_varies_and_tabulates(tmp_path, capsys):
-    output = tmp_path / "comparison"
-    varied = ["--methods", "fedit", "fedrot", "--strengths", "0.5", "--starts", "independent", "--seeds", "0", "1"]
-    assert main(["compare", *varied, *SHORT, "--output", str(output)]) == 0
-    printed = capsys.readouterr().out
-    table = (output / "table.txt").read_text()
-    assert table in printed and "±" in table
-    runs = sorted(p.name for p in output.iterdir() if p.is_dir())
-    assert runs == [f"independent-{v}-seed{s}" for v in ("fedit", "fedrot-0.5") for s in (0, 1)]
-    rows = (output / "results.csv").read_text().splitlines()
-    assert len(rows) == 1 + 4
-    assert (output / "curves.png").exists()
-
-    accuracies = [json.loads((output / r / "metrics.jsonl").read_text().splitlines()[-1])["accuracy"] for r in runs[:2]]
-    mean, deviation = sum(accuracies) / 2, abs(accuracies[0] - accuracies[1]) / 2**0.5
-    assert f"{mean:.3f} ± {deviation:.3f}" in table
-
-    assert main(["compare", "--resume", str(output)]) == 0  # nothing is left to do
-    assert (output / "table.txt").read_text() == table
-    assert main(["compare", *SHORT, "--output", str(output)]) == 1
-
-
 def test_the_core_needs_neither_transformers_nor_peft():
     script = (
         "import sys, fedrot, fedrot_kernels, fedrot.cli\n"

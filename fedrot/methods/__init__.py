@@ -33,4 +33,13 @@ def get_method(name: str, alignment: Alignment, seed: int = 0) -> Method:
     return METHODS[name](alignment, seed)
 
 
-__all__ = ["METHODS", "Method", "Round", "get_method"]
+def methods_table() -> str:
+    """What each method communicates per adapter and round, what one adapter costs the server, and when it is exact."""
+    rows = [("method", "client sends", "client receives", "server's work", "is Σ wᵢsᵢBᵢAᵢ", "from")]
+    rows += [(m.name, m.up, m.down, m.cost, m.exact, m.paper) for m in METHODS.values()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", "N clients, rank r, d = d_in + d_out. Heads and biases are sent and averaged by all."])
+
+
+__all__ = ["METHODS", "Method", "Round", "get_method", "methods_table"]

@@ -65,6 +65,7 @@ class Method(ABC):
         needs_all: whether all updates are needed at once, so that they cannot be added one by one.
         unequal_ranks: whether clients' ranks and scalings may differ.
         keeps_basis: whether results of successive rounds are in one basis, which a server optimizer's moments assume.
+        folds: whether a part of the result is to be added to the base weights.
     """
 
     name: ClassVar[str]
@@ -78,6 +79,7 @@ class Method(ABC):
     needs_all: ClassVar[bool] = False
     unequal_ranks: ClassVar[bool] = False
     keeps_basis: ClassVar[bool] = True
+    folds: ClassVar[bool] = False
 
     def __init__(self, alignment: Alignment, seed: int = 0):
         self.alignment, self.seed = alignment, seed

@@ -36,7 +36,6 @@ class LowRankMethod(Method):
     """Subclasses say how the stacked factors of adapters of one shape become one."""
 
     needs_all = True
-    folds: bool = False  # whether something is to be added to the base weights
 
     @abstractmethod
     def combine(self, A: Tensor, B: Tensor, w: Tensor) -> Combined:

@@ -1,4 +1,4 @@
-"""What a run needs to go on after an interrupt: the global adapter and the round, in one file that is never half written."""
+"""What a run needs to go on after an interrupt: the server's tensors and the round, in one file, never half written."""
 
 import json
 import os
@@ -11,16 +11,16 @@ from torch import Tensor
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def save_checkpoint(folder: Path, state: dict[str, Tensor], rounds_done: int) -> None:
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], rounds_done: int) -> None:
     """Replace the folder's checkpoint."""
     temporary = folder / f".{CHECKPOINT}"
-    tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-    save_file(tensors, temporary, metadata={"rounds_done": str(rounds_done)})
+    copies = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    save_file(copies, temporary, metadata={"rounds_done": str(rounds_done)})
     os.replace(temporary, folder / CHECKPOINT)
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor] | None, int]:
-    """The global adapter and the number of rounds done; None and 0 without a checkpoint."""
+    """The server's tensors and the number of rounds done; None and 0 without a checkpoint."""
     if not (folder / CHECKPOINT).exists():
         return None, 0
     with safe_open(folder / CHECKPOINT, framework="pt") as file:

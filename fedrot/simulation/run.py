@@ -1,5 +1,6 @@
 """One simulation: rounds of local training, aggregation and evaluation, with everything it leaves behind."""
 
+import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,19 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from ..aggregation import FedRotAggregator
 from ..folders import check_new, new_folder
+from ..methods import METHODS
 from ..updates import open_updates
 from .checkpoint import load_checkpoint, read_metrics, save_checkpoint, write_metrics
-from .clients import Clients, State
-from .config import SimulationConfig
+from .clients import Clients
+from .config import EMBEDDED, SimulationConfig
+from .partition import histograms, plot_partition
 from .plots import plot_run
-from .task import Task, load_task
+from .server import Server
+from .tasks import Task, load_task
 
-CONFIG, METRICS, CURVES, ADAPTER, BASE_MODEL = "config.yaml", "metrics.jsonl", "curves.png", "adapter", "base_model"
+CONFIG, METRICS, CURVES = "config.yaml", "metrics.jsonl", "curves.png"
+BASE_MODEL, FOLDED_MODEL = "base_model", "folded_model"
 
 
 @dataclass(frozen=True)
@@ -78,57 +82,41 @@ def simulate(
     if not resume:
         folder.mkdir(parents=True)
         config.save(folder / CONFIG)
-    if config.model == "digits" and not saved_model.exists():
+        _save_partition(clients, folder)
+    if config.model in EMBEDDED and not saved_model.exists():
         with new_folder(saved_model) as temporary:
             task.base_model.save_pretrained(temporary)
 
-    state, rounds_done = load_checkpoint(folder)
+    server = Server(clients, config)
+    tensors, rounds_done = load_checkpoint(folder)
     metrics = read_metrics(folder / METRICS, rounds_done)
-    if state is not None:
-        state = {name: x.to(clients.device) for name, x in state.items()}
-    elif config.start == "shared":
-        state = clients.state()
-    aggregator = FedRotAggregator(
-        state,
-        method=config.method,
-        align_on=config.align_on,
-        round=rounds_done,
-        strength=config.strength,
-        group=config.group,
-        on_invalid=config.on_invalid,
-    )
-    steps = config.local_steps * -(-len(clients.sample(0)) // (config.clients_per_pass or len(clients.examples)))
+    if tensors is not None:
+        server.restore(tensors, rounds_done)
+    in_round = config.local_steps * len(clients.sample(0))
     with tqdm(
-        total=config.rounds * steps,
-        initial=rounds_done * steps,
+        total=config.rounds * in_round,
+        initial=rounds_done * in_round,
         desc=title or f"{config.method}, {config.start} start, seed {config.seed}",
-        unit="step",
+        unit="client step",
         disable=not progress,
     ) as bar:
         for round in range(rounds_done, config.rounds):
-            row, state = _run_round(round, clients, state, aggregator, bar)
-            metrics.append(row)
+            metrics.append(_run_round(round, clients, server, bar))
             write_metrics(folder / METRICS, metrics)
-            save_checkpoint(folder, state, round + 1)
-            bar.set_postfix({k: f"{v:.3f}" for k, v in metrics[-1].items() if k in ("accuracy", "relative_error")})
+            save_checkpoint(folder, server.checkpoint(), round + 1)
+            shown = ("accuracy", "exact_match", "pass_at_1", "loss", "relative_error")
+            bar.set_postfix({k: f"{v:.3f}" for k, v in metrics[-1].items() if k in shown})
 
     plot_run(metrics, config, folder / CURVES)
-    if not (folder / ADAPTER).exists():
-        assert state is not None  # there was at least one round
-        clients.load(state)
-        with new_folder(folder / ADAPTER) as temporary:
-            clients.model.save_pretrained(str(temporary))
+    _save_adapters(server, folder)
     return SimulationResult(config, folder, metrics)
 
 
-def _run_round(
-    round: int, clients: Clients, start: State | None, aggregator: FedRotAggregator, bar: tqdm
-) -> tuple[dict[str, Any], State]:
+def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> dict[str, Any]:
     config = clients.config
     chosen = clients.sample(round)
-    trained = clients.train(round, chosen, start, bar.update)
-    weights = [len(clients.examples[c]) for c in chosen]
-    result = aggregator.aggregate([state for state, _ in trained], weights)
+    trained = clients.train(round, chosen, [server.start_of(c) for c in chosen], bar.update, server.trained())
+    result, geometry = server.aggregate(chosen, [state for state, _ in trained])
     losses = {f"client {i}": loss for i, (_, loss) in enumerate(trained)}
     row = {
         "round": round,
@@ -139,7 +127,29 @@ def _run_round(
         "aggregation_error": result.report.error,
         "relative_error": result.report.relative_error,
         "rotation_angle": result.report.angle,
+        **geometry,
     }
     if (round + 1) % config.eval_every == 0 or round + 1 == config.rounds:
-        row |= clients.evaluate(result.state_dict)
-    return row, result.state_dict
+        row |= server.evaluate()
+    return row
+
+
+def _save_adapters(server: Server, folder: Path) -> None:
+    """The final adapter, or every client's; with the base model under it, where the method changed that."""
+    clients = server.clients
+    for name, state in server.adapters().items():
+        if not (folder / name).exists():
+            clients.load(state)
+            with new_folder(folder / name) as temporary:
+                clients.model.save_pretrained(str(temporary))
+    if METHODS[clients.config.method].folds and not (folder / FOLDED_MODEL).exists():
+        with new_folder(folder / FOLDED_MODEL) as temporary:
+            base: Any = copy.deepcopy(clients.model)
+            base.unload().save_pretrained(str(temporary))
+
+
+def _save_partition(clients: Clients, folder: Path) -> None:
+    """Every client's size and label histogram, as a table and a plot."""
+    table = histograms(clients.examples, clients.task.labels, clients.task.classes, clients.column)
+    table.to_csv(folder / "partition.csv")
+    plot_partition(table, folder / "partition.png")

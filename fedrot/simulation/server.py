@@ -1,0 +1,146 @@
+"""The server of a simulation: the global adapter, what clients keep of their own, and what methods change in the base."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..aggregation import AggregationResult, FedRotAggregator
+from ..folding import fold
+from ..keys import parse_factor, parse_key
+from ..methods import METHODS
+from ..server_optimizer import ServerOptimizer
+from .clients import Clients, State
+from .config import SimulationConfig
+from .geometry import alignment_geometry
+
+
+class Server:
+    """Aggregates rounds, and says what every client starts from.
+
+    Attributes:
+        state: the global adapter by parameter name; None before the first round of clients with starts of their own.
+        rounds_done: the number of rounds aggregated.
+    """
+
+    def __init__(self, clients: Clients, config: SimulationConfig):
+        self.clients, self.config = clients, config
+        self.state: State | None = clients.state() if config.start == "shared" else None
+        self.rounds_done = 0
+        self._initial = clients.state()
+        self._personal: dict[int, State] = {}
+        self._optimizer = None
+        if config.server_optimizer != "none":
+            self._optimizer = ServerOptimizer(config.server_optimizer, config.server_lr)
+        self._folds = METHODS[config.method].folds
+        self._aggregator = self._make_aggregator()
+
+    def _make_aggregator(self) -> FedRotAggregator:
+        config = self.config
+        return FedRotAggregator(
+            self.state,
+            method=config.method,
+            align_on=config.align_on,
+            round=self.rounds_done,
+            strength=config.strength,
+            group=config.group,
+            on_invalid=config.on_invalid,
+            configs=self.clients.lora,
+            seed=config.seed,
+            server_optimizer=self._optimizer,
+        )
+
+    def trained(self) -> list[str]:
+        """The parameters that clients train in the coming round."""
+        factors = self._aggregator.method.trains(self.rounds_done)
+        return [name for name in self._initial if _factor(name) in (None, *factors)]
+
+    def start_of(self, client: int) -> State:
+        """What a client starts from: the global adapter, and its own part where the method leaves it one."""
+        if self.state is None:
+            return self.clients.own_start(client)
+        if len(self.state) == len(self._initial):
+            return self.state
+        own = self._personal.get(client)
+        if own is None:
+            own = self._initial if self.config.start == "shared" else self.clients.own_start(client)
+        return {name: self.state[name] if name in self.state else own[name] for name in self._initial}
+
+    def aggregate(self, chosen: Sequence[int], states: Sequence[State]) -> tuple[AggregationResult, dict[str, float]]:
+        """Aggregate a round's trained adapters, one per chosen client, and take it as the next round's start.
+
+        Returns:
+            The result, and the round's geometry if the configuration asks for it.
+        """
+        weights = [float(len(self.clients.examples[c])) for c in chosen]
+        start = self.state
+        result = self._aggregator.aggregate(states, weights)
+        used = [i for i in range(len(chosen)) if f"client {i}" not in result.report.dropped]
+        geometry = {}
+        if self.config.geometry:
+            whole = start if start is None or len(start) == len(self._initial) else None
+            kept, shares = [states[i] for i in used], [weights[i] for i in used]
+            geometry = alignment_geometry(kept, shares, whole, self._aggregator.method, self.rounds_done)
+        for i in used if result.personal else []:
+            self._personal[chosen[i]] = {name: states[i][name].clone() for name in result.personal}
+        fold(self.clients.model, result)
+        self.state = result.state_dict
+        self.rounds_done += 1
+        return result, geometry
+
+    def evaluate(self) -> dict[str, float]:
+        """Of the global adapter on the test examples. Where clients keep a part of their own, the mean over clients, each on
+        its share of the test examples."""
+        assert self.state is not None
+        if len(self.state) == len(self._initial):
+            return self.clients.evaluate(self.state)
+        test = np.random.default_rng(0).permutation(len(self.clients.task.test))
+        measured: dict[str, float] = {}
+        for client, rows in enumerate(np.array_split(test, len(self.clients.examples))):
+            for name, value in self.clients.evaluate(self.start_of(client), rows).items() if len(rows) else ():
+                measured[name] = measured.get(name, 0.0) + value * len(rows) / len(test)
+        return measured
+
+    def adapters(self) -> dict[str, State]:
+        """Folder name → final adapter: one, or one per client."""
+        assert self.state is not None
+        if len(self.state) == len(self._initial):
+            return {"adapter": self.state}
+        return {f"adapters/client{c}": self.start_of(c) for c in range(len(self.clients.examples))}
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, by name."""
+        assert self.state is not None
+        parts: dict[str, State] = {"state": self.state}
+        parts |= {f"personal-{client}": state for client, state in self._personal.items()}
+        if self._optimizer is not None:
+            parts["optimizer"] = self._optimizer.state_dict()
+        if self._folds:
+            parts["base"] = self._base_weights()
+        return {f"{part}/{name}": x for part, state in parts.items() for name, x in state.items()}
+
+    def restore(self, tensors: dict[str, Tensor], rounds_done: int) -> None:
+        """Go on from a checkpoint."""
+        parts: dict[str, State] = {}
+        for full, x in tensors.items():
+            part, name = full.split("/", 1)
+            parts.setdefault(part, {})[name] = x.to(self.clients.device)
+        self.state, self.rounds_done = parts.pop("state"), rounds_done
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(parts.pop("optimizer", {}))
+        base = self._base_weights()
+        for name, x in parts.pop("base", {}).items():
+            base[name].copy_(x)
+        self._personal = {int(part.removeprefix("personal-")): state for part, state in parts.items()}
+        self._aggregator = self._make_aggregator()
+
+    def _base_weights(self) -> State:
+        with torch.no_grad():
+            return {name: p.data for name, p in self.clients.model.named_parameters() if ".base_layer." in name}
+
+
+def _factor(name: str) -> Any:
+    parsed = parse_factor(parse_key(name)[0])
+    return parsed.factor if parsed else None
