@@ -1,16 +1,22 @@
 """How examples are shared out."""
 
+from itertools import pairwise
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from fedrot.simulation import SimulationConfig
-from fedrot.simulation.partition import partition
+from fedrot.simulation.partition import histograms, partition, plot_partition
 
 LABELS = np.random.default_rng(0).integers(0, 10, 1000)
 
 
-def share_out(labels=LABELS, column=None, **options):
-    return partition(labels, column, SimulationConfig(**options))
+CLASSES = [f"class {i}" for i in range(10)]
+
+
+def share_out(labels=LABELS, column=None, size=None, **options):
+    return partition(labels, column, SimulationConfig(**options), size)
 
 
 def skew(parts):
@@ -58,3 +64,72 @@ def test_the_seed_decides():
 def test_more_clients_than_examples_is_an_error():
     with pytest.raises(ValueError, match="3 training examples for 10 clients"):
         share_out(np.array([0, 1, 2]))
+
+
+def test_without_classes_examples_are_shared_out_evenly_or_by_column():
+    parts = share_out(None, size=10, partition="iid", clients=3)
+    assert sorted(map(len, parts)) == [3, 3, 4]
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(10))
+    by_column = share_out(None, np.array(["b", "a", "b"]), partition="column", partition_column="site")
+    assert [p.tolist() for p in by_column] == [[1], [0, 2]]
+    with pytest.raises(ValueError, match=r"dirichlet shares examples out by class.*use partition iid or column"):
+        share_out(None, size=10)
+
+
+def test_the_histogram_counts_every_example_once():
+    parts = share_out(clients=7)
+    table = histograms(parts, LABELS, CLASSES)
+    assert table.index.tolist() == list(range(7)) and table.index.name == "client"
+    assert table.columns.tolist() == ["size", *CLASSES]
+    for client, part in enumerate(parts):
+        assert table.loc[client, "size"] == len(part)
+        assert table.loc[client, CLASSES].tolist() == [sum(LABELS[part] == k) for k in range(10)]
+
+
+def test_a_class_that_no_example_has_is_counted_zero():
+    table = histograms([np.array([0, 1])], np.array([1, 1]), ["no", "yes", "neither"])
+    assert table.to_dict("list") == {"size": [2], "no": [0], "yes": [2], "neither": [0]}
+
+
+def test_clients_by_column_have_the_names_of_its_values():
+    column = np.array(["unittest", "json", "unittest"])
+    parts = share_out(None, column, partition="column", partition_column="package")
+    assert histograms(parts, None, [], column)["size"].to_dict() == {"json": 1, "unittest": 2}
+
+
+def bars(axis):
+    """(classes, clients) bottom and height of every bar."""
+    return np.array([[(bar.get_y(), bar.get_height()) for bar in container] for container in axis.containers])
+
+
+@pytest.mark.parametrize("clients", [3, 50, 150])
+def test_the_plot_stacks_the_classes_of_every_client(clients, tmp_path):
+    table = histograms(share_out(clients=clients), LABELS, CLASSES)
+    figure = plot_partition(table, tmp_path / "partition.png")
+    axis, drawn = figure.axes[0], bars(figure.axes[0])
+    counts = table[CLASSES].to_numpy().T
+    np.testing.assert_array_equal(drawn[..., 1], counts)
+    np.testing.assert_array_equal(drawn[..., 0], np.cumsum(counts, axis=0) - counts)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == CLASSES[::-1]
+    assert len({container[0].get_facecolor() for container in axis.containers}) == len(CLASSES)
+    ticks = [text for text in axis.get_xticklabels() if text.get_text()]
+    assert all(text.get_text() == f"{x:g}" for text, x in zip(ticks, axis.get_xticks(), strict=True))
+    boxes = [text.get_window_extent() for text in ticks]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert (tmp_path / "partition.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_of_named_clients_without_classes_shows_sizes(tmp_path):
+    names = [f"package{i}" for i in range(40)]
+    table = pd.DataFrame({"size": range(1, 41)}, pd.Index(names, name="client"))
+    figure = plot_partition(table, tmp_path / "partition.png")
+    np.testing.assert_array_equal(bars(figure.axes[0])[0, :, 1], table["size"])
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == names
+    assert not figure.legends
+
+
+def test_many_classes_have_colours_of_their_own(tmp_path):
+    labels = np.arange(400) % 40
+    table = histograms([np.arange(400)], labels, [f"class {i}" for i in range(40)])
+    figure = plot_partition(table, tmp_path / "partition.png")
+    assert len({container[0].get_facecolor() for container in figure.axes[0].containers}) == 40

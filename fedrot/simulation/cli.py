@@ -1,60 +1,96 @@
 """``fedrot simulate`` and ``fedrot compare``: the configuration's fields as options, or a YAML file, or both."""
 
+import dataclasses
 import re
 import sys
 import warnings
 from datetime import datetime
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import datasets
+import pandas as pd
 import torch
 import transformers
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_parsing_settings
 
-from ..methods import METHODS
-from .compare import VARIED, compare
+from .compare import compare
+from .comparison import LISTS, Comparison, drop_field, has_field
 from .config import SimulationConfig, Start
-from .run import CONFIG, CURVES, SimulationResult, simulate
+from .layers import overlay, split_options, without
+from .plots import SCORES, shown_score
+from .presets import describe_presets, load_preset
+from .run import CONFIG, CURVES, simulate
 
 _SITUATIONS = {
     "shared": "all clients start from one adapter, and are rotated towards it.",
     "independent": "each client starts from an adapter of its own; the first round is rotated towards the largest client's.",
 }
 
+_VARY = (
+    "Fields to vary, each with its values: --vary.clients 3 10 50 --vary.lora.r 2 4 8. "
+    "In YAML, vary: {clients: [3, 10, 50], lora.r: [2, 4, 8]}."
+)
+_PER_METHOD = "Fields that a method has otherwise: --per_method.rolora.lr 0.001. In YAML, per_method: {rolora: {lr: 0.001}}."
+
 
 def main(command: str, argv: list[str]) -> int:
     """Run one of the two commands. Returns the exit status."""
-    parser = make_parser(command)
     # Options may be written with dashes too: --local-steps is --local_steps.
     argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     try:
-        args = parser.parse_args(argv)
-        resume = args.resume is not None
-        folder = Path(args.resume if resume else args.output or f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}")
-        if resume:
-            if [a for a in argv if a.startswith("--") and not a.startswith("--resume")]:
-                raise ValueError("--resume takes its configuration from the run; give no other option")
-            _check_resumable(folder, command)
-            args = parser.parse_args(["--config", str(folder / CONFIG)])
+        args = _parse(command, argv)
+        if args is None:
+            return 0
     except ArgumentError as error:
         message = " ".join(str(error).split())
         print(f"fedrot {command}: error: {message}; see fedrot {command} --help", file=sys.stderr)
         return 2
-    fields = vars(SimulationConfig()).keys() & vars(args).keys()
-    config = SimulationConfig(**{name: args[name] for name in fields})
     _quiet_libraries()
-    if config.model == "digits":
+    if args.model == "digits" and "model" not in args.get("vary", {}):
         # So small a model gains little from a second thread, which on a busy machine costs a multiple.
         torch.set_num_threads(1)
+    folder = Path(args.resume or args.output or f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}")
     try:
-        _run(command, config, folder, args, resume)
+        (_simulate if command == "simulate" else _compare)(args, folder)
     except KeyboardInterrupt:
         if folder.exists():
             print(f"\ninterrupted; go on with: fedrot {command} --resume {folder}", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(command: str, argv: list[str]) -> Namespace | None:
+    """The options, or None if what was asked for has been printed."""
+    parser = make_parser(command)
+    if resume := [a for a in argv if a.startswith("--resume")]:
+        folder = parser.parse_args(argv).resume
+        if len(resume) < len([a for a in argv if a.startswith("--")]):
+            raise ValueError("--resume takes its configuration from the run; give no other option")
+        _check_resumable(Path(folder), command)
+        return parser.parse_args(["--config", str(Path(folder) / CONFIG), "--resume", folder])
+    if command == "simulate":
+        return parser.parse_args(argv)
+    given, rest, fields = split_options(argv)
+    preset, file = given.pop("preset", None), given.pop("config", None)
+    if preset == "help":
+        for name, text in describe_presets().items():
+            print(f"{name:28} {text}")
+        return None
+    options = load_preset(preset) if preset else {}
+    options = overlay(options, _read(file) if file else {})
+    options = without(overlay(options, given), fields)
+    return parser.parse_args([*(["--config", yaml.safe_dump(options)] if options else []), *rest])
+
+
+def _read(file: str) -> dict[str, Any]:
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file} to take the configuration from")
+    options = get_loader("yaml")(Path(file).read_text("utf-8"))
+    if not isinstance(options, dict):
+        raise ValueError(f"{file} does not map options to values")
+    return options
 
 
 def _check_resumable(folder: Path, command: str) -> None:
@@ -80,36 +116,49 @@ def make_parser(command: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     simulating = command == "simulate"
     text = "One federated run." if simulating else "Methods side by side, from shared and independent starts, over seeds."
-    parser = ArgumentParser(prog=f"fedrot {command}", description=text, exit_on_error=False)
+    parser = ArgumentParser(prog=f"fedrot {command}", description=text, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file of the options below.")
     parser.add_argument("--output", type=str, help="A new folder for the results (default: one below runs/).")
     parser.add_argument("--resume", type=str, help="The folder of an interrupted run to finish; give no other option.")
     if not simulating:
-        parser.add_argument("--methods", nargs="+", type=str, default=list(METHODS), help="The methods to compare.")
+        parser.add_argument(
+            "--preset", type=str, help="A ready-made comparison, which other options override; help lists them."
+        )
+        parser.add_argument("--methods", nargs="+", type=str, default=["fedit", "fedrot"], help="all is all of them.")
         parser.add_argument("--strengths", nargs="+", type=float, default=[0.5, 1.0], help="λ of the methods that rotate.")
         parser.add_argument("--starts", nargs="+", type=Start, default=list(get_args(Start)), help="See start of simulate.")
         parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Each gets a run of each.")
-    parser.add_class_arguments(SimulationConfig, skip=set() if simulating else set(VARIED))
+        parser.add_argument("--vary", type=dict[str, list[Any]], default={}, help=_VARY)
+        parser.add_argument("--per_method", type=dict[str, dict[str, Any]], default={}, help=_PER_METHOD)
+    parser.add_class_arguments(SimulationConfig, skip=set() if simulating else set(LISTS))
     return parser
 
 
-def _run(command: str, config: SimulationConfig, folder: Path, args: Namespace, resume: bool) -> None:
-    if command == "simulate":
-        _show(simulate(config, folder, resume=resume))
-        return
-    varied = {name: args[name] for name in ("methods", "strengths", "starts", "seeds")}
-    table = compare(config, folder, **varied, resume=resume)
+def _simulate(args: Namespace, folder: Path) -> None:
+    config = SimulationConfig(**_fields(args))
+    result = simulate(config, folder, resume=args.resume is not None)
+    last = result.metrics[-1]
+    score = shown_score(pd.DataFrame(result.metrics))
+    print(
+        f"\n{config.method}, {config.start} start, {len(result.metrics)} rounds: "
+        f"{SCORES[score]} {last[score]:.3f}, relative aggregation error {last['relative_error']:.3f}, "
+        f"mean rotation {last['rotation_angle']:.1f}°"
+    )
+    print(f"{folder}/{CURVES} shows them by round; {folder}/adapter is the final adapter, a PEFT folder.")
+
+
+def _compare(args: Namespace, folder: Path) -> None:
+    fields = _fields(args)
+    for name in args.vary:
+        if has_field(fields, name):  # a default, which the varied values replace
+            fields = drop_field(fields, name)
+    own = {name: args[name] for name in (*LISTS.values(), "vary", "per_method")}
+    table = compare(Comparison.of({**fields, **own}), folder, resume=args.resume is not None)
     print(f"\n{table}\n")
     for start in args.starts:
         print(f"{start} start: {_SITUATIONS[start]}")
     print(f"{folder}/{CURVES} shows them by round.")
 
 
-def _show(result: SimulationResult) -> None:
-    last = result.metrics[-1]
-    print(
-        f"\n{result.config.method}, {result.config.start} start, {len(result.metrics)} rounds: "
-        f"accuracy {result.accuracy:.3f}, relative aggregation error {last['relative_error']:.3f}, "
-        f"mean rotation {last['rotation_angle']:.1f}°"
-    )
-    print(f"{result.folder}/{CURVES} shows them by round; {result.folder}/adapter is the final adapter, a PEFT folder.")
+def _fields(args: Namespace) -> dict[str, Any]:
+    return {field.name: args[field.name] for field in dataclasses.fields(SimulationConfig) if field.name in args}

@@ -1,98 +1,124 @@
-"""Methods side by side, over seeds: the runs, one table and one plot."""
+"""Methods side by side, over seeds and whatever else varies: the runs, their tables and their plots."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from itertools import product
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
 from ..folders import check_new
-from ..methods import METHODS
-from .config import SimulationConfig, Start
-from .plots import plot_comparison
+from .comparison import Comparison, Run
+from .config import SimulationConfig
+from .plots import plot_comparison, plot_geometry, plot_sweep
 from .run import BASE_MODEL, CONFIG, CURVES, simulate
-from .task import load_task
+from .tables import as_markdown, as_text, comparison_tables, repeat_unvaried, with_labels
+from .tasks import Task, load_task
 
-VARIED = ("method", "strength", "start", "seed")
-RESULTS, TABLE = "results.csv", "table.txt"
+RESULTS, TABLE, MARKDOWN, SWEEP, GEOMETRY = "results.csv", "table.txt", "table.md", "sweep.png", "geometry.png"
+
+# Runs that differ in these alone share the data and the base model.
+_NOT_OF_THE_TASK = {
+    *("lora", "partition", "dirichlet_alpha", "clients", "clients_per_round", "clients_per_pass", "rounds", "local_steps"),
+    *(
+        "batch_size",
+        "optimizer",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "max_grad_norm",
+        "start",
+        "method",
+        "align_on",
+        "strength",
+    ),
+    *("group", "on_invalid", "server_optimizer", "server_lr", "eval_every", "eval_batch_size", "seed", "device"),
+}
 
 
-def compare(
-    config: SimulationConfig,
-    folder: Path,
-    *,
-    methods: Sequence[str],
-    strengths: Sequence[float],
-    starts: Sequence[Start],
-    seeds: Sequence[int],
-    resume: bool = False,
-    progress: bool = True,
-) -> str:
-    """Run every method from every start with every seed, and leave a table, the curves and all rows as CSV.
+def compare(comparison: Comparison, folder: Path, *, resume: bool = False, progress: bool = True) -> str:
+    """Run everything that is compared, and leave tables, plots and all rows as CSV.
 
     Args:
-        config: what the runs have in common; its method, strength, start and seed are replaced.
+        comparison: the runs.
         folder: for all files, a folder per run below it; must not exist, unless resuming.
-        methods, starts, seeds: what to vary.
-        strengths: the λ to run methods with that rotate.
         resume: finish the runs that are not finished.
         progress: show a progress bar per run.
 
     Returns:
-        The table.
+        The tables, and what was not run.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ValueError: see ``Comparison.runs``, before anything is run, and ``simulate``.
     """
-    runs: dict[str, tuple[str, SimulationConfig]] = {}
-    for start, method, seed in product(starts, methods, seeds):
-        for label, name, strength in _variants(method, strengths):
-            run = replace(config, method=method, strength=strength, start=start, seed=seed)
-            runs[f"{start}-{name}-seed{seed}"] = label, run
+    runs, notes = comparison.runs()
     if not resume:
         check_new(folder)
-    task = load_task(config, next((path for name in runs if (path := folder / name / BASE_MODEL).exists()), None))
+    runs = _by_task(runs)
+    task = _load_task(runs[0], runs, folder)
     if not resume:
         folder.mkdir(parents=True)
-        varied = {"methods": [*methods], "strengths": [*strengths], "starts": [*starts], "seeds": [*seeds]}
-        common = {name: value for name, value in asdict(config).items() if name not in VARIED}
-        (folder / CONFIG).write_text(yaml.safe_dump({**varied, **common}, sort_keys=False, allow_unicode=True), "utf-8")
+        save_comparison(comparison, folder / CONFIG)
     tables = []
-    for number, (name, (label, run)) in enumerate(runs.items(), start=1):
-        path, title = folder / name, f"{number}/{len(runs)} {label}, {run.start} start, seed {run.seed}"
-        result = simulate(run, path, task=task, resume=path.exists(), progress=progress, title=title)
-        tables.append(pd.DataFrame(result.metrics).assign(method=label, start=run.start, seed=run.seed))
+    for number, run in enumerate(runs):
+        if number and _task_fields(run.config) != _task_fields(runs[number - 1].config):
+            task = _load_task(run, runs, folder)
+        path, title = folder / run.name, f"{number + 1}/{len(runs)} {run.name}"
+        result = simulate(run.config, path, task=task, resume=path.exists(), progress=progress, title=title)
+        metrics = pd.DataFrame(result.metrics).drop(columns=["clients", "dropped"])  # that took part
+        tables.append(metrics.assign(**run.columns))
     rows = pd.concat(tables, ignore_index=True)
-    rows.drop(columns=["clients", "dropped"]).to_csv(folder / RESULTS, index=False)
-    plot_comparison(rows, folder / CURVES)
-    table = comparison_table(rows)
-    (folder / TABLE).write_text(table + "\n", "utf-8")
-    return table
+    first = [*runs[0].columns, *comparison.vary]
+    rows = rows[[*dict.fromkeys(first), *(name for name in rows if name not in first)]]
+    rows.to_csv(folder / RESULTS, index=False)
+    _plot(rows, comparison, folder)
+    found = comparison_tables(rows, list(comparison.vary))
+    (folder / TABLE).write_text((text := as_text(found, notes)) + "\n", "utf-8")
+    (folder / MARKDOWN).write_text(as_markdown(found, notes) + "\n", "utf-8")
+    return text
 
 
-def _variants(method: str, strengths: Sequence[float]) -> list[tuple[str, str, float]]:
-    """The labels, folder names and strengths to run a method with: one if it does not rotate."""
-    if method in METHODS and not METHODS[method].rotates:
-        return [(method, method, strengths[0])]
-    return [(f"{method} λ={strength:g}", f"{method}-{strength:g}", strength) for strength in strengths]
+def save_comparison(comparison: Comparison, path: Path) -> None:
+    """Write a comparison as YAML, the options of ``fedrot compare``."""
+    options = asdict(comparison)
+    options |= options.pop("fields")
+    path.write_text(yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def comparison_table(rows: pd.DataFrame) -> str:
-    """Accuracy and relative aggregation error after the first and the last evaluated round, mean ± deviation over seeds.
-
-    Args:
-        rows: a row per run and round, as ``plot_comparison`` takes them.
-    """
-    evaluated = rows.dropna(subset=["accuracy"])
-    first, last = evaluated["round"].min(), evaluated["round"].max()
-    cells = {}
-    for (start, method), group in evaluated.groupby(["start", "method"], sort=False):
-        cells[start, method] = {
-            f"{label}, round {round + 1}": _mean_deviation(group.loc[group["round"] == round, measure])
-            for measure, label in (("accuracy", "accuracy"), ("relative_error", "relative error"))
-            for round in dict.fromkeys((first, last))
-        }
-    return pd.DataFrame.from_dict(cells, orient="index").rename_axis(["start", "method"]).to_string()
+def _plain(value):
+    """Lists for tuples, which YAML does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
-def _mean_deviation(values: pd.Series) -> str:
-    return f"{values.mean():.3f}" if len(values) < 2 else f"{values.mean():.3f} ± {values.std():.3f}"
+def _task_fields(config: SimulationConfig) -> str:
+    return repr({name: value for name, value in vars(config).items() if name not in _NOT_OF_THE_TASK})
+
+
+def _by_task(runs: list[Run]) -> list[Run]:
+    """The runs in an order that loads every task once."""
+    order = {fields: number for number, fields in reversed(list(enumerate(_task_fields(run.config) for run in runs)))}
+    return sorted(runs, key=lambda run: order[_task_fields(run.config)])
+
+
+def _load_task(run: Run, runs: list[Run], folder: Path) -> Task:
+    """The run's task, with the weights of an embedded model that an earlier run of it saved."""
+    same = [other.name for other in runs if _task_fields(other.config) == _task_fields(run.config)]
+    return load_task(run.config, next((path for name in same if (path := folder / name / BASE_MODEL).exists()), None))
+
+
+def _plot(rows: pd.DataFrame, comparison: Comparison, folder: Path) -> None:
+    fields = list(comparison.vary)
+    panels = with_labels(rows, ["strength"])
+    for field in reversed(fields):
+        panels = repeat_unvaried(panels, field)
+        panels["start"] = field + " " + panels[field].map(str) + ", " + panels["start"]
+    plot_comparison(panels, folder / CURVES)
+    if "error_bound" in rows:
+        plot_geometry(with_labels(rows, ["strength", *fields]), folder / GEOMETRY)
+    swept = [*fields, "strength"] if rows["strength"].nunique() > 1 else fields
+    for field in swept:
+        others = [other for other in ("strength", *fields) if other != field]
+        name = SWEEP if len(swept) == 1 else f"sweep-{field}.png"
+        plot_sweep(repeat_unvaried(with_labels(rows, others), field), field, folder / name)

@@ -1,0 +1,119 @@
+"""What the analysis of FedRot-LoRA (arXiv 2602.23638) rests on, measured: how far clients moved, and what turning explains.
+
+All numbers are of float64, whatever the clients train in: near the reference, distances are small differences.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels import NOISE, cross_covariance, full_precision, procrustes
+
+from ..adapters import Batch, Layout
+from ..diagnostics import error_bound
+from ..methods import Method
+from ..updates import StateDict, Update, UpdateLike, check_updates, open_reference, open_updates
+
+_ENTRIES = 1 << 22  # of clients' factors that are copied at a time
+
+
+def alignment_geometry(
+    states: Sequence[StateDict], weights: Sequence[float], reference: UpdateLike | None, method: Method, round: int
+) -> dict[str, float]:
+    """The geometry of one round's N clients, over all adapters of the model, for F = A and for F = Bᵀ.
+
+    With Rᵢ the full Procrustes rotation of the method's group, whatever the strength and the factor of the round, so that
+    methods can be compared:
+
+    - removed_F: 1 − Σ wᵢ‖RᵢᵀFᵢ − F_ref‖² / Σ wᵢ‖Fᵢ − F_ref‖², sums over clients and adapters: the part of the squared
+      distance to the reference that rotation removes. Left out where no client has moved;
+    - turn_per_distance_F and turn_per_distance_F_max: ‖Rᵢ − I‖_F / ‖Fᵢ − F_ref‖_F, the mean over adapters and, by weight,
+      clients, and the largest. Left out where no client has moved;
+    - smallest_distance_F and smallest_relative_distance_F: the least ‖Fᵢ − F_ref‖_F, and ‖Fᵢ − F_ref‖_F / ‖F_ref‖_F, over
+      clients and adapters. The latter is left out where F_ref = 0, as B of a shared start, from which nothing turns;
+    - error_bound: the bound Σ wᵢ ‖Bᵢ−B̄‖_F ‖Aᵢ−Ā‖_F on the aggregation error, of the factors as the method averages them,
+      the root of the sum of squares over adapters as the error is.
+
+    Args:
+        states: the trained adapters that were averaged: those of clients that were dropped are not among them.
+        weights: one per client, non-negative, not all zero.
+        reference: the adapter they started from. None, if they have none in common, takes that of the largest weight, as
+            ``aggregate`` does; the client's own distance, zero, does not count.
+        method: what averages them.
+        round: its number.
+    """
+    clients = open_updates(states)
+    layout = check_updates(clients)
+    w = torch.tensor(weights, dtype=torch.float64, device=clients[0].device)
+    w = w / w.sum()
+    largest = int(w.argmax())
+    target = clients[largest] if reference is None else open_reference(reference, clients[0], layout)
+    counted = [i for i in range(len(clients)) if reference is not None or i != largest]
+    others = [clients[i] for i in counted]
+    row: dict[str, float] = {}
+    for factor in ("A", "B") if others else ():
+        measured = [_distances(F, F_ref, method) for F, F_ref in _frames(layout, others, target, factor)]
+        row |= _summary(factor, torch.cat(measured, dim=2), w[counted])
+    return row | {"error_bound": _bound(layout, clients, w, target, method, round)}
+
+
+@full_precision
+def _distances(F: Tensor, F_ref: Tensor, method: Method) -> Tensor:
+    """‖F − F_ref‖, ‖RᵀF − F_ref‖, ‖R − I‖ and ‖F_ref‖, (4, N, G), of F (N, G, r, d) and F_ref (G, r, d)."""
+    # In which directions the clients' own precision leaves R undetermined, it does not rotate: so the run has it.
+    noise = NOISE[torch.float64 if F.dtype == torch.float64 else torch.float32]
+    F, F_ref = F.double(), F_ref.double()
+    M = cross_covariance(F, F_ref)
+    R, _ = procrustes(M, special=method.alignment.group == "SO", noise=noise)
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    size = torch.linalg.matrix_norm(F_ref).expand(F.shape[:2])
+    return torch.stack([*(torch.linalg.matrix_norm(D) for D in (F - F_ref, R.mT @ F - F_ref, R - eye)), size])
+
+
+def _summary(factor: str, measured: Tensor, w: Tensor) -> dict[str, float]:
+    """The metrics of one factor, from (4, N, L)."""
+    before, after, turn, size = measured
+    w = w[:, None].expand_as(before)
+    moved = before > 0
+    row = {}
+    if total := float((w * before.square()).sum()):
+        row[f"removed_{factor}"] = 1 - float((w * after.square()).sum()) / total
+        ratio = turn[moved] / before[moved]
+        row[f"turn_per_distance_{factor}"] = float((w[moved] * ratio).sum() / w[moved].sum())
+        row[f"turn_per_distance_{factor}_max"] = float(ratio.max())
+    row[f"smallest_distance_{factor}"] = float(before.min())
+    if bool((size > 0).any()):
+        row[f"smallest_relative_distance_{factor}"] = float((before / size)[size > 0].min())
+    return row
+
+
+def _bound(layout: Layout, clients: Sequence[Update], w: Tensor, target: Update, method: Method, round: int) -> float:
+    prepared = [method.prepare(round, client, i, layout, target) for i, client in enumerate(clients)]
+    bounds = []
+    for number, batch in enumerate(layout.batches):
+        for part, rows in _parts(batch, len(clients)):
+            A = torch.stack([part.A(tensors) for tensors, _ in prepared], dim=1).double()
+            B = torch.stack([part.B(tensors) for tensors, _ in prepared], dim=1).double()
+            if prepared[0][1] is not None:
+                R = torch.stack([rotations[number][rows] for _, rotations in prepared if rotations is not None], dim=1)
+                A, B = R.mT.double() @ A, B @ R.double()
+            bounds += error_bound(A, B, w).tolist()
+    return math.hypot(*bounds)
+
+
+def _frames(layout: Layout, clients: Sequence[Update], target: Update, factor: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some adapters of one shape at a time: F (N, G, r, d) of the clients and F_ref (G, r, d)."""
+    for batch in layout.batches:
+        for part, _ in _parts(batch, len(clients)):
+            F = [part.A(x) if factor == "A" else part.B(x).mT for x in (*clients, target)]
+            yield torch.stack(F[:-1]), F[-1]
+
+
+def _parts(batch: Batch, clients: int) -> Iterator[tuple[Batch, slice]]:
+    a = batch.adapters[0]
+    size = max(1, _ENTRIES // (clients * a.rank * max(a.d_in, a.d_out)))
+    for start in range(0, len(batch.adapters), size):
+        rows = slice(start, start + size)
+        yield Batch(batch.adapters[rows]), rows

@@ -1,0 +1,102 @@
+"""The options of a comparison, laid over each other: preset, YAML file, command line.
+
+What is said later replaces what was said before, in whatever way it was said: ``clients: 50`` laid over
+``vary: {clients: [3, 10]}`` is 50 clients, for every method.
+"""
+
+import copy
+from typing import Any
+
+from jsonargparse import get_loader
+
+from .comparison import LISTS, drop_field, has_field
+
+Options = dict[str, Any]
+
+
+def overlay(lower: Options, upper: Options) -> Options:
+    """The options of both layers; the upper one's count where they differ.
+
+    ``method``, ``strength``, ``start`` and ``seed``, as a run's config.yaml has them, are lists of one, unless the lists are
+    there too.
+
+    Raises:
+        ValueError: a layer that sets and varies a field at once, or is no mapping of options.
+    """
+    upper = copy.deepcopy(upper)
+    vary, per_method = upper.pop("vary", None) or {}, upper.pop("per_method", None) or {}
+    if not isinstance(vary, dict):
+        raise ValueError(f"vary must map fields to lists of values, got {vary!r}")
+    if not isinstance(per_method, dict) or not all(isinstance(own, dict) for own in per_method.values()):
+        raise ValueError(f"per_method must map methods to fields with values, got {per_method!r}")
+    for name, plural in LISTS.items():
+        if name in upper:
+            upper.setdefault(plural, [upper.pop(name)])
+            upper.pop(name, None)
+    for name in vary:
+        if has_field(upper, name):
+            raise ValueError(f"{name} is both set and varied: do one of them")
+    result = without(lower, [*upper, *vary])
+    result |= upper
+    if vary:
+        result["vary"] = result.get("vary", {}) | vary
+    for method, own in per_method.items():
+        result["per_method"] = result.get("per_method", {})
+        result["per_method"][method] = result["per_method"].get(method, {}) | own
+    return result
+
+
+def without(options: Options, names: list[str]) -> Options:
+    """The options with everything left out that sets or varies these fields."""
+    result = copy.deepcopy(options)
+    vary, per_method = result.pop("vary", {}), result.pop("per_method", {})
+    for name in names:
+        result = drop_field(result, name)
+        vary = {field: values for field, values in vary.items() if not (field == name or field.startswith(f"{name}."))}
+        per_method = {method: drop_field(own, name) for method, own in per_method.items()}
+    return result | ({"vary": vary} if vary else {}) | ({"per_method": per_method} if per_method else {})
+
+
+def split_options(argv: list[str]) -> tuple[Options, list[str], list[str]]:
+    """Take from a command line what lies over each other before the parser sees the rest.
+
+    Returns:
+        The layer of ``--vary FIELDS``, ``--vary.FIELD VALUES…`` and ``--per_method.METHOD.FIELD VALUE``, with ``preset`` and
+        ``config`` if given; the other arguments; and the fields that they set.
+    """
+    layer: Options = {}
+    rest: list[str] = []
+    fields: list[str] = []
+    for name, values, tokens in _groups(argv):
+        first, _, field = name.partition(".")
+        loaded = [get_loader("yaml")(value) for value in values]
+        if first in ("preset", "config") and len(values) == 1:
+            layer[first] = values[0]
+        elif first == "vary" and field and loaded:
+            values = loaded[0] if len(loaded) == 1 and isinstance(loaded[0], list) else loaded
+            layer = overlay(layer, {"vary": {field: values}})
+        elif first == "per_method" and "." in field and len(loaded) == 1:
+            method, _, field = field.partition(".")
+            # Names of methods have dashes, those of fields have underscores.
+            layer = overlay(layer, {"per_method": {method.replace("_", "-"): {field: loaded[0]}}})
+        elif first in ("vary", "per_method") and not field and len(loaded) == 1:
+            layer = overlay(layer, {first: loaded[0]})
+        else:
+            rest += tokens
+            fields += [name] if name else []
+    return layer, rest, fields
+
+
+def _groups(argv: list[str]) -> list[tuple[str, list[str], list[str]]]:
+    """Per option its name, its values and its tokens; arguments before the first option have no name."""
+    groups: list[tuple[str, list[str], list[str]]] = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            groups.append((name, [value] if equals else [], [token]))
+        else:
+            if not groups:
+                groups.append(("", [], []))
+            groups[-1][1].append(token)
+            groups[-1][2].append(token)
+    return groups

@@ -1,0 +1,32 @@
+"""Comparisons by name, one YAML file each; its first line says what it is. Names that begin with _ are bases of others."""
+
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from ..layers import overlay
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The options of a preset, laid over those of the one that its key ``preset`` names.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    file = files(__name__) / f"{name}.yaml"
+    if not file.is_file():
+        raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(describe_presets())}")
+    options = yaml.safe_load(file.read_text("utf-8"))
+    base = options.pop("preset", None)
+    return overlay(load_preset(base) if base else {}, options)
+
+
+def describe_presets() -> dict[str, str]:
+    """What can be run: name → its line."""
+    found = {f.name.removesuffix(".yaml"): f for f in files(__name__).iterdir() if f.name.endswith(".yaml")}
+    return {
+        name: found[name].read_text("utf-8").splitlines()[0].removeprefix("# ")
+        for name in sorted(found)
+        if not name.startswith("_")
+    }

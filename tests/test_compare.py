@@ -1,0 +1,314 @@
+"""``fedrot compare``: what varies, what is refused before anything is run, and what tables and presets say."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from fedrot.cli import main
+from fedrot.methods import METHODS
+from fedrot.simulation import SimulationConfig
+from fedrot.simulation.cli import make_parser
+from fedrot.simulation.compare import _NOT_OF_THE_TASK, _by_task, _task_fields
+from fedrot.simulation.comparison import Comparison
+from fedrot.simulation.layers import overlay, split_options, without
+from fedrot.simulation.presets import describe_presets, load_preset
+from fedrot.simulation.tables import as_markdown, comparison_tables
+
+SHORT = ["--rounds=1", "--local-steps=2", "--clients=3", "--batch-size=4"]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def cell(values):
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+
+
+def names(**options):
+    return [run.name for run in Comparison(**options).runs()[0]]
+
+
+def test_what_is_compared_unless_told_otherwise():
+    args = make_parser("compare").parse_args([])
+    assert args.methods == ["fedit", "fedrot"]
+    assert names(methods=args.methods, strengths=args.strengths, starts=args.starts, seeds=args.seeds) == names() == [
+        f"{start}-{method}-seed{seed}"
+        for start in ("shared", "independent")
+        for method, seed in [("fedit", 0), ("fedit", 1), ("fedit", 2)]
+        + [(f"fedrot-{strength}", seed) for seed in range(3) for strength in ("0.5", "1")]
+    ]  # fmt: skip
+
+
+def test_methods_over_seeds(tmp_path, capsys):
+    output = tmp_path / "comparison"
+    varied = ["--methods", "fedit", "fedrot", "--strengths", "0.5", "--starts", "independent", "--seeds", "0", "1"]
+    assert main(["compare", *varied, *SHORT, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    table = (output / "table.txt").read_text()
+    assert table in printed
+    runs = sorted(p.name for p in output.iterdir() if p.is_dir())
+    assert runs == [f"independent-{v}-seed{s}" for v in ("fedit", "fedrot-0.5") for s in (0, 1)]
+    assert (output / "curves.png").exists() and not (output / "sweep.png").exists()
+    rows = pd.read_csv(output / "results.csv")
+    assert list(rows["method"]) == ["fedit", "fedit", "fedrot", "fedrot"]
+    assert list(rows["strength"].fillna(-1)) == [-1, -1, 0.5, 0.5]
+    for method, some in (("fedit", runs[:2]), ("fedrot λ=0.5", runs[2:])):
+        last = [metrics(output / run)[-1] for run in some]
+        (line,) = [line for line in table.splitlines() if method in line]
+        assert cell([x["accuracy"] for x in last]) in line
+        assert cell([x["relative_error"] for x in last]) in line
+
+    before = {p: p.stat().st_mtime_ns for p in output.glob("*/adapter/*")}
+    assert main(["compare", "--resume", str(output)]) == 0  # nothing is left to do
+    assert {p: p.stat().st_mtime_ns for p in output.glob("*/adapter/*")} == before
+    assert (output / "table.txt").read_text() == table
+    assert main(["compare", *SHORT, "--output", str(output)]) == 1
+
+
+def test_a_varied_field_has_a_column_per_value(tmp_path, capsys):
+    output = tmp_path / "comparison"
+    varied = ["--methods=fedit", "--starts=shared", "--seeds", "0", "1", "--vary.lora.r", "2", "3"]
+    assert main(["compare", *varied, *SHORT, "--output", str(output)]) == 0
+    assert sorted(p.name for p in output.iterdir() if p.is_dir()) == [
+        f"shared-fedit-lora.r={r}-seed{s}" for r in (2, 3) for s in (0, 1)
+    ]
+    rows = pd.read_csv(output / "results.csv")
+    assert list(rows["lora.r"]) == [2, 2, 3, 3]
+    table = (output / "table.md").read_text()
+    assert "accuracy after the last round, by lora.r\n\n| start | method | 2 | 3 |\n" in table
+    for r in (2, 3):
+        folders = [output / f"shared-fedit-lora.r={r}-seed{s}" for s in (0, 1)]
+        for folder in folders:
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            assert config["lora"] == {"r": r, "lora_alpha": 16}
+            assert json.loads((folder / "adapter/adapter_config.json").read_text())["r"] == r
+        for measure in ("accuracy", "relative_error"):
+            assert cell([metrics(folder)[-1][measure] for folder in folders]) in table
+    assert (output / "sweep.png").exists()
+    assert main(["compare", "--resume", str(output)]) == 0
+    assert (output / "table.md").read_text() == table
+
+
+def test_a_run_of_every_value_with_what_is_the_methods_own():
+    runs, _ = Comparison(
+        {"rounds": 3, "lora": {"r": 4, "lora_alpha": 8}},
+        methods=["fedit", "fedrot"],
+        strengths=[1],
+        starts=["shared"],
+        seeds=[7],
+        vary={"clients": [3, 5], "align_on": ["A", "joint"]},
+        per_method={"fedrot": {"lr": 1, "lora.lora_alpha": 2}},
+    ).runs()
+    assert [run.name for run in runs] == [
+        f"shared-{name}-seed7"
+        for n in (3, 5)
+        # Which factor is aligned plays no part in a plain average: once is enough.
+        for name in (f"fedit-clients={n}", f"fedrot-1-clients={n}-align_on=A", f"fedrot-1-clients={n}-align_on=joint")
+    ]
+    assert [run.config.clients for run in runs] == [3, 3, 3, 5, 5, 5]
+    assert [run.config.align_on for run in runs] == ["alternate", "A", "joint"] * 2
+    assert [run.config.lr for run in runs] == [0.01, 1.0, 1.0] * 2
+    assert [run.config.lora["lora_alpha"] for run in runs] == [8, 2, 2] * 2
+    assert all((run.config.rounds, run.config.seed, run.config.lora["r"]) == (3, 7, 4) for run in runs)
+
+
+def test_the_table_of_one_field_repeats_methods_in_which_it_plays_no_part():
+    values = [("fedit", np.nan, None, 0.5, 0.3), ("fedrot", 1.0, "A", 0.6, 0.2), ("fedrot", 1.0, "B", 0.7, 0.1)]
+    columns = ["method", "strength", "align_on", "accuracy", "relative_error", "seed", "round"]
+    rows = pd.DataFrame([(*v, seed, r) for v in values for seed in (0, 1) for r in (0, 1)], columns=columns)
+    rows = rows.assign(start="shared")
+    rows.loc[rows["round"] == 0, ["accuracy", "relative_error"]] = 9.0  # of no account: not the last
+    tables = comparison_tables(rows, ["align_on"])
+    assert as_markdown(tables, ["a note"]) == (
+        "accuracy after the last round, by align_on\n\n"
+        "| start | method | A | B |\n| --- | --- | --- | --- |\n"
+        "| shared | fedit | 0.500 ± 0.000 | 0.500 ± 0.000 |\n"
+        "| shared | fedrot λ=1 | 0.600 ± 0.000 | 0.700 ± 0.000 |\n\n"
+        "relative error after the last round, by align_on\n\n"
+        "| start | method | A | B |\n| --- | --- | --- | --- |\n"
+        "| shared | fedit | 0.300 ± 0.000 | 0.300 ± 0.000 |\n"
+        "| shared | fedrot λ=1 | 0.200 ± 0.000 | 0.100 ± 0.000 |\n\n"
+        "a note"
+    )
+
+
+def test_several_fields_are_rows_and_rounds_that_were_not_evaluated_do_not_count():
+    rows = pd.DataFrame(
+        {"start": "shared", "method": "fedit", "strength": np.nan, "seed": 0, "clients": n, "lr": lr, "round": r,
+         "loss": n * lr + r if r != 1 else np.nan, "relative_error": 0.0}
+        for n in (3, 10) for lr in (0.5, 1.0) for r in (0, 1, 2)
+    )  # fmt: skip
+    (table,) = comparison_tables(rows, ["clients", "lr"]).values()
+    assert list(table.columns) == [f"{m}, round {r}" for m in ("loss", "relative error") for r in (1, 3)]
+    assert table.loc[("shared", "fedit", 10, 0.5)].to_list() == ["5.000", "7.000", "0.000", "0.000"]
+    assert len(table) == 4
+
+
+def test_methods_that_need_a_shared_start_are_not_run_without_and_that_is_said(tmp_path, capsys):
+    method = next(name for name, kind in METHODS.items() if kind.needs_shared_start)
+    output = tmp_path / "comparison"
+    options = ["--methods", method, "fedit", "--strengths=1", "--seeds=0", *SHORT, "--output", str(output)]
+    assert main(["compare", *options]) == 0
+    said = f"{method} was not run from an independent start"
+    assert said in capsys.readouterr().out
+    assert said in (output / "table.txt").read_text() and said in (output / "table.md").read_text()
+    runs = sorted(p.name for p in output.iterdir() if p.is_dir())
+    assert [r for r in runs if method in r] == [r for r in runs if r.startswith(f"shared-{method}")] != []
+    with pytest.raises(ValueError, match=said):
+        Comparison(methods=[method], starts=["independent"]).runs()
+
+
+def test_all_methods(tmp_path):
+    runs, notes = Comparison(methods=list(METHODS), seeds=[0], strengths=[0.5]).runs()
+    needing = [name for name, kind in METHODS.items() if kind.needs_shared_start]
+    assert len(runs) == 2 * len(METHODS) - len(needing)
+    assert [note.split()[0] for note in notes] == needing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vary.cliens", "3", "10"], "no field 'cliens'"),
+        (["--vary.clients", "3", "many"], "clients.*many"),
+        (["--vary.clients", "3", "2.5"], "clients.*2.5"),
+        (["--vary.clients", "3", "0"], "clients must be at least 1"),
+        (["--vary.clients", "3", "3"], "has 3 twice"),
+        (["--vary", "{clients: 3}"], "(?i)list"),
+        (["--vary.lora.r", "2", "x"], "lora: .*x"),
+        (["--vary.lora.rank", "2"], "lora: .*rank"),
+        (["--vary", "{lora.r: [2], lora: [{r: 3}]}"], "lora.* cannot both be varied"),
+        (["--vary.seed", "0", "1"], "seeds"),
+        (["--vary.lr", "1", "2", "--per-method.fedrot.lr", "3"], "lr is varied and per_method sets it for fedrot"),
+        (["--per-method.fedrot.lr", "fast"], "lr.*fast"),
+        (["--per-method.fedrot.strength", "0.3"], "strengths"),
+        (["--per-method.fedavg.lr", "0.3"], "unknown method 'fedavg'"),
+        (["--per-method", "{fedrot: 3}"], "per_method must map"),
+        (["--methods", "fedavg"], "unknown method 'fedavg'"),
+        (["--methods", "fedrot", "--strengths", "2"], "strength must be between"),
+        (["--preset", "table99"], "no preset 'table99'.*table1-sst2"),
+        (["--config", "nowhere.yaml"], "no file nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, options, message):
+    assert main(["compare", *options, "--output", str(tmp_path / "out")]) in (1, 2)
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_simulations_configuration_is_that_of_a_comparison(tmp_path, capsys):
+    SimulationConfig(method="fedit", start="independent", seed=4, clients=3, rounds=1, local_steps=2).save(
+        tmp_path / "c.yaml"
+    )
+    common = ["compare", "--config", str(tmp_path / "c.yaml"), "--batch-size=4"]
+    assert main([*common, "--output", str(tmp_path / "one")]) == 0
+    assert [p.name for p in (tmp_path / "one").iterdir() if p.is_dir()] == ["independent-fedit-seed4"]
+    assert main([*common, "--seeds", "5", "6", "--vary.lr", "1e-2", "--output", str(tmp_path / "two")]) == 0
+    assert sorted(p.name for p in (tmp_path / "two").iterdir() if p.is_dir()) == [
+        f"independent-fedit-lr=0.01-seed{s}" for s in (5, 6)
+    ]
+    for folder in ("one/independent-fedit-seed4", "two/independent-fedit-lr=0.01-seed5"):
+        config = yaml.safe_load((tmp_path / folder / "config.yaml").read_text())
+        assert (config["clients"], config["rounds"], config["batch_size"]) == (3, 1, 4)
+
+
+def test_what_is_said_later_replaces_what_was_said_before():
+    lower = {"clients": 3, "lr": 1, "vary": {"lora.r": [2, 4]}, "per_method": {"rolora": {"lr": 2, "momentum": 3}}}
+    assert overlay(lower, {"vary": {"clients": [5, 6]}}) == {
+        "lr": 1,
+        "vary": {"lora.r": [2, 4], "clients": [5, 6]},
+        "per_method": {"rolora": {"lr": 2, "momentum": 3}},
+    }
+    assert overlay(lower, {"lr": 9, "lora": {"r": 8}}) == {
+        "clients": 3,
+        "lr": 9,
+        "lora": {"r": 8},
+        "per_method": {"rolora": {"momentum": 3}},
+    }
+    assert overlay(lower, {"per_method": {"rolora": {"lr": 5}}})["per_method"] == {"rolora": {"lr": 5, "momentum": 3}}
+    assert without({"lora": {"r": 4, "lora_alpha": 8}, "vary": {"lora.r": [2]}}, ["lora.r"]) == {"lora": {"lora_alpha": 8}}
+    assert overlay({"seeds": [1, 2]}, {"seed": 3}) == {"seeds": [3]}
+    assert overlay({}, {"seed": 3, "seeds": [4, 5]}) == {"seeds": [4, 5]}
+    with pytest.raises(ValueError, match="clients is both set and varied"):
+        overlay({}, {"clients": 3, "vary": {"clients": [3, 4]}})
+
+
+def test_options_of_the_command_line():
+    argv = ["--preset", "p", "--vary.lora.r", "2", "4", "--vary.lr=[1e-3,2]", "--per_method.ffa_lora.lr", "0.5"]
+    argv += ["--seeds", "1", "2", "--lora.r", "3"]
+    assert split_options(argv) == (
+        {"preset": "p", "vary": {"lora.r": [2, 4], "lr": [0.001, 2]}, "per_method": {"ffa-lora": {"lr": 0.5}}},
+        ["--seeds", "1", "2", "--lora.r", "3"],
+        ["seeds", "lora.r"],
+    )
+
+
+def test_runs_share_data_and_model_where_they_can():
+    fields = {f.name for f in dataclasses.fields(SimulationConfig)}
+    assert fields >= _NOT_OF_THE_TASK
+    assert not _NOT_OF_THE_TASK & {
+        "model",
+        "dataset",
+        "max_length",
+        "max_train_examples",
+        "test_fraction",
+        "partition_column",
+    }
+    runs, _ = Comparison(methods=["fedit"], vary={"clients": [3, 5], "max_length": [8, 9]}, seeds=[0]).runs()
+    ordered = _by_task(runs)
+    assert [run.config.max_length for run in ordered] == [8, 8, 8, 8, 9, 9, 9, 9]
+    assert len({_task_fields(run.config) for run in ordered}) == 2
+    assert sorted(run.name for run in ordered) == sorted(run.name for run in runs)
+
+
+@pytest.mark.parametrize("name", describe_presets())
+def test_every_preset_is_runs(name):
+    options = load_preset(name)
+    if name.startswith("text-"):
+        options |= {"model": "encoder", "dataset": "train.tsv"}
+    if name == "table5-code":
+        options["execute_generated_code"] = True
+    runs, notes = Comparison.of(options).runs()
+    assert len({run.config.seed for run in runs}) == 3
+    assert {run.config.method for run in runs} == set(options["methods"])
+    assert not notes
+
+
+def test_presets_follow_the_paper():
+    def configs(name):
+        return [run.config for run in Comparison.of(load_preset(name)).runs()[0]]
+
+    table1 = configs("table1-qnli")
+    assert len(table1) == 5 * 3 * 3
+    assert {c.clients for c in table1} == {3, 10, 50}
+    for c in table1:
+        assert (c.model, c.dataset, c.lora["r"], c.lora["lora_alpha"]) == ("FacebookAI/roberta-large", "qnli", 4, 8)
+        assert (c.rounds, c.local_steps, c.batch_size, c.optimizer, c.max_length) == (250, 20, 128, "sgd", 128)
+        assert c.lr == (0.001 if c.method == "rolora" else 0.02)
+    assert {c.lora["r"] for c in configs("table3-mnli")} == {2, 4, 8, 16, 24}
+    assert {c.dirichlet_alpha for c in configs("table4-mnli")} == {100, 1, 0.5}
+    assert {c.strength for c in configs("figure8-sst2")} == {0, 0.2, 0.4, 0.6, 0.8, 1}
+    gsm8k = configs("table5-gsm8k")
+    assert {(c.clients, c.rounds, c.local_steps, c.batch_size, c.max_length) for c in gsm8k} == {(3, 100, 30, 1, 650)}
+
+
+def test_a_preset_is_overridden_by_options(tmp_path, capsys):
+    options = ["--preset", "reproduce-digits-clients", "--methods", "fedit", "--seeds=0", "--lr=0.5", *SHORT]
+    assert main(["compare", *options, "--output", str(tmp_path / "out")]) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["shared-fedit-seed0"]
+    config = yaml.safe_load((tmp_path / "out/shared-fedit-seed0/config.yaml").read_text())
+    assert (config["clients"], config["lr"], config["rounds"]) == (3, 0.5, 1)
+    assert config["lora"] == load_preset("reproduce-digits-clients")["lora"]
+
+
+def test_presets_are_listed_with_a_line_each(capsys):
+    assert main(["compare", "--preset", "help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == len(describe_presets())
+    assert re.search(r"^table1-sst2 +SST-2 by method", printed, re.MULTILINE)
