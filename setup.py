@@ -14,6 +14,7 @@ SIMULATE = [
     "scikit-learn>=1.5",
     "matplotlib>=3.9",
     "tqdm>=4.66",
+    "psutil>=6",
     "jsonargparse[signatures]>=4.40",
 ]
 
@@ -25,8 +26,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["fedrot", "fedrot.methods", "fedrot.simulation", "fedrot_kernels"],
-    package_data={"fedrot": ["py.typed"], "fedrot_kernels": ["py.typed"]},
+    packages=[
+        "fedrot",
+        "fedrot.methods",
+        "fedrot.simulation",
+        "fedrot.simulation.presets",
+        "fedrot.simulation.tasks",
+        "fedrot_kernels",
+    ],
+    package_data={"fedrot": ["py.typed", "simulation/presets/*.yaml"], "fedrot_kernels": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "safetensors[torch]>=0.4.3"],
     extras_require={

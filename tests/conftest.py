@@ -1,5 +1,9 @@
 """Settings for all tests, and the clients that several of them have."""
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +12,18 @@ from .refusals import LINEAR
 
 # The models here are tiny: a second thread gains nothing, and on a busy machine costs a multiple.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory) -> Iterator[Path]:
+    """Embedded models are pretrained once per session, whatever is in the user's cache, which stays as it is."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder := tmp_path_factory.mktemp("cache"))
+    yield folder
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
 
 
 @pytest.fixture

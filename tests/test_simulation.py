@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification, BertConfig, BertForSeq
 from fedrot.cli import main
 from fedrot.simulation import SimulationConfig, load_task, simulate
 from fedrot.simulation.clients import Clients
-from fedrot.simulation.digits import digits_data
+from fedrot.simulation.tasks.digits import digits_data
 
 QUICK = {"rounds": 3, "local_steps": 3, "clients": 4, "batch_size": 4}
 
@@ -96,7 +96,7 @@ def test_passes_of_fewer_clients_train_the_same(task):
     for size in (None, 3):
         config = SimulationConfig(**QUICK, clients_per_pass=size)
         clients = Clients(task, config)
-        trained.append(clients.train(0, [0, 1, 2, 3], clients.state(), lambda: None))
+        trained.append(clients.train(0, [0, 1, 2, 3], [clients.state()] * 4, lambda n: None))
     for (together, loss), (apart, loss_apart) in zip(*trained, strict=True):
         assert loss == pytest.approx(loss_apart, rel=1e-5)
         for name, value in together.items():
@@ -189,7 +189,7 @@ def test_text_from_local_files(tiny_bert, tmp_path, suffix):
 
 def test_missing_columns_and_unseen_classes_are_named(tiny_bert, tmp_path):
     options = {"model": str(tiny_bert), "dataset": write_reviews(tmp_path / "train.csv", 20, 0)}
-    with pytest.raises(ValueError, match=r"no column 'sentence'; its columns are text, other, label, site"):
+    with pytest.raises(ValueError, match=r"no column of text that is known; its columns are text, other, label, site"):
         load_task(SimulationConfig(**options))
     Dataset.from_list([{"text": "a film", "label": "perhaps"}]).to_csv(tmp_path / "test.csv")
     with pytest.raises(ValueError, match="1 classes that the training data lacks, such as: perhaps"):

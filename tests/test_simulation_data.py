@@ -121,6 +121,6 @@ def test_pictures_train_a_new_head_that_is_saved(images, tmp_path):
 def test_batch_statistics_are_frozen_with_the_base(images):
     clients = Clients(load_task(images), images)
     before = {name: x.clone() for name, x in clients.model.named_buffers()}
-    clients.train(0, [0, 1, 2], clients.state(), lambda: None)
+    clients.train(0, [0, 1, 2], [clients.state()] * 3, lambda n: None)
     assert any("running_mean" in name for name in before)
     assert all(torch.equal(x, before[name]) for name, x in clients.model.named_buffers())

@@ -74,9 +74,13 @@ def make_inputs(model, n):
     return {"input_ids": tokens * mask, "attention_mask": mask, "labels": labels}
 
 
-def train_alone(model, start, batches, inputs, config):
+def mean_losses(logits, labels, clients):
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").view(clients, -1).mean(1)
+
+
+def train_alone(model, start, batches, inputs, config, frozen=()):
     """What a client does without us: PEFT's model, torch's optimizer and clipping."""
-    parameters = trainable_parameters(model)
+    parameters = {name: p.requires_grad_(name not in frozen) for name, p in model.named_parameters() if name in start}
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(start[name])
@@ -108,7 +112,7 @@ def test_each_client_trains_as_it_would_alone(case, optimizer):
 
     alone = copy.deepcopy(model)
     trained, losses = train_clients(
-        model, start, list(indices), lambda i: {name: x[i] for name, x in inputs.items()}, config
+        model, start, list(indices), lambda i: {name: x[i] for name, x in inputs.items()}, mean_losses, config
     )
     assert losses.shape == (CLIENTS,)
     for client in range(CLIENTS):
@@ -117,6 +121,43 @@ def test_each_client_trains_as_it_would_alone(case, optimizer):
             if "lora" in name:
                 assert (value - start[name][client]).abs().max() > 1e-4, f"{name} did not train: nothing was compared"
             torch.testing.assert_close(trained[name][client], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B", "lora_embedding_B"])
+@pytest.mark.parametrize("case", ["vit", "vit, DoRA", "bert, trained head", "bert, embedding"])
+def test_parameters_that_are_not_trained_stay(case, factor):
+    make, options = CASES[case]
+    torch.manual_seed(0)
+    model = get_peft_model(make(), LoraConfig(r=4, lora_alpha=8, **options)).double().train()
+    start = {name: torch.randn(CLIENTS, *p.shape, dtype=p.dtype) * 0.2 for name, p in trainable_parameters(model).items()}
+    frozen = {name for name in start if factor in name}
+    config = SimulationConfig(optimizer="adamw", lr=0.03, weight_decay=0.01, max_grad_norm=0.5)
+    inputs = make_inputs(model.get_base_model(), 30)
+    batches = list(np.random.default_rng(0).integers(0, 30, (STEPS, CLIENTS, BATCH)))
+    alone = copy.deepcopy(model)
+    trained, _ = train_clients(
+        model,
+        start,
+        batches,
+        lambda i: {k: x[i] for k, x in inputs.items()},
+        mean_losses,
+        config,
+        trained=start.keys() - frozen,
+    )
+    assert not any(x.requires_grad for x in trained.values())
+    for client in range(CLIENTS):
+        mine = {k: v[client] for k, v in start.items()}
+        expected = train_alone(alone, mine, [b[client] for b in batches], inputs, config, frozen)
+        for name, value in trained.items():
+            assert torch.equal(value[client], start[name][client]) == (name in frozen), name
+            torch.testing.assert_close(value[client], expected[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_an_unknown_parameter_is_not_to_be_trained():
+    model = get_peft_model(vit(), LoraConfig(r=2, target_modules=["q_proj"]))
+    start = {name: torch.zeros(2, *p.shape) for name, p in trainable_parameters(model).items()}
+    with pytest.raises(ValueError, match=r"^head is to be trained, but it is no trainable parameter of the model$"):
+        train_clients(model, start, [np.zeros((2, 1), int)], None, None, SimulationConfig(), trained=["head"])
 
 
 def test_the_model_is_as_before_and_the_start_unchanged():

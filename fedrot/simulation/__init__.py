@@ -2,6 +2,6 @@
 
 from .config import SimulationConfig
 from .run import SimulationResult, simulate
-from .task import Task, load_task
+from .tasks import Task, load_task
 
 __all__ = ["SimulationConfig", "SimulationResult", "Task", "load_task", "simulate"]

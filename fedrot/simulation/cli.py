@@ -15,13 +15,14 @@ import transformers
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_parsing_settings
 
+from ..methods import METHODS
 from .compare import compare
 from .comparison import LISTS, Comparison, drop_field, has_field
 from .config import SimulationConfig, Start
 from .layers import overlay, split_options, without
 from .plots import SCORES, shown_score
 from .presets import describe_presets, load_preset
-from .run import CONFIG, CURVES, simulate
+from .run import CONFIG, CURVES, FOLDED_MODEL, simulate
 
 _SITUATIONS = {
     "shared": "all clients start from one adapter, and are rotated towards it.",
@@ -144,7 +145,16 @@ def _simulate(args: Namespace, folder: Path) -> None:
         f"{SCORES[score]} {last[score]:.3f}, relative aggregation error {last['relative_error']:.3f}, "
         f"mean rotation {last['rotation_angle']:.1f}°"
     )
-    print(f"{folder}/{CURVES} shows them by round; {folder}/adapter is the final adapter, a PEFT folder.")
+    print(f"{folder}/{CURVES} shows them by round; {_where(config.method, folder)}.")
+
+
+def _where(method: str, folder: Path) -> str:
+    """Where the final adapter is, and on which model it belongs."""
+    if METHODS[method].folds:
+        return f"{folder}/adapter is the final adapter, a PEFT folder, for the model in {folder}/{FOLDED_MODEL}"
+    if (folder / "adapter").exists():
+        return f"{folder}/adapter is the final adapter, a PEFT folder"
+    return f"{folder}/adapters has every client's final adapter, PEFT folders"
 
 
 def _compare(args: Namespace, folder: Path) -> None:

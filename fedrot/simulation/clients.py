@@ -1,7 +1,8 @@
 """The clients of a simulation: the model they share, their examples and where each starts from."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,45 +11,42 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .config import SimulationConfig
+from .lengths import client_lengths
 from .local_training import draw_batches, train_clients
+from .memory import clients_that_fit, pass_memory
 from .partition import partition
 from .stacked import trainable_parameters
-from .task import Task, head_modules
+from .tasks import Task
 
 # Streams of random numbers, apart from each other and, by the second number, from the partition's.
 _SAMPLING, _EXAMPLES, _DROPOUT, _START = 1, 2, 3, 4
-# The embedded model's layers; for others PEFT knows its defaults.
-_DIGITS_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
+# Of a client's parameters while it trains: where it starts, what it trains, the gradient and two moments.
+_COPIES = 5
 
 State = dict[str, Tensor]
 
 
 class Clients:
-    """All clients of a run. Random choices are functions of the seed, the round and the client alone; dropout of the pass.
+    """All clients of a run. Random choices are functions of the seed, the round and the client alone.
 
     Attributes:
         model: the PEFT model.
         examples: for every client the indices of its examples.
+        column: (n,) value of partition_column, or None.
+        lora: the configuration of every client's adapter.
     """
 
     def __init__(self, task: Task, config: SimulationConfig):
         self.task, self.config = task, config
         self.device = _open_device(config.device)
-        column = None if config.partition_column is None else np.array(task.train[config.partition_column])
-        self.examples = partition(task.labels, column, config)
+        self.column = None if config.partition_column is None else np.array(task.train[config.partition_column])
+        self.examples = partition(task.labels, self.column, config, size=len(task.train))
         if (config.clients_per_round or 0) > len(self.examples):
             raise ValueError(f"clients_per_round is {config.clients_per_round}, but there are {len(self.examples)} clients")
-        options = dict(config.lora)
-        if config.model == "digits":
-            options.setdefault("target_modules", _DIGITS_TARGETS)
-        if config.task == "text-classification":
-            options.setdefault("task_type", "SEQ_CLS")  # with which PEFT trains the head
-        elif config.dataset != "digits":
-            options.setdefault("modules_to_save", head_modules(task.base_model))
         torch.manual_seed(config.seed)
         try:
-            self.lora = LoraConfig(**options)
+            self.lora = LoraConfig(**{**task.lora_defaults, **config.lora})
         except TypeError as error:
             raise ValueError(f"lora: {error}; see peft.LoraConfig for its options") from error
         if config.start == "independent" and self.lora.init_lora_weights not in (True, "gaussian"):
@@ -58,6 +56,8 @@ class Clients:
             )
         self.model = get_peft_model(copy.deepcopy(task.base_model), self.lora).to(self.device)
         self.parameters = trainable_parameters(self.model)
+        # Not yet known of "auto".
+        self._per_pass = None if config.clients_per_pass == "auto" else config.clients_per_pass or len(self.examples)
 
     def state(self) -> State:
         """A copy of the model's trainable tensors, by parameter name."""
@@ -88,16 +88,26 @@ class Clients:
         self.load(shared)
         return own
 
+    def batches(self, round: int, client: int) -> np.ndarray:
+        """(local_steps, batch) indices of the examples that a client trains on in a round."""
+        return draw_batches(self.examples[client], self.config, self._rng(_EXAMPLES, round, client))
+
     def train(
-        self, round: int, chosen: list[int], start: State | None, on_step: Callable[[], object]
+        self,
+        round: int,
+        chosen: list[int],
+        starts: Sequence[State],
+        on_step: Callable[[int], object],
+        trained: Collection[str] | None = None,
     ) -> list[tuple[State, float]]:
         """Train the chosen clients of a round, in as few passes as ``clients_per_pass`` allows.
 
         Args:
             round: its number.
             chosen: client numbers.
-            start: the global adapter, or None for each client's own.
-            on_step: called once per local step and pass.
+            starts: the adapter that each of them starts from.
+            on_step: called after every local step of a pass with the number of its clients.
+            trained: the parameters that are trained; the others stay as they start. None: all.
 
         Returns:
             For every chosen client its trained state, views of the stacked tensors, and its mean loss.
@@ -106,30 +116,43 @@ class Clients:
         for module in self.model.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()  # part of the frozen base; statistics of a batch of all clients would mix them
-        results = []
-        size = self.config.clients_per_pass or len(chosen)
-        for first in range(0, len(chosen), size):
-            some = chosen[first : first + size]
-            starts = [start if start is not None else self.own_start(c) for c in some]
-            stacked = {name: torch.stack([s[name] for s in starts]) for name in self.parameters}
-            drawn = [draw_batches(self.examples[c], self.config, self._rng(_EXAMPLES, round, c)) for c in some]
-            torch.manual_seed(self._torch_seed(_DROPOUT, round, first))
-            trained, losses = train_clients(
+        batches = [self.batches(round, c) for c in chosen]
+        seeds = [self._torch_seed(_DROPOUT, round, c) for c in chosen]
+
+        def train_pass(some: slice, steps: int, on_step: Callable[[], object]) -> tuple[State, Tensor]:
+            torch.manual_seed(self._torch_seed(_DROPOUT, round))
+            return train_clients(
                 self.model,
-                stacked,
-                list(np.stack(drawn, axis=1)),
-                lambda indices: self.task.collate(self.task.train, indices, self.device),
+                {name: torch.stack([s[name] for s in starts[some]]) for name in self.parameters},
+                list(np.stack(batches[some], axis=1)[:steps]),
+                lambda indices: self.task.collate(self.task.train, indices, torch.device("cpu")),
+                self.task.losses,
                 self.config,
                 on_step,
+                trained,
+                seeds[some],
             )
+
+        if self._per_pass is None:
+            inputs = self.task.collate(self.task.train, np.concatenate([b[0] for b in batches]), torch.device("cpu"))
+            lengths = client_lengths(inputs, len(chosen)) or [0]
+            longest = lengths.index(max(lengths))
+            with pass_memory(self.model, self.device) as found:
+                train_pass(slice(longest, longest + 1), 1, lambda: None)
+            copies = _COPIES * sum(p.nbytes for p in self.parameters.values())
+            self._per_pass = clients_that_fit(found[0] + copies, self.device)
+        results = []
+        for first in range(0, len(chosen), self._per_pass):
+            some = slice(first, first + self._per_pass)
+            states, losses = train_pass(some, self.config.local_steps, partial(on_step, len(chosen[some])))
             for i, loss in enumerate(losses.tolist()):
-                results.append(({name: x[i] for name, x in trained.items()}, loss))
+                results.append(({name: x[i] for name, x in states.items()}, loss))
         return results
 
-    def evaluate(self, state: State) -> dict[str, float]:
-        """Accuracy and loss of an adapter on the test examples."""
+    def evaluate(self, state: State, rows: np.ndarray | None = None) -> dict[str, float]:
+        """Score and loss of an adapter on the test examples, or some rows of them."""
         self.load(state)
-        return self.task.evaluate(self.model, self.config.eval_batch_size, self.device)
+        return self.task.evaluate(self.model, self.config.eval_batch_size, self.device, rows)
 
     def _rng(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *stream])

@@ -1,15 +1,19 @@
 """The local steps of a round, for all its clients at once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .config import SimulationConfig
+from .dropout import ClientDropout
+from .lengths import group_by_length, pass_overhead
+from .packing import packed_linears
 from .stacked import stacked_clients
 
 Collate = Callable[[np.ndarray], dict[str, Tensor]]
+Losses = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def train_clients(
@@ -17,8 +21,11 @@ def train_clients(
     start: Mapping[str, Tensor],
     batches: Sequence[np.ndarray],
     collate: Collate,
+    losses: Losses,
     config: SimulationConfig,
     on_step: Callable[[], object] = lambda: None,
+    trained: Collection[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Train N clients for the configured local steps.
 
@@ -26,39 +33,57 @@ def train_clients(
         model: the PEFT model they share, in training mode.
         start: for every trainable parameter (N, …), each client's value to start from; not modified.
         batches: for every local step example indices (N, batch).
-        collate: indices -> the model's inputs with ``labels``.
+        collate: indices -> the model's inputs with ``labels``, on any device.
+        losses: logits, labels and N -> each client's mean loss (N,); a task's.
         config: its optimizer, lr, momentum, weight_decay and max_grad_norm.
         on_step: called after every step.
+        trained: the parameters that are trained; the others stay as they start. None: all.
+        seeds: one per client, of its dropout; by default 0, 1, …
 
     Returns:
-        The trained parameters (N, …), and each client's mean loss over its steps (N,).
+        The parameters (N, …), and each client's mean loss over its steps (N,).
     """
-    parameters = {name: nn.Parameter(value.detach().clone()) for name, value in start.items()}
-    optimizer = make_optimizer(list(parameters.values()), config)
     n, batch_size = batches[0].shape
-    total = torch.zeros(n, device=next(iter(parameters.values())).device)
-    with stacked_clients(model, parameters, batch_size):
+    if trained is not None and (unknown := set(trained) - start.keys()):
+        raise ValueError(f"{sorted(unknown)[0]} is to be trained, but it is no trainable parameter of the model")
+    parameters = {name: value.detach().clone() for name, value in start.items()}
+    changing = [p.requires_grad_() for name, p in parameters.items() if trained is None or name in trained]
+    optimizer = make_optimizer(changing, config)
+    device = changing[0].device
+    overhead = pass_overhead(model, device)
+    dropout = ClientDropout(seeds or range(n), batch_size, device)
+    total = torch.zeros(n, device=device)
+    with stacked_clients(model, parameters, batch_size, dropout) as use, packed_linears(model) as use_mask:
         for indices in batches:
-            inputs = collate(indices.ravel())
-            labels = inputs.pop("labels")
-            logits = model(**inputs).logits
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            losses = nn.functional.cross_entropy(logits, labels, reduction="none").view(n, batch_size).mean(1)
-            losses.sum().backward()
+            random = torch.get_rng_state()
+            for clients, inputs in group_by_length(collate(indices.ravel()), n, overhead):
+                torch.set_rng_state(random)  # every group meets the same dropouts
+                dropout.use(clients)
+                use(parameters if len(clients) == n else _some(parameters, clients))
+                inputs = {name: x.to(device) for name, x in inputs.items()}
+                labels = inputs.pop("labels")
+                use_mask(inputs.get("attention_mask"))
+                step_losses = losses(model(**inputs).logits, labels, len(clients))
+                step_losses.sum().backward()
+                total[clients] += step_losses.detach()
             if config.max_grad_norm is not None:
-                clip_per_client([p.grad for p in parameters.values() if p.grad is not None], config.max_grad_norm)
+                clip_per_client([p.grad for p in changing if p.grad is not None], config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            total += losses.detach()
             on_step()
     return {name: p.detach() for name, p in parameters.items()}, total / len(batches)
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: SimulationConfig) -> torch.optim.Optimizer:
+def _some(parameters: Mapping[str, Tensor], clients: Sequence[int]) -> dict[str, Tensor]:
+    rows = torch.tensor(clients, device=next(iter(parameters.values())).device)
+    return {name: p.index_select(0, rows) for name, p in parameters.items()}
+
+
+def make_optimizer(parameters: Sequence[Tensor], config: SimulationConfig) -> torch.optim.Optimizer:
     """The clients' optimizer; element by element, hence the same for stacked parameters."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def clip_per_client(gradients: Sequence[Tensor], max_norm: float) -> None:

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from tqdm import tqdm
 
 from ..folders import check_new, new_folder
 from ..methods import METHODS
-from ..updates import open_updates
+from ..updates import check_updates, open_updates
 from .checkpoint import load_checkpoint, read_metrics, save_checkpoint, write_metrics
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig
 from .partition import histograms, plot_partition
-from .plots import plot_run
+from .plots import plot_geometry, plot_run
 from .server import Server
 from .tasks import Task, load_task
 
@@ -74,7 +75,9 @@ def simulate(
     if task is None:
         task = load_task(config, saved_model if saved_model.exists() else None)
     clients = Clients(task, config)
-    open_updates([clients.state()])  # what cannot be aggregated, or not be encoded, is refused before anything is written
+    check_updates(
+        open_updates([clients.state()])
+    )  # what cannot be aggregated, or not be encoded, is refused before anything is written
     task.collate(task.train, np.arange(1), clients.device)
     if resume and (saved := yaml.safe_load((folder / CONFIG).read_text("utf-8"))) != asdict(config):
         changed = [name for name, value in asdict(config).items() if saved.get(name) != value]
@@ -108,6 +111,8 @@ def simulate(
             bar.set_postfix({k: f"{v:.3f}" for k, v in metrics[-1].items() if k in shown})
 
     plot_run(metrics, config, folder / CURVES)
+    if config.geometry:
+        plot_geometry(pd.DataFrame(metrics), folder / "geometry.png")
     _save_adapters(server, folder)
     return SimulationResult(config, folder, metrics)
 
