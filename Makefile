@@ -8,7 +8,7 @@ simulate: .venv/simulate
 	$(BIN)/fedrot compare
 
 test: .venv/test
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedrot.simulation import local_training
-from fedrot.simulation.lengths import client_lengths, group_by_length, group_clients
+from fedrot.simulation.lengths import client_lengths, client_of_longest, group_by_length, group_clients
 
 from .test_dropout import CLIENTS, assert_same, bert, train
 
@@ -43,6 +43,7 @@ def test_groups_have_their_own_rows_without_padding_they_do_not_need():
         mask[row, :length] = 1
     inputs = {"input_ids": torch.arange(54).view(6, 9), "attention_mask": mask, "labels": torch.arange(6)}
     assert client_lengths(inputs, 3) == [3, 9, 4]
+    assert client_of_longest(inputs, 3) == 1
     (short, first), (long, second) = group_by_length(inputs, 3, 5.0)
     assert (short, long) == ([0, 2], [1])
     assert torch.equal(first["input_ids"], inputs["input_ids"][[0, 1, 4, 5], :4])
@@ -58,6 +59,7 @@ def test_padding_at_the_front_is_left():
 def test_images_have_no_lengths():
     inputs = {"pixel_values": torch.zeros(4, 1, 8, 8), "labels": torch.zeros(4)}
     [(clients, all_of_them)] = group_by_length(inputs, 2, 0.0)
+    assert client_of_longest(inputs, 2) == 0
     assert clients == [0, 1] and all_of_them is inputs
 
 

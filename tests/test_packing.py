@@ -63,6 +63,8 @@ def test_clients_train_the_same_with_and_without(monkeypatch, lora):
     assert any(packed)
     monkeypatch.setattr(packing, "FULL", 0.0)
     assert_same(train(bert(**lora), CLIENTS), skipping)
+    monkeypatch.undo()
+    assert_same(train(bert(**lora), 1), skipping)  # one client's rows under vmap have the mask's shape
 
 
 def test_checkpoints_compute_the_same_again():

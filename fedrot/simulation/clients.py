@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .config import SimulationConfig
-from .lengths import client_lengths
+from .lengths import client_of_longest
 from .local_training import draw_batches, train_clients
 from .memory import clients_that_fit, pass_memory
 from .partition import partition
@@ -135,8 +135,7 @@ class Clients:
 
         if self._per_pass is None:
             inputs = self.task.collate(self.task.train, np.concatenate([b[0] for b in batches]), torch.device("cpu"))
-            lengths = client_lengths(inputs, len(chosen)) or [0]
-            longest = lengths.index(max(lengths))
+            longest = client_of_longest(inputs, len(chosen))
             with pass_memory(self.model, self.device) as found:
                 train_pass(slice(longest, longest + 1), 1, lambda: None)
             copies = _COPIES * sum(p.nbytes for p in self.parameters.values())

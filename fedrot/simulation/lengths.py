@@ -28,6 +28,12 @@ def client_lengths(inputs: Mapping[str, Tensor], clients: int) -> list[int] | No
     return ends.view(clients, -1).amax(1).tolist()
 
 
+def client_of_longest(inputs: Mapping[str, Tensor], clients: int) -> int:
+    """The client that has the longest text; the first where inputs are not texts."""
+    lengths = client_lengths(inputs, clients) or [0]
+    return lengths.index(max(lengths))
+
+
 def group_clients(lengths: Sequence[int], rows: int, overhead: float) -> list[list[int]]:
     """Groups of clients of like lengths, with the least of Σ (overhead + clients · rows · longest).
 
@@ -68,8 +74,8 @@ def group_by_length(
     """
     lengths = client_lengths(inputs, clients)
     rows = len(next(iter(inputs.values()))) // clients
-    groups = [list(range(clients))] if lengths is None else group_clients(lengths, rows, overhead)
-    if len(groups) == 1:
+    groups = group_clients(lengths, rows, overhead) if lengths else []
+    if lengths is None or len(groups) == 1:
         yield list(range(clients)), inputs
         return
     texts = inputs["attention_mask"].shape

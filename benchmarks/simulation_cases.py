@@ -1,0 +1,60 @@
+"""What the benchmark of local training compares: the cases, and the two ways to train a round's clients."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedrot.simulation.clients import Clients, State
+
+
+@dataclass(frozen=True)
+class Case:
+    """A round of local training.
+
+    Attributes:
+        label: of the model.
+        texts: the encoder and the texts that were given, or else the digits.
+        clients: N.
+        batch: examples per step and client.
+        steps: of every client.
+        target: how many times faster one pass should be, on two cores.
+    """
+
+    label: str
+    texts: bool
+    clients: int
+    batch: int
+    steps: int
+    target: float
+
+
+CASES = (
+    Case("digits ViT", False, 3, 8, 20, 1.0),
+    Case("digits ViT", False, 10, 8, 20, 2.0),
+    Case("digits ViT", False, 50, 8, 20, 3.5),
+    Case("encoder", True, 10, 1, 5, 2.5),
+    Case("encoder", True, 10, 8, 3, 1.0),
+    Case("encoder", True, 3, 8, 3, 1.0),
+)
+
+
+def one_pass(clients: Clients, start: State) -> list[State]:
+    """A round as the simulation trains it."""
+    everyone = list(range(len(clients.examples)))
+    return [state for state, _ in clients.train(0, everyone, [start] * len(everyone), lambda n: None)]
+
+
+def one_at_a_time(clients: Clients, start: State) -> list[State]:
+    """The same round as ordinary PEFT training."""
+    model, config = clients.model.train(), clients.config
+    trained = []
+    for client in range(len(clients.examples)):
+        clients.load(start)
+        optimizer = torch.optim.AdamW(clients.parameters.values(), config.lr, weight_decay=config.weight_decay)
+        for indices in clients.batches(0, client):
+            inputs = clients.task.collate(clients.task.train, indices, clients.device)
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(clients.state())
+    return trained
