@@ -15,10 +15,11 @@ from .averaging import RunningMean
 from .diagnostics import rotation_angle
 from .errors import UpdateError
 from .folding import base_config
+from .keys import TensorSpec
 from .methods import Round, get_method
 from .report import AdapterReport, Report, adapter_reports
 from .round import Averages
-from .scaling import result_config, scalings, widest_layout, with_configs
+from .scaling import Scalings, scalings, widest_layout, with_configs
 from .server_optimizer import ServerOptimizer
 from .updates import (
     StateDict,
@@ -44,6 +45,7 @@ class AggregationResult:
 
     Attributes:
         state_dict: the keys, shapes and dtypes of the first update; shapes of the largest ranks, where ranks differ.
+            Without base weights that PEFT saved beside an adapter (embeddings), where ``base_update`` changes them.
         report: aggregation error and rotation angles per adapter, clients used and dropped.
         config: its adapter_config.json, from the reference's or else the clients' folders or configs; None without any.
         base_update: of methods that change the base weights (FLoRA, FedEx-LoRA) the change, as the PEFT state dict of an
@@ -95,7 +97,7 @@ def aggregate(
             weight (the first of several), for clients without a common start.
         method: a name in ``fedrot.METHODS``.
         align_on: the factor to align: "A", "B", "alternate" (odd rounds A, even rounds B) or "joint".
-        round: the round's number, from 0; matters to "alternate" only.
+        round: the round's number, from 0: decides what "alternate" aligns, what RoLoRA trained and what is drawn at random.
         strength: λ; 0 is FedIT, bit for bit, 1 the full Procrustes rotation.
         group: "SO" (rotations) or "O" (reflections too).
         on_invalid: "raise" on NaN or Inf in an update, or "drop" that client and report it.
@@ -139,7 +141,8 @@ class FedRotAggregator:
             round must be aggregated at once.
         method, align_on, round, strength, group, on_invalid, backend, report_error, configs, seed: as in ``aggregate``;
             backend, report_error and configs are for rounds aggregated at once.
-        server_optimizer: steps from the reference towards each round's mean; None takes the mean itself.
+        server_optimizer: steps from the reference towards each round's mean; None takes the mean itself, as does a first
+            round without a reference.
 
     Attributes:
         reference: the adapter that the clients of the next round start from.
@@ -165,7 +168,7 @@ class FedRotAggregator:
         self.method = get_method(method, Alignment(align_on, strength, group), seed)
         if server_optimizer is not None and not self.method.keeps_basis:
             raise ValueError(
-                f"{method} changes the basis every round, so that a server optimizer's moments would mean nothing; "
+                f"{method}'s result is no mean in the basis of the last one, towards which a server optimizer could step; "
                 "leave it out, or take another method"
             )
         for name, value, allowed in (("on_invalid", on_invalid, OnInvalid), ("backend", backend, Backend)):
@@ -183,43 +186,57 @@ class FedRotAggregator:
         self._config: dict[str, Any] | None = None
         self._under_way: _Round | None = None
 
-    def aggregate(self, updates: Sequence[UpdateLike], weights: Sequence[float] | None = None) -> AggregationResult:
-        """Aggregate a whole round. See ``fedrot.aggregate``."""
+    def aggregate(
+        self,
+        updates: Sequence[UpdateLike],
+        weights: Sequence[float] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+    ) -> AggregationResult:
+        """Aggregate a whole round. See ``fedrot.aggregate``; names are what errors and the report call the clients."""
         if self._under_way is not None:
             raise RuntimeError("updates were added one by one; finish() that round first")
-        clients = with_configs(open_updates(updates), self.configs)
+        clients = with_configs(open_updates(updates, names), self.configs)
+        numbers = {client.name: number for number, client in enumerate(clients)}
         layout = self._layout(clients)
         values = check_weights(weights, clients)
         dropped = dict[str, str]()
         if self.method.needs_all:  # whose algebra does not survive NaN
             clients, values = self._valid(clients, values, dropped)
+            layout = self._layout(clients) if dropped else layout
         given = None if self.reference is None else self._open_reference(clients[0], layout)
-        averages = self._average(layout, clients, values, given)
+        averages = self._average(layout, clients, numbers, values, given)
         if not averages.sound:  # only then look for what is wrong
             kept, kept_values = self._valid(clients, values, dropped)
             if len(kept) < len(clients):
                 clients, values = kept, kept_values
-                averages = self._average(layout, clients, values, given)
+                averages = self._average(layout, clients, numbers, values, given)
             if averages.residual is not None:
                 check_rotations(averages.residual, layout.adapters, [client.name for client in clients])
         frozen = self._frozen(layout)
         for client in clients:
             _check_frozen(client, given or clients[0], frozen, self.method.name)
-        names, shares = tuple(client.name for client in clients), _shares(values)
+        used, shares = tuple(client.name for client in clients), _shares(values)
         adapters = adapter_reports(layout, averages, shares, self.report_error)
-        report = Report(self.method.name, self.round, names, shares, dropped, adapters)
+        report = Report(self.method.name, self.round, used, shares, dropped, adapters)
         return self._close(clients, layout, given, averages, report, check=not averages.sound)
 
     def _layout(self, clients: list[Update]) -> Layout:
         if not self.method.unequal_ranks:
-            return check_updates(clients)
-        for client in clients[1:]:
-            check_device(client, clients[0])
-        return widest_layout(clients)
+            layout = check_updates(clients)
+        else:
+            for client in clients[1:]:
+                check_device(client, clients[0])
+            layout = widest_layout(clients)
+        self.method.check(layout)
+        return layout
+
+    def _scalings(self, clients: Sequence[Update], layout: Layout) -> Scalings | None:
+        return scalings(clients, layout) if self.method.unequal_ranks else None
 
     def _open_reference(self, first: Update, layout: Layout) -> Update:
         assert self.reference is not None
-        if self.method.unequal_ranks or self.method.shares() != ("A", "B"):  # the reference may have other shapes, or no B
+        if self.method.unequal_ranks or self.method.returns() != ("A", "B"):  # the reference may have other shapes, or no B
             return open_update(self.reference, "the reference")
         return open_reference(self.reference, first, layout)
 
@@ -231,12 +248,28 @@ class FedRotAggregator:
             raise _nothing_left(dropped)
         return [client for client, _ in kept], [w for _, w in kept]
 
-    def _average(self, layout: Layout, clients: list[Update], weights: list[float], reference: Update | None) -> Averages:
+    def _average(
+        self,
+        layout: Layout,
+        clients: list[Update],
+        numbers: dict[str, int],
+        weights: list[float],
+        reference: Update | None,
+    ) -> Averages:
         """The averages, towards the reference given, or else the client of the largest weight."""
         if reference is None:
             reference = clients[max(range(len(clients)), key=weights.__getitem__)]
-        s = scalings(clients, layout) if self.method.unequal_ranks else (None, None)
-        round = Round(self.round, layout, clients, weights, reference, *s, self.backend, self.report_error)
+        round = Round(
+            self.round,
+            layout,
+            clients,
+            [numbers[client.name] for client in clients],
+            _shares(weights),
+            reference,
+            self._scalings(clients, layout),
+            self.backend,
+            self.report_error,
+        )
         return self.method.aggregate(round)
 
     def _frozen(self, layout: Layout) -> frozenset[str]:
@@ -254,19 +287,24 @@ class FedRotAggregator:
             raise ValueError(f"{self.method.name} needs all updates of a round at once: aggregate(updates)")
         round = self._under_way
         client = open_update(update, f"client {round.seen if round else 0}")
+        if self.configs is not None:
+            client = with_configs([client], self.configs)[0]
         weight = check_weight(weight, client)
         if round is None:
             layout = Layout(client.specs, client.name)
+            self.method.check(layout)
             if self.reference is None and self.method.needs_reference(self.round):
                 raise UpdateError(
                     "updates that are added one by one need a reference; pass the adapter that the clients started from, "
                     "or aggregate(updates) the first round at once"
                 )
             target = None if self.reference is None else self._open_reference(client, layout)
-            frozen = {key: (target or client)[key].detach().clone() for key in self._frozen(layout)}
-            round = _Round(client, layout, target, frozen, {})
+            round = _Round(client, layout, target)
         check_update(client, round.first, round.layout)
         if self._is_valid(client, round.dropped):
+            if not round.clients:  # what others must not have trained either
+                start = round.reference or client
+                round.frozen = {k: _as_sent(start[k], round.layout.specs[k]) for k in self._frozen(round.layout)}
             _check_frozen(client, round.frozen, round.frozen, self.method.name)
             round.add(client, weight, *self.method.prepare(self.round, client, round.seen, round.layout, round.reference))
         self._under_way = round
@@ -309,19 +347,23 @@ class FedRotAggregator:
         check: bool,
     ) -> AggregationResult:
         personal = {
-            key for keys in layout.factor_keys for key, f in zip(keys, "AB", strict=True) if f not in self.method.shares()
+            key for keys in layout.factor_keys for key, f in zip(keys, "AB", strict=True) if f not in self.method.returns()
         }
         frozen = self._frozen(layout)
         mean = {key: x for key, x in averages.mean.items() if key not in personal}
         if frozen and clients[0].tensors:  # to the bit, not to the rounding of a mean of equals
-            mean |= {key: (reference or clients[0])[key].detach().clone() for key in frozen}
+            mean |= {key: _as_sent((reference or clients[0])[key], layout.specs[key]) for key in frozen}
+        if averages.base is not None:  # what PEFT saves of a base would undo its change
+            folded = tuple(f"{a.module}.base_layer." for a in layout.adapters)
+            mean = {key: x for key, x in mean.items() if not key.startswith(folded)}
         if self.server_optimizer is not None and reference is not None:
             mean = self.server_optimizer.step(reference, mean, layout.specs, frozen)
         first = clients[0]
         state_dict = {given: mean[key] for key, given in first.keys_given.items() if key in mean}
         if check or self.server_optimizer is not None:
-            check_range(state_dict, "the average,")
-        chosen = result_config(clients, layout) if self.method.unequal_ranks else first.config
+            check_range(state_dict | (averages.base or {}), "the average,")
+        s = self._scalings(clients, layout)
+        chosen = s.config if s else first.config
         self._config = (reference.config if reference is not None else None) or self._config or chosen
         self.reference, self.round = state_dict, self.round + 1
         config = chosen if self.method.unequal_ranks else self._config
@@ -330,7 +372,7 @@ class FedRotAggregator:
             report,
             config,
             averages.base,
-            None if averages.base is None else base_config(averages.base, config),
+            None if averages.base is None else base_config(averages.base, config or {}),
             tuple(first.keys_given[key] for key in layout.specs if key in personal),
         )
 
@@ -343,11 +385,10 @@ class _Round:
         first: Update,
         layout: Layout,
         reference: Update | None,
-        frozen: dict[str, Tensor],
-        dropped: dict[str, str],
     ):
         self.first, self.layout, self.reference = first.without_tensors(), layout, reference
-        self.frozen, self.dropped = frozen, dropped
+        self.frozen: dict[str, Tensor] = {}
+        self.dropped: dict[str, str] = {}
         self.clients: list[str] = []
         self.weights: list[float] = []
         self.angles: dict[str, list[float]] = {a.key_A: [] for a in layout.adapters}
@@ -372,6 +413,11 @@ def _shares(weights: Sequence[float]) -> tuple[float, ...]:
     relative = [w / largest for w in weights]  # whose sum cannot overflow
     total = sum(relative)
     return tuple(w / total for w in relative)
+
+
+def _as_sent(x: Tensor, spec: TensorSpec) -> Tensor:
+    """A copy of a factor that was not trained, as the clients' updates have it."""
+    return x.detach().to(spec.dtype, copy=True).reshape(spec.shape)
 
 
 def _check_frozen(client: Update, expected: StateDict, frozen: Iterable[str], method: str) -> None:

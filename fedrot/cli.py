@@ -60,7 +60,7 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="DIR", help="the adapter the clients started from (default: the heaviest's)")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
     parser.add_argument("--align-on", default="alternate", choices=get_args(AlignOn), help="default: %(default)s")
-    parser.add_argument("--round", type=int, default=0, help="its number, from 0; even rounds align B, odd rounds A")
+    parser.add_argument("--round", type=int, default=0, help="its number, from 0: even rounds align B, odd rounds A")
     parser.add_argument("--strength", type=float, default=0.5, help="λ from 0 to 1 (default: %(default)s)")
     parser.add_argument("--group", default="SO", choices=get_args(RotationGroup), help="default: %(default)s")
 

@@ -72,14 +72,7 @@ class AdapterFolder(Mapping[str, Tensor]):
             config = json.loads(file.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
             raise UpdateError(f"{self.client}: {file} is not JSON ({error}); send it again") from error
-        peft_type = config.get("peft_type") if isinstance(config, dict) else None
-        if peft_type != "LORA":
-            raise UpdateError(
-                f"{self.client}: {file} describes peft_type {peft_type!r}; only LORA adapters have frames to align"
-            )
-        for field, why in _REFUSED.items():
-            if config.get(field):
-                raise UpdateError(f"{self.client}: {file} sets {field} ({why}), which cannot be rotated")
+        check_lora(config, f"{self.client}: {file}")
         return config
 
     def _spec(self, key: str) -> TensorSpec:
@@ -102,6 +95,16 @@ class AdapterFolder(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.specs)
+
+
+def check_lora(config: Any, name: str) -> None:
+    """Raise UpdateError unless this is the configuration of a LoRA adapter that can be rotated."""
+    peft_type = config.get("peft_type") if isinstance(config, dict) else None
+    if peft_type != "LORA":
+        raise UpdateError(f"{name} describes peft_type {peft_type!r}; only LORA adapters have frames to align")
+    for field, why in _REFUSED.items():
+        if config.get(field):
+            raise UpdateError(f"{name} sets {field} ({why}), which cannot be rotated")
 
 
 def check_scaling(config: dict[str, Any] | None, name: str, other: dict[str, Any] | None, other_name: str) -> None:

@@ -1,71 +1,90 @@
 """Adding to the base weights what a method leaves for them, as an adapter that PEFT merges."""
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from .errors import UpdateError
 from .keys import parse_factor
+from .scaling import PREFIX, whole_name
 
 if TYPE_CHECKING:
     from .aggregation import AggregationResult
 
 _NAME = "fedrot_base_update"
-# What the update is not, whatever the clients' adapters are: B·A alone, on the modules named, with s = 1.
-_PLAIN: dict[str, Any] = {
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "bias": "none",
-    "init_lora_weights": True,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "exclude_modules": None,
-}
+# What the update has in common with the clients' adapters: the model, and whether its weights are transposed.
+_OF_THE_MODEL = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
 
 
-def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The adapter_config.json of a base update.
+def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter_config.json of a base update: plain LoRA on its modules, with s = 1.
 
     Args:
         base_update: key → factor, under the keys of a saved adapter.
-        config: of the clients' adapters, which knows the model and whether its weights are transposed.
+        config: of the clients' adapters.
     """
-    ranks: dict[str, int] = {}
-    for key, x in base_update.items():
-        if (parsed := parse_factor(key)) and parsed.factor == "A":
-            ranks[parsed.module.removeprefix("base_model.model.")] = x.shape[0]
+    ranks = {p.module: x.shape[0] for key, x in base_update.items() if (p := parse_factor(key)) and p.factor == "A"}
     K = max(ranks.values())
-    others = {name: rank for name, rank in ranks.items() if rank != K}
-    size = {"r": K, "lora_alpha": K, "rank_pattern": others, "alpha_pattern": others}
-    return {"peft_type": "LORA", **(config or {}), **_PLAIN, **size, "target_modules": sorted(ranks)}
+    others = {whole_name(module): rank for module, rank in ranks.items() if rank != K}
+    return {
+        "peft_type": "LORA",
+        **{field: config[field] for field in _OF_THE_MODEL if field in config},
+        "r": K,
+        "lora_alpha": K,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        # One regular expression for whole names: a list would fit modules whose names end alike.
+        "target_modules": "|".join(re.escape(module.removeprefix(PREFIX)) for module in sorted(ranks)),
+    }
 
 
 def fold(model: Any, result: "AggregationResult") -> None:
     """Add a result's ``base_update`` to the base weights of a PEFT model, in place. PEFT merges it, so that transposed
     weights (``fan_in_fan_out``), convolutions, embeddings and quantised layers are treated as it treats them.
 
+    A base in half precision rounds what is added, and loses updates that are small beside its weights.
+
     Args:
         model: a ``peft.PeftModel``; its own adapter stays as it is.
         result: of a method that changes the base weights; of another, nothing is done.
+
+    Raises:
+        UpdateError: the model lacks a module of the update, or has it in another shape.
     """
     if result.base_update is None:
         return
-    from peft import LoraConfig, set_peft_model_state_dict  # an aggregation needs no PEFT, a PeftModel does
+    from peft import LoraConfig  # an aggregation needs no PEFT, a PeftModel does
     from peft.tuners.lora import LoraLayer
 
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {id(p): p.requires_grad for p in model.parameters()}
     active = model.active_adapter
-    model.add_adapter(_NAME, LoraConfig(**(result.base_config or {})))
-    set_peft_model_state_dict(model, result.base_update, adapter_name=_NAME)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and (_NAME in layer.lora_A or _NAME in layer.lora_embedding_A):
-            layer.merge(adapter_names=[_NAME])
-            layer.merged_adapters.remove(_NAME)
-    model.delete_adapter(_NAME)
-    model.set_adapter(active)
-    for p in trained:
-        p.requires_grad_(True)
+    try:
+        with torch.random.fork_rng():  # PEFT draws factors, which are then replaced
+            model.add_adapter(_NAME, LoraConfig(**(result.base_config or {})))
+        _set_factors(model, result.base_update)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and (_NAME in layer.lora_A or _NAME in layer.lora_embedding_A):
+                layer.merge(adapter_names=[_NAME])
+                layer.merged_adapters.remove(_NAME)
+    finally:
+        if _NAME in model.peft_config:
+            model.delete_adapter(_NAME)
+        model.set_adapter(active)
+        for p in model.parameters():
+            p.requires_grad_(trained[id(p)])
+
+
+@torch.no_grad()
+def _set_factors(model: Any, base_update: Mapping[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for key, x in base_update.items():
+        name = re.sub(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$", rf"\1.{_NAME}\2", key)
+        if name not in parameters or parameters[name].shape != x.shape:
+            has = tuple(parameters[name].shape) if name in parameters else "no such module"
+            raise UpdateError(
+                f"the base update, {key} {tuple(x.shape)}: the model has {has}; fold it into the clients' model"
+            )
+        parameters[name].copy_(x)

@@ -80,8 +80,9 @@ class Report:
         return sum(angles) / len(angles)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain Python data, for JSON."""
-        return asdict(self) | {"error": self.error, "relative_error": self.relative_error, "angle": self.angle}
+        """Plain Python data, for JSON, which has no infinities: None for those."""
+        values = asdict(self) | {"error": self.error, "relative_error": self.relative_error, "angle": self.angle}
+        return _without_infinities(values)
 
     def __str__(self) -> str:
         lines = [f"{'adapter':<60} {'rank':>4} {'error':>10} {'relative':>9} {'mean angle':>11} {'max angle':>10}"]
@@ -152,6 +153,14 @@ def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:
     """(G, N, …) in working precision of G adapters' N × (…)."""
     S = torch.stack([x for of_clients in part for x in of_clients]).unflatten(0, (len(part), -1))
     return S if S.dtype == torch.float64 else S.float()
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ratio(error: float, norm: float | None) -> float:

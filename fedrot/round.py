@@ -93,7 +93,7 @@ def stream_round(round: "Round", prepare: Callable) -> Averages:
     B: list[list[Tensor]] = [[] for _ in layout.adapters]
     R: list[list[Tensor]] = [[] for _ in layout.adapters]
     numbers = {a.key_A: i for i, a in enumerate(layout.adapters)}
-    for index, (client, weight) in enumerate(zip(round.clients, round.weights, strict=True)):
+    for index, client, weight in zip(round.numbers, round.clients, round.weights, strict=True):
         tensors, rotations = prepare(round.number, client, index, layout, round.reference)
         mean.add(tensors, weight, rotations)
         for i, (key_A, key_B) in enumerate(layout.factor_keys):

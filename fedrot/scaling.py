@@ -1,32 +1,36 @@
 """Clients of unequal ranks and scalings: the layout that holds them all, and s of ΔW = s·B·A as PEFT defines it."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .adapters import Layout
 from .errors import UpdateError
+from .folders import check_lora
 from .keys import parse_factor
 from .updates import Update
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+# Patterns are regular expressions that a client may have written: none that could take forever.
+_QUANTIFIED_GROUP, _UNBOUNDED, _MOST = re.compile(r"\)[*+?{]"), re.compile(r"[*+]|\{\d*,"), 2
 
 
-def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """α/r, or α/√r for rsLoRA, of one module.
+@dataclass(frozen=True)
+class Scalings:
+    """The scalings of a round's clients and of its result.
 
-    Args:
-        config: the content of adapter_config.json.
-        module: its name in a state dict.
-        rank: r.
+    Attributes:
+        config: the result's adapter_config.json.
+        of_result: module → s under that configuration.
+        of_clients: per client module → s.
     """
-    name = module.removeprefix(_PREFIX)
-    # PEFT: a pattern is a regular expression for the end of the module's name, and the first that fits counts.
-    found = (a for end, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({end})$", name))
-    alpha = next(found, config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    config: dict[str, Any]
+    of_result: dict[str, float]
+    of_clients: list[dict[str, float]]
 
 
 def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
@@ -37,7 +41,7 @@ def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
         configs: a ``peft.LoraConfig`` or the content of an adapter_config.json, for all clients or one each; or None.
 
     Raises:
-        UpdateError: not one per client, or for a folder, which has its own.
+        UpdateError: not one per client, not of LoRA, or for a folder, which has its own.
     """
     if configs is None:
         return list(clients)
@@ -47,8 +51,50 @@ def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
         raise UpdateError(f"{len(given)} configs for {len(clients)} updates; pass one for all, or one per update")
     if folder := next((client.name for client in clients if client.config is not None), None):
         raise UpdateError(f"{folder} is a folder and has its configuration; configs are for state dicts")
-    as_dicts = [config if isinstance(config, Mapping) else config.to_dict() for config in given]
-    return [replace(client, config=dict(config)) for client, config in zip(clients, as_dicts, strict=True)]
+    opened = {id(config): _plain(config) for config in given}
+    for client, config in zip(clients, given, strict=True):
+        check_lora(opened[id(config)], f"{client.name}: its entry of configs")
+    return [replace(client, config=opened[id(config)]) for client, config in zip(clients, given, strict=True)]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """As adapter_config.json has it: lists for sets, strings for enumerations."""
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    return json.loads(json.dumps(dict(values), default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)))
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int, client: str) -> float:
+    """α/r, or α/√r for rsLoRA, of one module.
+
+    Args:
+        config: the content of adapter_config.json.
+        module: its name in a state dict.
+        rank: r.
+        client: the name to use in errors.
+
+    Raises:
+        UpdateError: an α that is not a positive number, or a pattern that is none.
+    """
+    name = module.removeprefix(PREFIX)
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise UpdateError(f"{client}: alpha_pattern is {patterns!r}; expected a mapping of modules to α")
+    # PEFT: a pattern is a regular expression for the end of the module's name, and the first that fits counts.
+    found = (alpha for end, alpha in patterns.items() if _ends_with(name, end, client))
+    alpha = next(found, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise UpdateError(f"{client}, {module}: lora_alpha is {alpha!r}; expected a positive number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _ends_with(name: str, pattern: str, client: str) -> bool:
+    risky = _QUANTIFIED_GROUP.search(pattern) or len(_UNBOUNDED.findall(pattern)) > _MOST or len(pattern) > 1000
+    try:
+        if risky:
+            raise re.error("could take forever to match")
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise UpdateError(f"{client}: alpha_pattern has {pattern[:80]!r} ({error}); name modules plainly") from error
 
 
 def widest_layout(clients: Sequence[Update]) -> Layout:
@@ -77,10 +123,10 @@ def widest_layout(clients: Sequence[Update]) -> Layout:
     return layout
 
 
-def scalings(clients: Sequence[Update], layout: Layout) -> tuple[dict[str, float] | None, list[dict[str, float]] | None]:
-    """module → s of the result, that of the first client of the largest rank, and module → s of every client.
+def scalings(clients: Sequence[Update], layout: Layout) -> Scalings | None:
+    """The scalings of clients and of their result; None if no client has a configuration.
 
-    None and None if no client has a configuration.
+    The result has the configuration of the first client whose ranks are the layout's, or one that spells ranks out.
 
     Raises:
         UpdateError: ranks differ and a client has no configuration, without which its B·A has no scale.
@@ -91,34 +137,35 @@ def scalings(clients: Sequence[Update], layout: Layout) -> tuple[dict[str, float
             raise UpdateError(
                 f"{lacking} has no LoRA configuration, and ranks or scalings may differ; pass folders, or configs=[…]"
             )
-        return None, None
-    of_clients, of_result = [], dict[str, float]()
-    for client in clients:
-        assert client.config is not None
-        ranks = {a.module: client.specs[a.key_A].shape[0] for a in layout.adapters}
-        of_clients.append({module: scaling(client.config, module, r) for module, r in ranks.items()})
-        of_result = {a.module: of_clients[-1][a.module] for a in layout.adapters if ranks[a.module] == a.rank} | of_result
-    if any(s != of_result for s in of_clients) and (bias := next((k for k in layout.plain if ".lora_" in k), None)):
-        raise UpdateError(f"{bias}: clients of unequal scaling cannot average this tensor; use one LoRA configuration")
-    return of_result, of_clients
-
-
-def result_config(clients: Sequence[Update], layout: Layout) -> dict[str, Any] | None:
-    """The configuration of a result of the layout's ranks: a client's whose ranks they are, or one that spells them out."""
-    if any(client.config is None for client in clients):
         return None
+    of_clients = []
     for client in clients:
-        if all(client.specs[a.key_A].shape[0] == a.rank for a in layout.adapters):
-            return client.config
-    s, _ = scalings(clients, layout)
-    config = clients[0].config
-    assert s is not None and config is not None
+        ranks = {a.module: client.specs[a.key_A].shape[0] for a in layout.adapters}
+        of_clients.append({m: scaling(client.config or {}, m, r, client.name) for m, r in ranks.items()})
+    widest = next((c for c in clients if all(c.specs[k].shape == spec.shape for k, spec in layout.specs.items())), None)
+    config = dict((widest or clients[0]).config or {}) | ({} if widest else _spelt_out(clients, layout, of_clients))
+    of_result = {a.module: scaling(config, a.module, a.rank, "the result") for a in layout.adapters}
+    if any(s != of_result for s in of_clients) and (
+        bias := next((k for k in layout.plain if k.endswith(".lora_B.bias")), None)
+    ):
+        raise UpdateError(f"{bias}: clients of unequal scaling cannot average this tensor; use one LoRA configuration")
+    return Scalings(config, of_result, of_clients)
+
+
+def _spelt_out(clients: Sequence[Update], layout: Layout, of_clients: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Rank and α of every module, each with the scaling of the first client of its rank."""
+    rslora = bool((clients[0].config or {}).get("use_rslora"))
     ranks, alphas = {}, {}
     for a in layout.adapters:
-        name = a.module.removeprefix(_PREFIX)
-        ranks[name] = a.rank
-        alphas[name] = s[a.module] * (math.sqrt(a.rank) if config.get("use_rslora") else a.rank)
-    return {**config, "r": max(ranks.values()), "rank_pattern": ranks, "alpha_pattern": alphas}
+        s = next(s[a.module] for c, s in zip(clients, of_clients, strict=True) if c.specs[a.key_A].shape[0] == a.rank)
+        name = whole_name(a.module)
+        ranks[name], alphas[name] = a.rank, s * (math.sqrt(a.rank) if rslora else a.rank)
+    return {"r": max(ranks.values()), "rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def whole_name(module: str) -> str:
+    """The pattern that fits this module and no other whose name ends alike."""
+    return "^" + re.escape(module.removeprefix(PREFIX))
 
 
 def _rank_axes(client: Update) -> list[tuple[str, int]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .errors import UpdateError
 from .keys import TensorSpec
-from .updates import Update
+from .updates import Update, is_finite, not_finite
 
 ServerOptimizerName = Literal["none", "momentum", "adam"]
 _MOMENTUM, _BETAS, _EPS = 0.9, (0.9, 0.999), 1e-8
@@ -24,7 +24,8 @@ class ServerOptimizer:
     (FlexLoRA, FLoRA) are refused.
 
     Moments and the adapter itself are kept in float32 (float64 for float64), so that small steps add up in half
-    precision too. A tensor that clients did not train in a round does not move, nor do its moments.
+    precision too: it steps from the adapter that it keeps, which begins as the first reference. A tensor that clients did
+    not train in a round does not move, nor do its moments.
 
     Args:
         name: "momentum" (β 0.9) or "adam" (β 0.9 and 0.999, ε 1e-8, bias-corrected).
@@ -51,9 +52,34 @@ class ServerOptimizer:
             mean: canonical key → the round's mean.
             specs: canonical key → shape and dtype of the result.
             frozen: the keys that clients did not train.
+
+        Raises:
+            UpdateError: a reference that lacks a tensor or has it in another shape, or a step that overflows the dtype of
+                the result; the optimizer is as before.
         """
+        self._check(reference, mean)
+        before = self.state_dict()
+        stepped = self._step(reference, mean, specs, frozen)
+        if not is_finite(list(stepped.values())):
+            self.load_state_dict(before)
+            raise UpdateError(f"the step of the server optimizer overflows; lower its learning rate, {self.lr}")
+        return stepped
+
+    def _check(self, reference: Update, mean: Mapping[str, Tensor]) -> None:
         if lacking := next((key for key in mean if key not in reference), None):
             raise UpdateError(f"{reference.name} lacks {lacking}; a server optimizer steps from it, pass the whole adapter")
+        for key, x in mean.items():
+            if reference.specs[key].shape != x.shape:
+                raise UpdateError(
+                    f"{reference.name}, {key}: shape {reference.specs[key].shape}, but the mean has {tuple(x.shape)}; "
+                    "a server optimizer needs the adapter that the clients started from"
+                )
+        if found := not_finite(reference, list(mean)):
+            raise UpdateError(f"{reference.name}, {found}; a server optimizer steps from it")
+
+    def _step(
+        self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: frozenset[str]
+    ) -> dict[str, Tensor]:
         if self._optimizer is None:
             wide = {key: _wide(reference[key].to(x.device)).reshape(x.shape) for key, x in mean.items()}
             copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in wide.items()}
@@ -74,15 +100,22 @@ class ServerOptimizer:
         """What a restart needs, to be saved as safetensors; empty before the first step."""
         if self._optimizer is None:
             return dict(self._restored or {})
-        state = {f"value.{key}": p.detach() for key, p in self._parameters.items()}
+        state = {f"value.{key}": p.detach().clone() for key, p in self._parameters.items()}
         for key, p in self._parameters.items():
             for name, x in self._optimizer.state.get(p, {}).items():
                 if isinstance(x, Tensor):
-                    state[f"{name}.{key}"] = x.contiguous()
+                    state[f"{name}.{key}"] = x.clone(memory_format=torch.contiguous_format)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what ``state_dict`` returned, at the next step."""
+        """Go on from what ``state_dict`` returned, at the next step.
+
+        Raises:
+            ValueError: the state of another optimizer.
+        """
+        other = "momentum_buffer" if self.name == "adam" else "exp_avg"
+        if any(name.startswith(f"{other}.") for name in state):
+            raise ValueError(f"this is not the state of a server optimizer of the name {self.name}")
         self._restored, self._optimizer = dict(state), None
 
     @torch.no_grad()
@@ -90,6 +123,8 @@ class ServerOptimizer:
         assert self._optimizer is not None
         for full, x in (self._restored or {}).items():
             name, key = full.split(".", 1)
+            if key not in self._parameters or (name != "step" and x.shape != self._parameters[key].shape):
+                raise ValueError(f"the server optimizer's state has {key} {tuple(x.shape)}, which the adapter has not")
             p = self._parameters[key]
             if name == "value":
                 p.copy_(x)

@@ -31,7 +31,7 @@ class Update(Mapping[str, Tensor]):
         keys_given: canonical key → the caller's key.
         tensors: the caller's state dict, or the folder.
         device: where all tensors are.
-        config: the folder's adapter_config.json, or None.
+        config: the folder's adapter_config.json, or what the caller gave in its place, or None.
     """
 
     name: str
@@ -99,13 +99,17 @@ def _looks(tensors: StateDict) -> tuple[list, ...]:
     return list(tensors), *([get(x) for x in values] for get in map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 
-def open_updates(updates: Sequence[UpdateLike]) -> list[Update]:
-    """All clients' updates, not yet checked against each other."""
+def open_updates(updates: Sequence[UpdateLike], names: Sequence[str] | None = None) -> list[Update]:
+    """All clients' updates, not yet checked against each other; by default they are called client 0, client 1, …"""
     if isinstance(updates, Mapping | str | os.PathLike) or not isinstance(updates, Iterable):
         raise UpdateError("updates must be a sequence of state dicts or folders, one per client; put a single one in a list")
+    if names is not None and (len(names) != len(updates) or len(set(names)) < len(names)):
+        raise UpdateError(
+            f"{len(updates)} updates with the names {', '.join(map(str, names))}; pass one each, all different"
+        )
     opened: list[Update] = []
     for i, update in enumerate(updates):
-        opened.append(open_update(update, f"client {i}", opened[0] if opened else None))
+        opened.append(open_update(update, names[i] if names else f"client {i}", opened[0] if opened else None))
     if not opened:
         raise UpdateError("no updates: pass at least one client's state dict or folder")
     return opened
@@ -146,7 +150,7 @@ def open_reference(reference: UpdateLike, first: Update, layout: Layout) -> Upda
     if opened is not reference and (found := not_finite(opened, factors)):  # a client is looked at as one
         raise UpdateError(f"{opened.name}, {found}; pass the adapter that the clients started from")
     if opened.device != first.device:
-        moved = {opened.keys_given[key]: opened[key].to(first.device) for key in factors}
+        moved = {given: opened[key].to(first.device) for key, given in opened.keys_given.items()}
         opened = replace(opened, tensors=moved, device=first.device)
     return opened
 

@@ -293,8 +293,11 @@ def test_a_client_with_nan_is_refused_or_dropped(updates, method):
     result = fedrot.aggregate(updates, on_invalid="drop", **options)
     assert list(result.report.dropped) == ["client 1"]
     without = fedrot.aggregate([updates[0], updates[2]], **options)
-    if method != "random-rotation":  # whose rotations are those of the client's number
-        assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
+    if method == "random-rotation":  # whose rotations are those of the client's number
+        assert result.report.adapters[0].angles[0] == without.report.adapters[0].angles[0]
+        assert result.report.adapters[0].angles[1] != without.report.adapters[0].angles[1]
+        return
+    assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedrot", "lora-fair"])
@@ -319,6 +322,84 @@ def test_what_flora_cannot_merge_is_refused():
         fedrot.aggregate(client_updates(kind, 2), method="flora", configs=lora_config(kind))
 
 
+def test_a_result_of_the_widest_client_has_its_scaling_too():
+    """Both clients are widest at the query; the second alone everywhere, with another scaling."""
+    kinds = [
+        replace(KIND, config=KIND.config | {"r": 4, "lora_alpha": 4, "rank_pattern": {"query": 8}}),
+        replace(KIND, config=KIND.config | {"r": 8, "lora_alpha": 32}),
+    ]
+    updates = [client_updates(kind, 1, seed)[0] for seed, kind in enumerate(kinds)]
+    configs = [lora_config(kind) for kind in kinds]
+    expected = mean_update(kinds, updates, [0.5, 0.5])
+    result = fedrot.aggregate(updates, method="fedex-lora", configs=configs)
+    changed = base_change(result)
+    for name, update in dense(kinds[1], result.state_dict).items():
+        torch.testing.assert_close(changed[name] + update, expected[name], **close)
+
+
+@pytest.mark.parametrize("method", ["flexlora", "flora", "fedex-lora"])
+def test_the_widest_client_may_be_dropped(unequal, method):
+    unequal[1] = {key: x * torch.nan for key, x in unequal[1].items()}
+    configs = [lora_config(k) for k in UNEQUAL]
+    result = fedrot.aggregate(unequal, method=method, configs=configs, on_invalid="drop")
+    kept = [unequal[0], unequal[2]]
+    without = fedrot.aggregate(kept, method=method, configs=[configs[0], configs[2]])
+    assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"default": {"peft_type": "LORA", "lora_alpha": 32}}, "peft_type None"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": "LORA", "target_parameters": ["experts"]}, "target_parameters"),
+        ({"peft_type": "LORA", "lora_alpha": None}, "lora_alpha is None"),
+        ({"peft_type": "LORA", "lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"peft_type": "LORA", "lora_alpha": 0}, "lora_alpha is 0"),
+        ({"peft_type": "LORA", "lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"peft_type": "LORA", "alpha_pattern": [1]}, "alpha_pattern is [1]"),
+        ({"peft_type": "LORA", "alpha_pattern": {"(": 3}}, "'('"),
+        ({"peft_type": "LORA", "alpha_pattern": {"(.+)+!": 3}}, "could take forever"),
+    ],
+)
+def test_a_configuration_that_is_none_names_its_client(updates, config, why):
+    good = lora_config(KIND)
+    with refused("client 1", why):
+        fedrot.aggregate(updates, method="flora", configs=[good, config, good])
+
+
+def test_an_overflow_is_named():
+    updates = [{key: x.float() * 1e25 for key, x in u.items()} for u in client_updates(KIND, 2)]
+    with refused("overflows"):
+        fedrot.aggregate(updates, method="flexlora")
+    updates = [{key: x / 1e25 for key, x in u.items()} for u in updates]
+    with refused("overflows"):
+        fedrot.aggregate(updates, method="flora", configs={"peft_type": "LORA", "lora_alpha": 1e39})
+
+
+def test_a_frozen_factor_comes_back_in_the_clients_dtype():
+    kind = KINDS["float16"]
+    start = client_updates(kind, 1)[0]
+    reference = {key: x.float() for key, x in start.items()}
+    result = fedrot.aggregate([start, start], None, reference, method="ffa-lora")
+    assert {x.dtype for x in result.state_dict.values()} == {torch.float16}
+    aggregator = FedRotAggregator(method="ffa-lora", on_invalid="drop")
+    aggregator.add({key: x * torch.nan for key, x in start.items()})
+    aggregator.add(start)
+    assert list(aggregator.finish().report.dropped) == ["client 0"]
+
+
+def test_clients_can_have_names(updates):
+    aggregator = FedRotAggregator()
+    assert aggregator.aggregate(updates, names=["Oslo", "Rome", "Kyiv"]).report.clients == ("Oslo", "Rome", "Kyiv")
+    key = factor_keys(updates[0])[0][1]
+    with refused("Rome", key, "NaN"):
+        aggregator.aggregate([updates[0], {**updates[1], key: updates[1][key] * torch.nan}], names=["Oslo", "Rome"])
+    for names in (["Oslo"], ["Oslo", "Oslo", "Rome"]):
+        with refused("names"):
+            aggregator.aggregate(updates, names=names)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("method", ["flexlora", "flora", "fedex-lora", "lora-fair"])
 def test_half_precision_is_rounded_once(method, dtype):
@@ -333,6 +414,8 @@ def test_half_precision_is_rounded_once(method, dtype):
             got, expected = (r.state_dict[key_B].double() @ r.state_dict[key_A].double() for r in (result, exact))
             torch.testing.assert_close(got, expected, rtol=0, atol=8 * one * float(expected.abs().max()))
         return
+    if method == "fedex-lora":  # what rounding the means loses is in the residual
+        assert result.report.relative_error < 1e-6
     for key, x in exact.state_dict.items():
         got = result.state_dict[key]
         assert got.dtype == kind.dtype

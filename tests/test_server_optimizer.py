@@ -110,10 +110,43 @@ def test_wrong_settings_are_named():
         ServerOptimizer("sgd", 1.0)
     with pytest.raises(ValueError, match="must be positive, got 0"):
         ServerOptimizer("adam", 0)
-    for method in ("flora", "flexlora"):
-        with pytest.raises(ValueError, match=f"{method} changes the basis"):
+    for method in ("flora", "flexlora", "fedex-lora", "random-rotation"):
+        with pytest.raises(ValueError, match=f"{method}'s result is no mean"):
             FedRotAggregator(method=method, server_optimizer=ServerOptimizer("adam", 1.0))
     updates = client_updates(KIND, 2)
     reference = {key: x for key, x in updates[0].items() if "lora" in key}
     with refused("the reference lacks", "classifier", "steps from it"):
         FedRotAggregator(reference, server_optimizer=ServerOptimizer("adam", 1.0)).aggregate(updates)
+    key = "base_model.model.classifier.bias"
+    for x, why in ((torch.zeros(7).double(), "shape (7,)"), (updates[0][key] * torch.nan, "NaN")):
+        wrong = {**updates[0], key: x}
+        with refused("the reference, " + key, why):
+            FedRotAggregator(wrong, server_optimizer=ServerOptimizer("adam", 1.0)).aggregate(updates)
+
+
+def test_the_state_of_another_optimizer_or_adapter_is_refused():
+    reference, updates = turned_clients(KIND, 2)
+    aggregator = FedRotAggregator(reference, server_optimizer=ServerOptimizer("adam", 0.1))
+    aggregator.aggregate(updates)
+    state = aggregator.server_optimizer.state_dict()
+    with pytest.raises(ValueError, match="not the state of a server optimizer of the name momentum"):
+        ServerOptimizer("momentum", 0.1).load_state_dict(state)
+    other = FedRotAggregator(reference, server_optimizer=ServerOptimizer("adam", 0.1))
+    other.server_optimizer.load_state_dict({name: x.flatten()[:1] for name, x in state.items()})
+    with pytest.raises(ValueError, match="which the adapter has not"):
+        other.aggregate(updates)
+
+
+def test_a_step_that_overflows_leaves_the_optimizer_as_it_was():
+    kind = KINDS["float16"]
+    reference, update = client_updates(kind, 2)
+    aggregator = FedRotAggregator(reference, method="fedit", server_optimizer=ServerOptimizer("adam", 1e-3))
+    aggregator.aggregate([update])
+    aggregator.server_optimizer.lr = 1e9
+    before, start = aggregator.server_optimizer.state_dict(), aggregator.reference
+    for group in aggregator.server_optimizer._optimizer.param_groups:
+        group["lr"] = 1e9
+    with refused("overflows", "lower its learning rate"):
+        aggregator.aggregate([update])
+    after = aggregator.server_optimizer.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items()) and aggregator.reference is start

@@ -165,7 +165,8 @@ def test_a_server_optimizer_steps_in_the_run(task, tmp_path):
     [
         ({"method": "ffa-lora", "start": "independent"}, "ffa-lora .* needs a shared start"),
         ({"method": "rolora", "start": "independent"}, "rolora .* needs a shared start"),
-        ({"method": "flora", "server_optimizer": "adam"}, "flora .* cannot have a server optimizer"),
+        ({"method": "flora", "server_optimizer": "adam"}, "flora's result .* cannot have a server optimizer"),
+        ({"method": "fedex-lora", "dtype": "bfloat16"}, "fedex-lora .* bfloat16 would round away"),
         ({"server_lr": 0.0}, "server_lr must be positive"),
     ],
 )
@@ -189,6 +190,23 @@ def test_the_geometry_is_measured_when_asked_for(task, tmp_path):
     assert "error_bound" not in run(task, tmp_path / "without").metrics[0]
     personal = run(task, tmp_path / "fedsa", geometry=True, method="fedsa-lora").metrics
     assert all(json.dumps(row) for row in personal)
+
+
+def test_errors_name_the_client_of_the_federation(task, tmp_path):
+    config = SimulationConfig(**QUICK)
+    clients = Clients(task, config)
+    server = Server(clients, config)
+    state = clients.state()
+    broken = {name: x * torch.nan for name, x in state.items()}
+    with pytest.raises(ValueError, match=r"client 3, .* holds NaN"):
+        server.aggregate([1, 3], [state, broken])
+
+
+def test_what_a_method_cannot_merge_is_refused_before_anything_is_written(task, tmp_path):
+    lora = {"r": 4, "lora_alpha": 8, "use_dora": True}
+    with pytest.raises(ValueError, match="flora merges"):
+        run(task, tmp_path / "run", method="flora", lora=lora)
+    assert not (tmp_path / "run").exists()
 
 
 def test_replacing_a_method_checks_it_again():

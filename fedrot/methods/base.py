@@ -10,9 +10,11 @@ from torch import Tensor
 
 import fedrot_kernels as fk
 
-from ..adapters import Batch, Layout
+from ..adapters import Layout
 from ..alignment import Alignment, Factor
+from ..errors import UpdateError
 from ..round import Averages
+from ..scaling import Scalings
 from ..updates import StateDict, Update
 
 
@@ -24,10 +26,10 @@ class Round:
         number: from 0.
         layout: of the updates; with the largest ranks, where ranks differ.
         clients: the N updates.
-        weights: one per client, non-negative, not all zero; only their ratios matter.
-        reference: the adapter that the clients started from, or stand in for it.
-        scaling: module → s of the result; None if no LoRA configuration was given.
-        scalings: per client module → s, likewise.
+        numbers: of the clients among all that sent something, from 0.
+        weights: one per client, summing to 1.
+        reference: the adapter that the clients started from, or what stands in for it.
+        scalings: of clients and result; None where they play no part, or no LoRA configuration was given.
         backend: of the kernels.
         report_error: whether the aggregation error is asked for.
     """
@@ -35,19 +37,12 @@ class Round:
     number: int
     layout: Layout
     clients: Sequence[Update]
+    numbers: Sequence[int]
     weights: Sequence[float]
     reference: Update
-    scaling: dict[str, float] | None
-    scalings: Sequence[dict[str, float]] | None
+    scalings: Scalings | None
     backend: fk.Backend
     report_error: bool
-
-    @property
-    def shares(self) -> Tensor:
-        """(N,) float64, on the CPU: the weights, summing to 1."""
-        w = torch.tensor(self.weights, dtype=torch.float64)
-        w = w / w.amax()  # whose sum cannot overflow
-        return w / w.sum()
 
 
 class Method(ABC):
@@ -64,8 +59,9 @@ class Method(ABC):
         needs_shared_start: whether clients must begin with the same adapter.
         needs_all: whether all updates are needed at once, so that they cannot be added one by one.
         unequal_ranks: whether clients' ranks and scalings may differ.
-        keeps_basis: whether results of successive rounds are in one basis, which a server optimizer's moments assume.
+        keeps_basis: whether each result is a mean in the basis of the last, towards which a server optimizer can step.
         folds: whether a part of the result is to be added to the base weights.
+        cannot_merge: endings of keys that clients' updates may not have.
     """
 
     name: ClassVar[str]
@@ -80,6 +76,7 @@ class Method(ABC):
     unequal_ranks: ClassVar[bool] = False
     keeps_basis: ClassVar[bool] = True
     folds: ClassVar[bool] = False
+    cannot_merge: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, alignment: Alignment, seed: int = 0):
         self.alignment, self.seed = alignment, seed
@@ -88,9 +85,17 @@ class Method(ABC):
         """The factors that clients train in a round; the others are frozen, the same in every update."""
         return ("A", "B")
 
-    def shares(self) -> tuple[Factor, ...]:
+    def returns(self) -> tuple[Factor, ...]:
         """The factors that the server averages and returns; each client keeps its own of the others."""
         return ("A", "B")
+
+    def check(self, layout: Layout) -> None:
+        """Raise UpdateError if the method cannot aggregate updates of this layout."""
+        if key := next((key for key in layout.plain if key.endswith(self.cannot_merge)), None):
+            raise UpdateError(
+                f"{key} {layout.specs[key].shape}: {self.name} merges B·A into the base weights and cannot merge this; use "
+                "fedex-lora, or leave it out of the LoRA configuration"
+            )
 
     def needs_reference(self, round: int) -> bool:
         """Whether a client's part in the average depends on the reference."""
@@ -116,18 +121,3 @@ def generator(seed: int, *stream: int) -> torch.Generator:
     for number in stream:  # Fibonacci hashing spreads neighbours over the seeds
         state = (state * 0x9E3779B97F4A7C15 + number + 1) % (1 << 63)
     return torch.Generator().manual_seed(state)
-
-
-def by_adapter(layout: Layout, of_batches: Sequence[Tensor]) -> list[Tensor]:
-    """Per adapter of the layout its part of what was computed per batch (G, …)."""
-    found = {
-        a.key_A: x
-        for batch, xs in zip(layout.batches, of_batches, strict=True)
-        for a, x in zip(batch.adapters, xs, strict=True)
-    }
-    return [found[a.key_A] for a in layout.adapters]
-
-
-def identities(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """(G, r, r)"""
-    return torch.eye(batch.adapters[0].rank, dtype=dtype).expand(len(batch.adapters), -1, -1)

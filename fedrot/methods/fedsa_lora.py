@@ -4,7 +4,10 @@ from .fedit import FedIT
 
 
 class FedSALoRA(FedIT):
-    """Averages A; B is personal. Heads and other plain tensors are averaged as by every method."""
+    """Averages A; B is personal. Heads and other plain tensors are averaged as by every method.
+
+    The report's error is that of the mean of what clients continue from: Σ wᵢBᵢAᵢ − Σ wᵢBᵢĀ.
+    """
 
     name = "fedsa-lora"
     paper = "arXiv 2410.01463"
@@ -12,5 +15,5 @@ class FedSALoRA(FedIT):
     cost = "N r d_in"
     exact = "no: client i continues from BᵢĀ"
 
-    def shares(self):
+    def returns(self):
         return ("A",)

@@ -18,12 +18,15 @@ class FlexLoRA(LowRankMethod):
     unequal_ranks = True
     keeps_basis = False
 
-    def combine(self, A, B, w):
+    def combine(self, A, B, w, dtype):
         r = A.shape[2]
         S_A, S_B = stacked(A, B, w)
         Q_B, R_B = torch.linalg.qr(S_B)
         Q_A, R_A = torch.linalg.qr(S_A.mT)
-        U, sigma, Vt = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+        M = R_B @ R_A.mT
+        if not bool(M.isfinite().all()):  # the products overflow, which the SVD would not report by its name
+            return Combined(torch.full_like(A[:, 0], torch.nan), torch.full_like(B[:, 0], torch.nan))
+        U, sigma, Vt = torch.linalg.svd(M, full_matrices=False)
         # Fewer directions than r where d or N r is smaller: the rest of the factors is zero.
         root = sigma[:, :r].sqrt()
         A_out, B_out = A.new_zeros(A[:, 0].shape), B.new_zeros(B[:, 0].shape)

@@ -2,13 +2,12 @@
 
 import torch
 
-from ..errors import UpdateError
 from .base import generator
 from .low_rank import Combined, LowRankMethod
 
 
 class FLoRA(LowRankMethod):
-    """[w₁B₁ … w_N B_N] [A₁; …; A_N] = Σ wᵢBᵢAᵢ is added to the base; A is drawn anew and B is zero, as PEFT begins."""
+    """[w₁B₁ … w_N B_N] [A₁; …; A_N] = Σ wᵢBᵢAᵢ goes into the base; A is drawn as PEFT does by default, B is zero."""
 
     name = "flora"
     paper = "arXiv 2409.05976"
@@ -18,15 +17,13 @@ class FLoRA(LowRankMethod):
     unequal_ranks = True
     keeps_basis = False
     folds = True
+    cannot_merge = (".lora_B.bias", ".lora_magnitude_vector")
 
-    def combine(self, A, B, w):
+    def combine(self, A, B, w, dtype):
         base = A.flatten(1, 2), (w[:, None, None] * B).transpose(1, 2).flatten(2)
         return Combined(torch.zeros_like(A[:, 0]), torch.zeros_like(B[:, 0]), base)
 
     def aggregate(self, round):
-        for key in round.layout.plain:
-            if "lora_" in key:
-                raise UpdateError(f"{key}: flora merges B·A into the base weights, and cannot merge this; use fedex-lora")
         averages = super().aggregate(round)
         numbers = generator(self.seed, round.number)
         for a in round.layout.adapters:

@@ -18,7 +18,7 @@ class LoRAFAIR(LowRankMethod):
     cost = "N r² d + r³"
     exact = "when the rows of Ā span those of the mean update, up to μ"
 
-    def combine(self, A, B, w):
+    def combine(self, A, B, w, dtype):
         A_mean, B_mean = (w[:, None, None] * A).sum(1), (w[:, None, None] * B).sum(1)
         rows = torch.einsum("n,gnrd,gsd->gnrs", w, A - A_mean[:, None], A_mean)
         E = ((B - B_mean[:, None]) @ rows).sum(1)  # E Āᵀ

@@ -1,4 +1,4 @@
-"""Methods that compute a result from all clients' factors at once, and never a d_out × d_in matrix of the mean update."""
+"""Methods that compute a result from all clients' factors at once, and not from a d_out × d_in matrix of the mean update."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -38,19 +38,20 @@ class LowRankMethod(Method):
     needs_all = True
 
     @abstractmethod
-    def combine(self, A: Tensor, B: Tensor, w: Tensor) -> Combined:
+    def combine(self, A: Tensor, B: Tensor, w: Tensor, dtype: torch.dtype) -> Combined:
         """Σ wᵢBᵢAᵢ, or what the method makes of it.
 
         Args:
             A, B: (G, N, r, d_in) and (G, N, d_out, r), float32 or float64; where ranks or scalings differ, with rows of
                 zero, and B scaled so that s is the same for all.
             w: (N,), summing to 1, of their dtype.
+            dtype: that the result is rounded to.
         """
 
     @full_precision
     def aggregate(self, round: Round) -> Averages:
         layout, mean, base, errors = round.layout, dict[str, Tensor](), dict[str, Tensor](), dict[str, tuple]()
-        if self.folds and round.scaling is None:
+        if self.folds and round.scalings is None:
             raise UpdateError(
                 f"{self.name} adds s·B·A to the base weights and needs the scaling s: pass folders, or the clients' LoRA "
                 "configuration (configs=model.peft_config['default'])"
@@ -60,19 +61,19 @@ class LowRankMethod(Method):
             means, _ = average(tensors, round.weights, backend=round.backend)
             mean |= zip(layout.plain, means, strict=True)
         for adapters, A, B in _stacks(round):
-            w = round.shares.to(A.device, A.dtype)
-            combined = self.combine(A, B, w)
+            w = torch.tensor(round.weights, dtype=A.dtype, device=A.device)
+            combined = self.combine(A, B, w, adapters[0].dtype)
             for i, a in enumerate(adapters):
                 for key, factor in ((a.key_A, combined.A[i]), (a.key_B, combined.B[i])):
                     spec = layout.specs[key]
-                    mean[key] = factor.to(spec.dtype).reshape(spec.shape).clone()
+                    mean[key] = factor.to(spec.dtype, copy=True).reshape(spec.shape)
                 if combined.base is not None:
-                    assert round.scaling is not None
-                    A_base, B_base = combined.base[0][i], round.scaling[a.module] * combined.base[1][i]
+                    assert round.scalings is not None
+                    A_base, B_base = combined.base[0][i], round.scalings.of_result[a.module] * combined.base[1][i]
                     base[a.key_A] = A_base.reshape(-1, *layout.specs[a.key_A].shape[1:]).clone()
                     base[a.key_B] = B_base.reshape(*B_base.shape, *layout.specs[a.key_B].shape[2:]).clone()
             if round.report_error:
-                measured = zip(*_errors(A, B, w, combined), strict=True)
+                measured = zip(*_errors(A, B, w, combined, adapters[0].dtype), strict=True)
                 errors |= {a.key_A: values for a, values in zip(adapters, measured, strict=True)}
         sound = bool(torch.stack([x.isfinite().all() for x in (*mean.values(), *base.values())]).all())
         in_order = [errors[a.key_A] for a in layout.adapters] if round.report_error else None
@@ -96,16 +97,15 @@ def _stacks(round: Round) -> Iterator[tuple[Sequence[Adapter], Tensor, Tensor]]:
                     A_n, B_n = (client[key].detach().flatten(1) for key in (adapter.key_A, adapter.key_B))
                     A[g, n, : len(A_n)] = A_n
                     B[g, n, :, : len(A_n)] = B_n
-                    if round.scaling is not None and round.scalings is not None:
-                        ratio = round.scalings[n][adapter.module] / round.scaling[adapter.module]
-                        B[g, n] *= ratio
+                    if (s := round.scalings) is not None:
+                        B[g, n] *= s.of_clients[n][adapter.module] / s.of_result[adapter.module]
             yield part, A, B
 
 
-def _errors(A: Tensor, B: Tensor, w: Tensor, combined: Combined) -> tuple[list[float], list[float]]:
+def _errors(A: Tensor, B: Tensor, w: Tensor, combined: Combined, dtype: torch.dtype) -> tuple[list[float], list[float]]:
     """‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, in float64: differences of Gram matrices lose half the digits."""
     S_A, S_B = stacked(A.double(), B.double(), w.double())
-    results = [(combined.A, combined.B), *([combined.base] if combined.base else [])]
+    results = [(combined.A.to(dtype), combined.B.to(dtype)), *([combined.base] if combined.base else [])]
     left = torch.cat([S_B, *(-B_result.double() for _, B_result in results)], dim=2)
     right = torch.cat([S_A, *(A_result.double() for A_result, _ in results)], dim=1)
     return product_norm(left, right).tolist(), product_norm(S_B, S_A).tolist()

@@ -16,6 +16,7 @@ class RandomRotation(Method):
     cost = "N r² d + N r³"
     exact = "no"
     rotates = True
+    keeps_basis = False
 
     def aggregate(self, round):
         return stream_round(round, self.prepare)

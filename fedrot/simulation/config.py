@@ -147,7 +147,9 @@ class SimulationConfig:
         if METHODS[self.method].needs_shared_start and self.start != "shared":
             raise ValueError(f"{self.method} freezes a factor that all clients have in common: it needs a shared start")
         if self.server_optimizer != "none" and not METHODS[self.method].keeps_basis:
-            raise ValueError(f"{self.method} changes the adapter's basis every round and cannot have a server optimizer")
+            raise ValueError(f"{self.method}'s result is no mean to step towards: it cannot have a server optimizer")
+        if METHODS[self.method].folds and self.dtype != "float32":
+            raise ValueError(f"{self.method} adds to the base weights what {self.dtype} would round away: use dtype float32")
         for name in ("clients", "rounds", "local_steps", "batch_size", "eval_every", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from ..folders import check_new, new_folder
 from ..methods import METHODS
-from ..updates import check_updates, open_updates
 from .checkpoint import load_checkpoint, read_metrics, save_checkpoint, write_metrics
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig
@@ -22,7 +21,7 @@ from .server import Server
 from .tasks import Task, load_task
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.jsonl", "curves.png"
-BASE_MODEL, FOLDED_MODEL = "base_model", "folded_model"
+PARTITION_PLOT, BASE_MODEL, FOLDED_MODEL = "partition.png", "base_model", "folded_model"
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,8 @@ def simulate(
     if task is None:
         task = load_task(config, saved_model if saved_model.exists() else None)
     clients = Clients(task, config)
-    check_updates(
-        open_updates([clients.state()])
-    )  # what cannot be aggregated, or not be encoded, is refused before anything is written
+    server = Server(clients, config)
+    server.check()  # what cannot be aggregated, or not be encoded, is refused before anything is written
     task.collate(task.train, np.arange(1), clients.device)
     if resume and (saved := yaml.safe_load((folder / CONFIG).read_text("utf-8"))) != asdict(config):
         changed = [name for name, value in asdict(config).items() if saved.get(name) != value]
@@ -85,12 +83,12 @@ def simulate(
     if not resume:
         folder.mkdir(parents=True)
         config.save(folder / CONFIG)
+    if not (folder / PARTITION_PLOT).exists():
         _save_partition(clients, folder)
     if config.model in EMBEDDED and not saved_model.exists():
         with new_folder(saved_model) as temporary:
             task.base_model.save_pretrained(temporary)
 
-    server = Server(clients, config)
     tensors, rounds_done = load_checkpoint(folder)
     metrics = read_metrics(folder / METRICS, rounds_done)
     if tensors is not None:
@@ -122,12 +120,12 @@ def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> dict[
     chosen = clients.sample(round)
     trained = clients.train(round, chosen, [server.start_of(c) for c in chosen], bar.update, server.trained())
     result, geometry = server.aggregate(chosen, [state for state, _ in trained])
-    losses = {f"client {i}": loss for i, (_, loss) in enumerate(trained)}
+    losses = {f"client {c}": loss for c, (_, loss) in zip(chosen, trained, strict=True)}
     row = {
         "round": round,
         "method": config.method,
         "clients": chosen,
-        "dropped": {str(chosen[int(name.split()[1])]): why for name, why in result.report.dropped.items()},
+        "dropped": {name.removeprefix("client "): why for name, why in result.report.dropped.items()},
         "train_loss": sum(w * losses[name] for w, name in zip(result.report.weights, result.report.clients, strict=True)),
         "aggregation_error": result.report.error,
         "relative_error": result.report.relative_error,
@@ -157,4 +155,4 @@ def _save_partition(clients: Clients, folder: Path) -> None:
     """Every client's size and label histogram, as a table and a plot."""
     table = histograms(clients.examples, clients.task.labels, clients.task.classes, clients.column)
     table.to_csv(folder / "partition.csv")
-    plot_partition(table, folder / "partition.png")
+    plot_partition(table, folder / PARTITION_PLOT)

@@ -12,6 +12,7 @@ from ..folding import fold
 from ..keys import parse_factor, parse_key
 from ..methods import METHODS
 from ..server_optimizer import ServerOptimizer
+from ..updates import check_updates, open_updates
 from .clients import Clients, State
 from .config import SimulationConfig
 from .geometry import alignment_geometry
@@ -52,6 +53,10 @@ class Server:
             server_optimizer=self._optimizer,
         )
 
+    def check(self) -> None:
+        """Refuse what the method cannot aggregate, before anything is trained or written."""
+        self._aggregator.method.check(check_updates(open_updates([self._initial])))
+
     def trained(self) -> list[str]:
         """The parameters that clients train in the coming round."""
         factors = self._aggregator.method.trains(self.rounds_done)
@@ -76,8 +81,8 @@ class Server:
         """
         weights = [float(len(self.clients.examples[c])) for c in chosen]
         start = self.state
-        result = self._aggregator.aggregate(states, weights)
-        used = [i for i in range(len(chosen)) if f"client {i}" not in result.report.dropped]
+        result = self._aggregator.aggregate(states, weights, names=[f"client {c}" for c in chosen])
+        used = [i for i, c in enumerate(chosen) if f"client {c}" not in result.report.dropped]
         geometry = {}
         if self.config.geometry:
             whole = start if start is None or len(start) == len(self._initial) else None
