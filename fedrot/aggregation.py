@@ -11,7 +11,7 @@ from fedrot_kernels import Backend
 
 from .adapters import Layout
 from .alignment import Alignment, AlignOn, RotationGroup, check_range, check_rotations
-from .averaging import RunningMean
+from .averaging import RunningMean, shares_of
 from .diagnostics import rotation_angle
 from .errors import UpdateError
 from .folding import base_config
@@ -216,7 +216,7 @@ class FedRotAggregator:
         frozen = self._frozen(layout)
         for client in clients:
             _check_frozen(client, given or clients[0], frozen, self.method.name)
-        used, shares = tuple(client.name for client in clients), _shares(values)
+        used, shares = tuple(client.name for client in clients), shares_of(values)
         adapters = adapter_reports(layout, averages, shares, self.report_error)
         report = Report(self.method.name, self.round, used, shares, dropped, adapters)
         return self._close(clients, layout, given, averages, report, check=not averages.sound)
@@ -264,7 +264,7 @@ class FedRotAggregator:
             layout,
             clients,
             [numbers[client.name] for client in clients],
-            _shares(weights),
+            weights,
             reference,
             self._scalings(clients, layout),
             self.backend,
@@ -323,7 +323,7 @@ class FedRotAggregator:
         adapters = tuple(
             AdapterReport(a.module, a.rank, None, None, tuple(round.angles[a.key_A])) for a in round.layout.adapters
         )
-        shares = _shares(round.weights)
+        shares = shares_of(round.weights)
         report = Report(self.method.name, self.round, tuple(round.clients), shares, round.dropped, adapters)
         averages = Averages(round.mean.state_dict() | round.frozen, [], [], None, None, False)
         return self._close([round.first], round.layout, round.reference, averages, report, check=True)
@@ -406,13 +406,6 @@ class _Round:
             angles = rotation_angle(rotations[g]).tolist() if rotations else [0.0] * len(batch.adapters)
             for a, angle in zip(batch.adapters, angles, strict=True):
                 self.angles[a.key_A].append(angle)
-
-
-def _shares(weights: Sequence[float]) -> tuple[float, ...]:
-    largest = max(weights)
-    relative = [w / largest for w in weights]  # whose sum cannot overflow
-    total = sum(relative)
-    return tuple(w / total for w in relative)
 
 
 def _as_sent(x: Tensor, spec: TensorSpec) -> Tensor:

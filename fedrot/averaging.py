@@ -76,5 +76,13 @@ class RunningMean:
         return mean
 
 
+def shares_of(weights: Sequence[float]) -> tuple[float, ...]:
+    """The weights, summing to 1."""
+    largest = max(weights)
+    relative = [w / largest for w in weights]  # whose sum cannot overflow
+    total = sum(relative)
+    return tuple(w / total for w in relative)
+
+
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -129,7 +129,7 @@ def test_a_wrong_configuration_names_the_field(tmp_path, capsys, text, message):
         (["--rounds=0"], "rounds must be at least 1"),
         (["--lora.rank=4"], "lora: .*rank"),
         (["--partition=column"], "partition_column go together"),
-        (["--task=text-classification"], "the digits are images"),
+        (["--task=text-classification"], "the task of digits is image-classification"),
         (["--dataset=glue"], 'the model "digits" and the dataset "digits" go together'),
     ],
 )

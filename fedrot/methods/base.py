@@ -27,7 +27,7 @@ class Round:
         layout: of the updates; with the largest ranks, where ranks differ.
         clients: the N updates.
         numbers: of the clients among all that sent something, from 0.
-        weights: one per client, summing to 1.
+        weights: one per client, non-negative, not all zero; only their ratios matter.
         reference: the adapter that the clients started from, or what stands in for it.
         scalings: of clients and result; None where they play no part, or no LoRA configuration was given.
         backend: of the kernels.

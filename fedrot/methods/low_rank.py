@@ -10,6 +10,7 @@ from torch import Tensor
 from fedrot_kernels import average, full_precision
 
 from ..adapters import Adapter
+from ..averaging import shares_of
 from ..diagnostics import product_norm
 from ..errors import UpdateError
 from ..round import Averages
@@ -61,7 +62,7 @@ class LowRankMethod(Method):
             means, _ = average(tensors, round.weights, backend=round.backend)
             mean |= zip(layout.plain, means, strict=True)
         for adapters, A, B in _stacks(round):
-            w = torch.tensor(round.weights, dtype=A.dtype, device=A.device)
+            w = torch.tensor(shares_of(round.weights), dtype=A.dtype, device=A.device)
             combined = self.combine(A, B, w, adapters[0].dtype)
             for i, a in enumerate(adapters):
                 for key, factor in ((a.key_A, combined.A[i]), (a.key_B, combined.B[i])):
