@@ -132,7 +132,7 @@ class SimulationConfig:
 
     eval_every: int = 1
     """Evaluate on the server after every so many rounds, and after the last."""
-    eval_batch_size: int = 256
+    eval_batch_size: int = 64
     """Examples per evaluation batch."""
     geometry: bool = False
     """Measure per round what the paper's analysis rests on: how far clients moved from the reference, which part of that
