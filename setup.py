@@ -40,7 +40,15 @@ setup(
     extras_require={
         "simulate": SIMULATE,
         "flower": ["flwr[simulation]>=1.41,<2"],
-        "test": [*SIMULATE, "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "scipy>=1.13", "ruff>=0.14", "mypy>=1.15"],
+        "test": [
+            *SIMULATE,
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
+            "scipy>=1.13",
+            "ruff>=0.14",
+            "mypy>=1.15",
+        ],
     },
     entry_points={"console_scripts": ["fedrot = fedrot.cli:main"]},
 )

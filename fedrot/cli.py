@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import get_args
 
-from .aggregation import AggregationResult, OnInvalid, aggregate
+from .aggregation import aggregate
+from .aggregator import OnInvalid
 from .alignment import AlignOn, RotationGroup
 from .folders import check_new, new_folder, read_adapter, write_adapter
 from .methods import METHODS, methods_table
+from .result import AggregationResult
 
 _SIMULATOR = {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}
 

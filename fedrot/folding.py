@@ -12,7 +12,7 @@ from .keys import parse_factor
 from .scaling import PREFIX, whole_name
 
 if TYPE_CHECKING:
-    from .aggregation import AggregationResult
+    from .result import AggregationResult
 
 _NAME = "fedrot_base_update"
 # What the update has in common with the clients' adapters: the model, and whether its weights are transposed.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..aggregation import OnInvalid
+from ..aggregator import OnInvalid
 from ..alignment import Alignment, AlignOn, RotationGroup
 from ..methods import METHODS, get_method
 from ..server_optimizer import ServerOptimizerName

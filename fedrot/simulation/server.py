@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..aggregation import AggregationResult, FedRotAggregator
+from ..aggregator import FedRotAggregator
 from ..folding import fold
 from ..keys import parse_factor, parse_key
 from ..methods import METHODS
+from ..result import AggregationResult
 from ..server_optimizer import ServerOptimizer
 from ..updates import check_updates, open_updates
 from .clients import Clients, State
