@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import fedrot
@@ -14,51 +12,10 @@ from fedrot import METHODS, FedRotAggregator
 from fedrot.alignment import Alignment
 from fedrot.methods import get_method
 
-from .peft_models import KINDS, client_updates, factor_keys, peft_model, turned_clients
-from .refusals import refused
+from .dense import KIND, UNEQUAL, WEIGHTS, base_change, dense, lora_config, mean_update, modules, with_frozen
+from .peft_models import KINDS, client_updates, factor_keys, turned_clients
 
-KIND = KINDS["float64"]
-WEIGHTS = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
-SHARES = (WEIGHTS / WEIGHTS.sum()).tolist()
-# Clients of one base whose ranks and scalings all differ, one of them by module.
-UNEQUAL = [
-    replace(KIND, config=KIND.config | config)
-    for config in (
-        {"r": 2, "lora_alpha": 8},
-        {"r": 6, "lora_alpha": 3, "use_rslora": True},
-        {"r": 3, "lora_alpha": 5, "rank_pattern": {"value": 5}, "alpha_pattern": {"value": 7}},
-    )
-]
 close = {"rtol": 1e-9, "atol": 1e-10}
-
-
-def lora_config(kind):
-    return peft_model(kind).peft_config["default"]
-
-
-def modules(kind, update):
-    """module → (A, B, s) as PEFT has them, in its own layers."""
-    model = peft_model(kind)
-    set_peft_model_state_dict(model, update)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-    return {n: (m.lora_A.default.weight, m.lora_B.default.weight, m.scaling["default"]) for n, m in layers.items()}
-
-
-def dense(kind, update):
-    """module → s·B·A."""
-    return {name: (s * B @ A).detach().clone() for name, (A, B, s) in modules(kind, update).items()}
-
-
-def mean_update(kinds, updates, shares=SHARES):
-    """module → Σ pᵢsᵢBᵢAᵢ"""
-    of_clients = [dense(kind, update) for kind, update in zip(kinds, updates, strict=True)]
-    return {name: sum(p * d[name] for p, d in zip(shares, of_clients, strict=True)) for name in of_clients[0]}
-
-
-def base_change(result):
-    """module → what is added to the base weight."""
-    pairs = factor_keys(result.base_update)
-    return {re.sub(r"\.lora_A.*", "", a): result.base_update[b] @ result.base_update[a] for a, b in pairs}
 
 
 @pytest.fixture
@@ -69,12 +26,6 @@ def updates():
 @pytest.fixture
 def unequal():
     return [client_updates(kind, 1, seed)[0] for seed, kind in enumerate(UNEQUAL)]
-
-
-def with_frozen(updates, factor):
-    """All clients with the first one's A or B."""
-    keys = [pair["AB".index(factor)] for pair in factor_keys(updates[0])]
-    return [{**u, **{key: updates[0][key] for key in keys}} for u in updates]
 
 
 @pytest.mark.parametrize(("method", "round", "frozen"), [("ffa-lora", 3, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")])
@@ -88,19 +39,6 @@ def test_with_a_frozen_factor_the_mean_is_the_mean_update(updates, method, round
         key = pair["AB".index(frozen)]
         assert torch.equal(result.state_dict[key], updates[0][key])
     assert result.report.relative_error < 1e-7
-
-
-@pytest.mark.parametrize(("method", "round", "frozen"), [("ffa-lora", 0, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")])
-def test_a_frozen_factor_that_moved_is_refused(updates, method, round, frozen):
-    updates = with_frozen(updates, frozen)
-    key = factor_keys(updates[0])[0]["AB".index(frozen)]
-    updates[1][key] = updates[1][key] + 1e-9
-    with refused("client 1", key, "frozen in this round of " + method):
-        fedrot.aggregate(updates, method=method, round=round)
-    aggregator = FedRotAggregator(method=method, round=round)
-    aggregator.add(updates[0])
-    with refused("client 1", key, "frozen"):
-        aggregator.add(updates[1])
 
 
 @pytest.mark.parametrize("method", ["flora", "fedex-lora"])
@@ -275,53 +213,6 @@ def test_added_one_by_one_they_are_what_they_are_at_once(method):
         torch.testing.assert_close(streamed.state_dict[key], x, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.needs_all])
-def test_what_needs_all_updates_says_so(updates, method):
-    with pytest.raises(ValueError, match=rf"{method} needs all updates of a round at once: aggregate"):
-        FedRotAggregator(method=method).add(updates[0])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_client_with_nan_is_refused_or_dropped(updates, method):
-    if frozen := set("AB") - set(get_method(method, Alignment()).trains(0)):
-        updates = with_frozen(updates, *frozen)
-    key = factor_keys(updates[0])[0][1]
-    updates[1] = {**updates[1], key: updates[1][key] * torch.nan}
-    options = {"method": method, "configs": lora_config(KIND)}
-    with refused("client 1", key, "NaN"):
-        fedrot.aggregate(updates, **options)
-    result = fedrot.aggregate(updates, on_invalid="drop", **options)
-    assert list(result.report.dropped) == ["client 1"]
-    without = fedrot.aggregate([updates[0], updates[2]], **options)
-    if method == "random-rotation":  # whose rotations are those of the client's number
-        assert result.report.adapters[0].angles[0] == without.report.adapters[0].angles[0]
-        assert result.report.adapters[0].angles[1] != without.report.adapters[0].angles[1]
-        return
-    assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
-
-
-@pytest.mark.parametrize("method", ["fedit", "fedrot", "lora-fair"])
-def test_unequal_ranks_are_refused_where_no_definition_covers_them(unequal, method):
-    with refused("client 1", "shape", "ranks"):
-        fedrot.aggregate(unequal, method=method, configs=[lora_config(k) for k in UNEQUAL])
-
-
-def test_scalings_must_be_known_where_they_matter(updates, unequal):
-    for method in ("flora", "fedex-lora"):
-        with refused(method, "scaling s", "configs="):
-            fedrot.aggregate(updates, method=method)
-    with refused("client 0 has no LoRA configuration", "configs="):
-        fedrot.aggregate(unequal, method="flexlora")
-    with refused("2 configs for 3 updates"):
-        fedrot.aggregate(updates, method="flora", configs=[lora_config(KIND)] * 2)
-
-
-def test_what_flora_cannot_merge_is_refused():
-    kind = KINDS["DoRA"]
-    with refused("lora_magnitude_vector", "flora merges"):
-        fedrot.aggregate(client_updates(kind, 2), method="flora", configs=lora_config(kind))
-
-
 def test_a_result_of_the_widest_client_has_its_scaling_too():
     """Both clients are widest at the query; the second alone everywhere, with another scaling."""
     kinds = [
@@ -335,69 +226,6 @@ def test_a_result_of_the_widest_client_has_its_scaling_too():
     changed = base_change(result)
     for name, update in dense(kinds[1], result.state_dict).items():
         torch.testing.assert_close(changed[name] + update, expected[name], **close)
-
-
-@pytest.mark.parametrize("method", ["flexlora", "flora", "fedex-lora"])
-def test_the_widest_client_may_be_dropped(unequal, method):
-    unequal[1] = {key: x * torch.nan for key, x in unequal[1].items()}
-    configs = [lora_config(k) for k in UNEQUAL]
-    result = fedrot.aggregate(unequal, method=method, configs=configs, on_invalid="drop")
-    kept = [unequal[0], unequal[2]]
-    without = fedrot.aggregate(kept, method=method, configs=[configs[0], configs[2]])
-    assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
-
-
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        ({"default": {"peft_type": "LORA", "lora_alpha": 32}}, "peft_type None"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-        ({"peft_type": "LORA", "target_parameters": ["experts"]}, "target_parameters"),
-        ({"peft_type": "LORA", "lora_alpha": None}, "lora_alpha is None"),
-        ({"peft_type": "LORA", "lora_alpha": "16"}, "lora_alpha is '16'"),
-        ({"peft_type": "LORA", "lora_alpha": 0}, "lora_alpha is 0"),
-        ({"peft_type": "LORA", "lora_alpha": float("inf")}, "lora_alpha is inf"),
-        ({"peft_type": "LORA", "alpha_pattern": [1]}, "alpha_pattern is [1]"),
-        ({"peft_type": "LORA", "alpha_pattern": {"(": 3}}, "'('"),
-        ({"peft_type": "LORA", "alpha_pattern": {"(.+)+!": 3}}, "could take forever"),
-    ],
-)
-def test_a_configuration_that_is_none_names_its_client(updates, config, why):
-    good = lora_config(KIND)
-    with refused("client 1", why):
-        fedrot.aggregate(updates, method="flora", configs=[good, config, good])
-
-
-def test_an_overflow_is_named():
-    updates = [{key: x.float() * 1e25 for key, x in u.items()} for u in client_updates(KIND, 2)]
-    with refused("overflows"):
-        fedrot.aggregate(updates, method="flexlora")
-    updates = [{key: x / 1e25 for key, x in u.items()} for u in updates]
-    with refused("overflows"):
-        fedrot.aggregate(updates, method="flora", configs={"peft_type": "LORA", "lora_alpha": 1e39})
-
-
-def test_a_frozen_factor_comes_back_in_the_clients_dtype():
-    kind = KINDS["float16"]
-    start = client_updates(kind, 1)[0]
-    reference = {key: x.float() for key, x in start.items()}
-    result = fedrot.aggregate([start, start], None, reference, method="ffa-lora")
-    assert {x.dtype for x in result.state_dict.values()} == {torch.float16}
-    aggregator = FedRotAggregator(method="ffa-lora", on_invalid="drop")
-    aggregator.add({key: x * torch.nan for key, x in start.items()})
-    aggregator.add(start)
-    assert list(aggregator.finish().report.dropped) == ["client 0"]
-
-
-def test_clients_can_have_names(updates):
-    aggregator = FedRotAggregator()
-    assert aggregator.aggregate(updates, names=["Oslo", "Rome", "Kyiv"]).report.clients == ("Oslo", "Rome", "Kyiv")
-    key = factor_keys(updates[0])[0][1]
-    with refused("Rome", key, "NaN"):
-        aggregator.aggregate([updates[0], {**updates[1], key: updates[1][key] * torch.nan}], names=["Oslo", "Rome"])
-    for names in (["Oslo"], ["Oslo", "Oslo", "Rome"]):
-        with refused("names"):
-            aggregator.aggregate(updates, names=names)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

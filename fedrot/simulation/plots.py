@@ -113,7 +113,7 @@ def plot_geometry(rows: pd.DataFrame, path: Path) -> Figure:
     for method, style in _styles(rows).items():
         group, thin = rows[rows["method"] == method], _thin(style)
         for column, factor in enumerate("AB"):
-            for axis, name in zip(axes[:, column], _GEOMETRY, strict=False):
+            for axis, name in zip(axes[:-1, column], _GEOMETRY, strict=True):
                 _line(axis, group, f"{name}_{factor}", style)
                 _line(axis, group, f"{name}_{factor}_max", thin)
         _line(axes[-1, 0], group, "aggregation_error", style)
