@@ -174,7 +174,10 @@ class SimulationConfig:
         """Set what follows from the dataset and the task, and refuse what contradicts them."""
         for name in EMBEDDED:
             if (self.model == name) != (self.dataset == name):
-                raise ValueError(f'the model "{name}" and the dataset "{name}" go together: set both or neither')
+                raise ValueError(
+                    f'the model "{name}" and the dataset "{name}" go together: set both or neither; they are '
+                    f"{self.model} and {self.dataset}"
+                )
         task = EMBEDDED.get(self.dataset)
         if task is not None and self.task not in (None, task):
             raise ValueError(f"the task of {self.dataset} is {task}: leave task out, or name another model and dataset")
