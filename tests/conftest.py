@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .dense import KIND, UNEQUAL
 from .peft_models import client_updates, save_clients
 from .refusals import LINEAR
 
@@ -34,3 +35,13 @@ def clients():
 @pytest.fixture
 def folders(tmp_path):
     return save_clients(LINEAR, tmp_path, 2)
+
+
+@pytest.fixture
+def updates():
+    return client_updates(KIND, 3)
+
+
+@pytest.fixture
+def unequal():
+    return [client_updates(kind, 1, seed)[0] for seed, kind in enumerate(UNEQUAL)]

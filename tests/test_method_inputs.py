@@ -13,16 +13,6 @@ from .peft_models import KINDS, client_updates, factor_keys
 from .refusals import refused
 
 
-@pytest.fixture
-def updates():
-    return client_updates(KIND, 3)
-
-
-@pytest.fixture
-def unequal():
-    return [client_updates(kind, 1, seed)[0] for seed, kind in enumerate(UNEQUAL)]
-
-
 @pytest.mark.parametrize(("method", "round", "frozen"), [("ffa-lora", 0, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")])
 def test_a_frozen_factor_that_moved_is_refused(updates, method, round, frozen):
     updates = with_frozen(updates, frozen)

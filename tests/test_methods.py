@@ -18,16 +18,6 @@ from .peft_models import KINDS, client_updates, factor_keys, turned_clients
 close = {"rtol": 1e-9, "atol": 1e-10}
 
 
-@pytest.fixture
-def updates():
-    return client_updates(KIND, 3)
-
-
-@pytest.fixture
-def unequal():
-    return [client_updates(kind, 1, seed)[0] for seed, kind in enumerate(UNEQUAL)]
-
-
 @pytest.mark.parametrize(("method", "round", "frozen"), [("ffa-lora", 3, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")])
 def test_with_a_frozen_factor_the_mean_is_the_mean_update(updates, method, round, frozen):
     updates = with_frozen(updates, frozen)
