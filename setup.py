@@ -18,6 +18,8 @@ SIMULATE = [
     "jsonargparse[signatures]>=4.40",
 ]
 
+FLOWER = ["flwr[simulation]>=1.41,<2", "numpy>=1.26"]
+
 setup(
     name="fedrot",
     version="0.1.0",
@@ -28,6 +30,7 @@ setup(
     license_files=["LICENSE"],
     packages=[
         "fedrot",
+        "fedrot.flower",
         "fedrot.methods",
         "fedrot.simulation",
         "fedrot.simulation.presets",
@@ -39,9 +42,10 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "safetensors[torch]>=0.4.3"],
     extras_require={
         "simulate": SIMULATE,
-        "flower": ["flwr[simulation]>=1.41,<2"],
+        "flower": FLOWER,
         "test": [
             *SIMULATE,
+            *FLOWER,
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",

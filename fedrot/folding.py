@@ -54,8 +54,12 @@ def fold(model: Any, result: "AggregationResult") -> None:
     Raises:
         UpdateError: the model lacks a module of the update, or has it in another shape.
     """
-    if result.base_update is None:
-        return
+    if result.base_update is not None:
+        fold_update(model, result.base_update, result.base_config or {})
+
+
+def fold_update(model: Any, base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Add one base update, with its adapter_config.json: see ``fold``."""
     from peft import LoraConfig  # an aggregation needs no PEFT, a PeftModel does
     from peft.tuners.lora import LoraLayer
 
@@ -63,8 +67,8 @@ def fold(model: Any, result: "AggregationResult") -> None:
     active = model.active_adapter
     try:
         with torch.random.fork_rng():  # PEFT draws factors, which are then replaced
-            model.add_adapter(_NAME, LoraConfig(**(result.base_config or {})))
-        _set_factors(model, result.base_update)
+            model.add_adapter(_NAME, LoraConfig(**config))
+        _set_factors(model, base_update)
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and (_NAME in layer.lora_A or _NAME in layer.lora_embedding_A):
                 layer.merge(adapter_names=[_NAME])

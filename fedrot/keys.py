@@ -97,6 +97,12 @@ def parse_factor(saved: str) -> FactorKey | None:
     return FactorKey(m["module"], m["factor"], f"{m['module']}.lora_{m['embedding'] or ''}{other}{m['end'] or ''}")
 
 
+def factor_of(key: str) -> str | None:
+    """ "A" or "B" for the key of a factor, with or without an adapter's name; None for any other."""
+    parsed = parse_factor(parse_key(key)[0])
+    return parsed.factor if parsed else None
+
+
 @lru_cache(maxsize=65536)
 def is_unknown_to_lora(saved: str) -> bool:
     """Whether a key is LoRA's by its name, but of no tensor that plain LoRA and DoRA have."""

@@ -51,13 +51,13 @@ def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
         raise UpdateError(f"{len(given)} configs for {len(clients)} updates; pass one for all, or one per update")
     if folder := next((client.name for client in clients if client.config is not None), None):
         raise UpdateError(f"{folder} is a folder and has its configuration; configs are for state dicts")
-    opened = {id(config): _plain(config) for config in given}
+    opened = {id(config): plain_config(config) for config in given}
     for client, config in zip(clients, given, strict=True):
         check_lora(opened[id(config)], f"{client.name}: its entry of configs")
     return [replace(client, config=opened[id(config)]) for client, config in zip(clients, given, strict=True)]
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain_config(config: Any) -> dict[str, Any]:
     """As adapter_config.json has it: lists for sets, strings for enumerations."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     return json.loads(json.dumps(dict(values), default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)))

@@ -10,11 +10,12 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
+from ..checkpoint import load_checkpoint, save_checkpoint
 from ..folders import check_new, new_folder
 from ..methods import METHODS
-from .checkpoint import load_checkpoint, read_metrics, save_checkpoint, write_metrics
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig
+from .metrics import read_metrics, write_metrics
 from .partition import histograms, plot_partition
 from .plots import plot_geometry, plot_run
 from .server import Server

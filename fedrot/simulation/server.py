@@ -1,7 +1,6 @@
 """The server of a simulation: the global adapter, what clients keep of their own, and what methods change in the base."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from ..aggregator import FedRotAggregator
 from ..folding import fold
-from ..keys import parse_factor, parse_key
+from ..keys import factor_of
 from ..methods import METHODS
 from ..result import AggregationResult
 from ..server_optimizer import ServerOptimizer
@@ -61,7 +60,7 @@ class Server:
     def trained(self) -> list[str]:
         """The parameters that clients train in the coming round."""
         factors = self._aggregator.method.trains(self.rounds_done)
-        return [name for name in self._initial if _factor(name) in (None, *factors)]
+        return [name for name in self._initial if factor_of(name) in (None, *factors)]
 
     def start_of(self, client: int) -> State:
         """What a client starts from: the global adapter, and its own part where the method leaves it one."""
@@ -145,8 +144,3 @@ class Server:
     def _base_weights(self) -> State:
         with torch.no_grad():
             return {name: p.data for name, p in self.clients.model.named_parameters() if ".base_layer." in name}
-
-
-def _factor(name: str) -> Any:
-    parsed = parse_factor(parse_key(name)[0])
-    return parsed.factor if parsed else None

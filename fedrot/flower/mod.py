@@ -1,0 +1,107 @@
+"""Alignment on the client: it rotates its own update before anything else sees it."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from flwr.app import ArrayRecord, Context, Error, Message, MessageType
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.constant import ErrorCode
+
+from ..alignment import Alignment, AlignOn, RotationGroup, align
+from ..errors import UpdateError
+from .arrays import from_arrays, to_arrays
+from .settings import ROUND, settings_of
+
+_log = logging.getLogger("flwr")
+
+
+class AlignMod:
+    """A client mod that rotates what a training client replies towards what it was sent (FedRot-LoRA, arXiv 2602.23638).
+
+    The server then only averages: plain FedAvg gives what the ``FedRot`` strategy gives, to the rounding of the dtype, and
+    differential privacy and secure aggregation work as they are. A rotation depends on the client's own update and on the
+    reference that it was sent, so the server learns nothing that it would not learn without.
+
+    Mods are listed outermost first: ``ClientApp(mods=[LocalDpMod(…), align_mod])`` aligns, then clips and adds noise.
+
+    Args:
+        align_on, strength, group: as in ``fedrot.aggregate``. "alternate" reads the round from "server-round" in the
+            configuration that comes with a message, as Flower's strategies send it.
+        keys: the names of the arrays, in their order, for apps of Flower's older API, which sends them without names; there
+            the server's ``on_fit_config_fn`` must send "server-round", from 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        align_on: AlignOn = "alternate",
+        strength: float = 0.5,
+        group: RotationGroup = "SO",
+        keys: Sequence[str] | None = None,
+    ):
+        self.alignment = Alignment(align_on, strength, group)
+        self.keys = None if keys is None else list(keys)
+
+    def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
+        """Train, and align the reply; an error reply where that cannot be done."""
+        if msg.metadata.message_type.split(".")[0] != MessageType.TRAIN:
+            return call_next(msg, ctxt)
+        try:
+            round = self._round(msg)
+            # A record of its own: apps of the older API empty the message's.
+            reference = ArrayRecord(dict(_only_arrays(msg, "the message")))
+        except UpdateError as error:
+            return _refuse(msg, error)
+        out = call_next(msg, ctxt)
+        if out.has_error():
+            return out
+        try:
+            sent = _only_arrays(out, "the reply")
+            aligned = align(
+                self._named(sent, "the reply"),
+                self._named(reference, "the message"),
+                align_on=self.alignment.align_on,
+                round=round,
+                strength=self.alignment.strength,
+                group=self.alignment.group,
+            )
+        except UpdateError as error:
+            return _refuse(msg, error)
+        for key, array in zip(list(sent), to_arrays(aligned).values(), strict=True):
+            sent[key] = array
+        return out
+
+    def _round(self, msg: Message) -> int:
+        if self.alignment.align_on != "alternate":
+            return 0
+        number = settings_of(msg).get(ROUND)
+        if not isinstance(number, int) or number < 1:
+            raise UpdateError(
+                f'align_on="alternate" needs "{ROUND}", from 1, in the configuration that the server sends, got {number!r}; '
+                "send it (in the older API with on_fit_config_fn), or align on A, B or joint"
+            )
+        return number - 1
+
+    def _named(self, arrays: ArrayRecord, whose: str) -> Mapping:
+        tensors = from_arrays(arrays, whose)
+        if self.keys is None:
+            return tensors
+        if len(tensors) != len(self.keys):
+            raise UpdateError(f"{whose} has {len(tensors)} arrays, but AlignMod was given {len(self.keys)} keys")
+        return dict(zip(self.keys, tensors.values(), strict=True))
+
+
+def _only_arrays(message: Message, whose: str) -> ArrayRecord:
+    records = list(message.content.array_records.values())
+    if len(records) != 1:
+        raise UpdateError(f"{whose} has {len(records)} ArrayRecords; AlignMod needs exactly one, the adapter")
+    return records[0]
+
+
+def _refuse(msg: Message, error: UpdateError) -> Message:
+    _log.error("AlignMod: %s", error)
+    return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=f"AlignMod: {error}"), reply_to=msg)
+
+
+align_mod = AlignMod()
+"""``AlignMod`` with the paper's options: alternating, λ = 0.5, rotations only."""

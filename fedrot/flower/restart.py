@@ -1,0 +1,47 @@
+"""What a strategy needs to go on after an interrupt, in the folder of its checkpoint."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoint import load_checkpoint, save_checkpoint
+
+State = dict[str, Tensor]
+_ADAPTER, _OPTIMIZER, _BASE = "adapter", "optimizer", "base-"
+
+
+@dataclass
+class Progress:
+    """A run between two rounds.
+
+    Attributes:
+        adapter: the global adapter; empty before the first round.
+        optimizer: the server optimizer's state; empty without one.
+        base_updates: every change of the base weights so far.
+        rounds_done: the number of rounds.
+    """
+
+    adapter: State = field(default_factory=dict)
+    optimizer: State = field(default_factory=dict)
+    base_updates: list[State] = field(default_factory=list)
+    rounds_done: int = 0
+
+
+def save_progress(folder: Path, progress: Progress) -> None:
+    """Replace the folder's checkpoint, whole or not at all."""
+    parts = {_ADAPTER: progress.adapter, _OPTIMIZER: progress.optimizer}
+    parts |= {f"{_BASE}{number}": update for number, update in enumerate(progress.base_updates)}
+    tensors = {f"{part}/{key}": x for part, state in parts.items() for key, x in state.items()}
+    save_checkpoint(folder, tensors, progress.rounds_done)
+
+
+def load_progress(folder: Path) -> Progress:
+    """The folder's checkpoint; that of a new run, if there is none."""
+    tensors, rounds_done = load_checkpoint(folder)
+    parts: dict[str, State] = {_ADAPTER: {}, _OPTIMIZER: {}}
+    for full, x in (tensors or {}).items():
+        part, key = full.split("/", 1)
+        parts.setdefault(part, {})[key] = x
+    base = [parts[f"{_BASE}{number}"] for number in range(len(parts) - 2)]
+    return Progress(parts[_ADAPTER], parts[_OPTIMIZER], base, rounds_done)

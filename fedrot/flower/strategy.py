@@ -1,0 +1,288 @@
+"""FedRot-LoRA as a Flower strategy."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import FedAvg, Result
+
+from fedrot_kernels import Backend
+
+from ..adapters import Layout
+from ..aggregator import FedRotAggregator, OnInvalid
+from ..alignment import AlignOn, RotationGroup
+from ..errors import UpdateError
+from ..folding import base_config, fold_update
+from ..keys import factor_of
+from ..result import AggregationResult
+from ..scaling import plain_config
+from ..server_optimizer import ServerOptimizer
+from ..updates import Update, open_update
+from .arrays import from_arrays, to_arrays
+from .replies import Asked, Reply, average_metrics, open_evaluation_reply, open_training_reply
+from .restart import Progress, State, load_progress, save_progress
+from .settings import BASE, BASE_CONFIG, PERSONAL, TRAINED
+
+_log = logging.getLogger("flwr")
+
+
+class FedRot(FedAvg):
+    """Federated averaging of LoRA adapters in a common basis, or by another of ``fedrot.METHODS``.
+
+    The reference of a round is what its clients were sent. Clients answer with one ArrayRecord, the PEFT state dict, and one
+    MetricRecord with their number of examples, as for FedAvg; ``fedrot.flower.reply`` makes such an answer and
+    ``fedrot.flower.receive`` opens what they are sent. The result does not depend on the order in which answers come.
+
+    A wrong answer (other keys, shapes or dtypes, NaN, no number of examples) is dropped and named in the log and in
+    ``result.report.dropped``, beside clients that sent an error or nothing. A round's MetricRecord holds the clients' own
+    metrics, averaged, and "aggregation-error", "relative-error", "rotation-angle" (degrees), "clients" and "dropped".
+
+    With differential privacy or secure aggregation align on the client instead: FedAvg with ``fedrot.flower.align_mod``.
+
+    Args:
+        method, align_on, strength, group, backend, report_error, seed: as in ``fedrot.aggregate``, where rounds count
+            from 0, and from 1 here: the first round aligns B.
+        on_invalid: "drop" wrong answers, or "raise" UpdateError on the first.
+        configs: the clients' ``peft.LoraConfig``, which FLoRA and FedEx-LoRA need.
+        server_optimizer: as in ``fedrot.FedRotAggregator``.
+        checkpoint: a folder; after every round what a restart needs is written there.
+        resume: ``start`` goes on after the checkpoint's last round, if there is one.
+        min_train_replies: the run ends with AggregationError when fewer good answers are left in a round.
+        fedavg: options of Flower's FedAvg, such as fraction_train, min_available_nodes or weighted_by_key.
+
+    Attributes:
+        result: of the last round.
+        base_updates: what FLoRA and FedEx-LoRA have changed in the base weights so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str = "fedrot",
+        align_on: AlignOn = "alternate",
+        strength: float = 0.5,
+        group: RotationGroup = "SO",
+        on_invalid: OnInvalid = "drop",
+        backend: Backend = "auto",
+        report_error: bool = True,
+        configs: Any = None,
+        seed: int = 0,
+        server_optimizer: ServerOptimizer | None = None,
+        checkpoint: str | os.PathLike | None = None,
+        resume: bool = False,
+        min_train_replies: int = 1,
+        **fedavg: Any,
+    ):
+        super().__init__(**fedavg)
+        self._options: dict[str, Any] = {
+            "method": method,
+            "align_on": align_on,
+            "strength": strength,
+            "group": group,
+            "on_invalid": on_invalid,
+            "backend": backend,
+            "report_error": report_error,
+            "configs": configs,
+            "seed": seed,
+            "server_optimizer": server_optimizer,
+        }
+        self.method = FedRotAggregator(**self._options).method
+        self._personal = "".join(f for f in "AB" if f not in self.method.returns())
+        if self._personal:  # of which the server knows nothing
+            self._options["report_error"] = False
+        if self.method.folds and configs is None:
+            raise ValueError(f"{method} needs the scaling of the adapters: pass configs=, the clients' peft.LoraConfig")
+        if min_train_replies < 1:
+            raise ValueError(f"min_train_replies must be at least 1, got {min_train_replies}")
+        if resume and checkpoint is None:
+            raise ValueError("resume needs checkpoint, the folder of the run to go on with")
+        self.on_invalid, self.server_optimizer = on_invalid, server_optimizer
+        self.checkpoint, self.resume = None if checkpoint is None else Path(checkpoint), resume
+        self.min_train_replies = min_train_replies
+        self.result: AggregationResult | None = None
+        self.base_updates: list[State] = []
+        self._rounds_before = 0
+        self._names: dict[int, str] = {}
+        # Of the round under way.
+        self._expected: Update | None = None
+        self._reference = ArrayRecord()
+        self._asked = Asked([], self._names)
+
+    def summary(self) -> None:
+        """Log the strategy's options."""
+        shown = {key: x for key, x in self._options.items() if key not in ("configs", "server_optimizer")}
+        _log.info("\t├──> FedRot: %s", ", ".join(f"{key} {x}" for key, x in shown.items()))
+        super().summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds, or with ``resume`` those that are left of them; see Flower's ``Strategy.start``.
+
+        Args:
+            grid, timeout, train_config, evaluate_config: as there.
+            initial_arrays: the adapter that clients start from, whole, also when resuming.
+            num_rounds: of the whole run.
+            evaluate_fn: as there; not called again for the round of the checkpoint.
+        """
+        self._expected = open_update(from_arrays(initial_arrays), "the server's adapter")
+        self.method.check(Layout(self._expected.specs, self._expected.name))
+        arrays, done = self._restore(initial_arrays)
+        evaluate = None
+        if evaluate_fn is not None:
+            given = evaluate_fn
+
+            def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
+                return None if done and round == 0 else given(done + round, arrays)
+
+        result = super().start(grid, arrays, max(num_rounds - done, 0), timeout, train_config, evaluate_config, evaluate)
+        for field in ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"):
+            setattr(result, field, {done + round: metrics for round, metrics in getattr(result, field).items()})
+        if not result.arrays:
+            result.arrays = arrays
+        return result
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Keep the reference, and say which factors the method trains; see Flower's FedAvg."""
+        round = self._rounds_before + server_round
+        if self._expected is None:  # under a wrapper, which has a start of its own
+            self._expected = open_update(from_arrays(arrays), "the server's adapter")
+        self._reference = arrays
+        messages = self._tell(super().configure_train(round, arrays, config, grid), round)
+        self._asked = Asked(messages, self._names)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The round's adapter and metrics; see the class.
+
+        Raises:
+            AggregationError: fewer good answers than ``min_train_replies``.
+            UpdateError: a wrong answer, with ``on_invalid="raise"``.
+        """
+        if not self._asked.anyone:
+            return None, None
+        round = self._rounds_before + server_round
+        reference = open_update(from_arrays(self._reference), "the reference")
+        frozen: State = {k: x for k, x in reference.items() if factor_of(k) not in (None, *self.method.trains(round - 1))}
+        expected = self._expected
+        assert expected is not None
+
+        def open_reply(name: str, message: Message) -> Reply:
+            return open_training_reply(name, message, self.weighted_by_key, expected, self.method, frozen)
+
+        good, dropped = self._open(round, replies, open_reply)
+        if len(good) < self.min_train_replies:
+            reasons = "".join(f"; {name}: {why}" for name, why in dropped.items())
+            raise AggregationError(
+                f"round {round}: {len(good)} good answers, but min_train_replies is {self.min_train_replies}{reasons}"
+            )
+        aggregator = FedRotAggregator(dict(reference), round=round - 1, **self._options)
+        result = aggregator.aggregate([r.update for r in good if r.update is not None], [r.weight for r in good])
+        self.result = replace(result, report=replace(result.report, dropped=dropped))
+        if result.base_update is not None:
+            self.base_updates.append(result.base_update)
+        if self.checkpoint is not None:
+            optimizer = self.server_optimizer.state_dict() if self.server_optimizer is not None else {}
+            save_progress(self.checkpoint, Progress(result.state_dict, optimizer, self.base_updates, round))
+        metrics = self._average(good, self.train_metrics_aggr_fn) | self._measures(len(good))
+        _log.info("round %d: %s", round, ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        return to_arrays(result.state_dict), MetricRecord(metrics)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """See Flower's FedAvg; of methods with base updates or personal factors clients are told what they need."""
+        round = self._rounds_before + server_round
+        messages = self._tell(super().configure_evaluate(round, arrays, config, grid), round)
+        self._asked = Asked(messages, self._names)
+        return messages
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The average of the clients' metrics; wrong answers are dropped as in training."""
+        round = self._rounds_before + server_round
+        good, _ = self._open(round, replies, lambda name, reply: open_evaluation_reply(name, reply, self.weighted_by_key))
+        return MetricRecord(self._average(good, self.evaluate_metrics_aggr_fn)) if any(r.weight for r in good) else None
+
+    def fold_into(self, model: Any) -> None:
+        """Add all base updates so far to a PEFT model as it was before the first round, for evaluation on the server."""
+        for update in self.base_updates:
+            fold_update(model, update, self._base_config(update))
+
+    def _restore(self, initial_arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
+        """The adapter to go on from, and how many rounds are done."""
+        self._rounds_before, self.base_updates = 0, []
+        if not self.resume or self.checkpoint is None:
+            return initial_arrays, 0
+        saved = load_progress(self.checkpoint)
+        if saved.rounds_done == 0:
+            return initial_arrays, 0
+        if self._personal:
+            raise ValueError(f"{self.method.name} cannot resume: clients' own factors end with Flower's run")
+        if self.server_optimizer is not None:
+            self.server_optimizer.load_state_dict(saved.optimizer)
+        self.base_updates, self._rounds_before = saved.base_updates, saved.rounds_done
+        _log.info("resuming after round %d; Flower counts the rounds that are left", saved.rounds_done)
+        return to_arrays(saved.adapter), saved.rounds_done
+
+    def _base_config(self, update: State) -> dict[str, Any]:
+        return base_config(update, plain_config(self._options["configs"]))
+
+    def _open(
+        self, round: int, replies: Iterable[Message], open_reply: Callable[[str, Message], Reply]
+    ) -> tuple[list[Reply], dict[str, str]]:
+        answered, dropped = self._asked.sort(replies)
+        good = []
+        for name, message in answered:
+            try:
+                good.append(open_reply(name, message))
+            except UpdateError as error:
+                if self.on_invalid == "raise":
+                    raise
+                dropped[name] = str(error)
+        for name, why in dropped.items():
+            _log.warning("round %d: dropped %s: %s", round, name, why)
+        return good, dropped
+
+    def _average(self, good: list[Reply], average: Callable) -> dict[str, Any]:
+        def left_out(key: str) -> None:
+            _log.warning("metric %r is left out: not all clients sent a finite one", key)
+
+        return dict(average_metrics(good, self.weighted_by_key, average, left_out))
+
+    def _measures(self, clients: int) -> dict[str, float | int]:
+        assert self.result is not None
+        report = self.result.report
+        measured = {"aggregation-error": report.error, "relative-error": report.relative_error}
+        return {key: x for key, x in measured.items() if x is not None} | {
+            "rotation-angle": report.angle,
+            "clients": clients,
+            "dropped": len(report.dropped),
+        }
+
+    def _tell(self, messages: Iterable[Message], round: int) -> list[Message]:
+        """The messages, with what clients need to know beside the adapter."""
+        messages = list(messages)
+        for message in messages:
+            settings = message.content.config_records[self.configrecord_key]
+            settings[TRAINED] = "".join(self.method.trains(round - 1))
+            settings[PERSONAL] = self._personal
+            for number, update in enumerate(self.base_updates, 1):
+                message.content[BASE.format(number)] = to_arrays(update)
+                message.content[BASE_CONFIG.format(number)] = ConfigRecord({"json": json.dumps(self._base_config(update))})
+        return messages

@@ -1,0 +1,204 @@
+"""The strategy against the aggregator that it stands for, over real messages and ClientApps."""
+
+import logging
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from fedrot import METHODS, FedRotAggregator, ServerOptimizer, fold
+from fedrot.flower import FedRot, from_arrays, to_arrays
+from fedrot.keys import factor_of
+
+from ..peft_models import KINDS
+from .local_grid import LocalGrid, client_app, fresh_model, train
+
+KIND = KINDS["linear"]
+ROUNDS, CLIENTS = 3, 3
+WEIGHTS = [1.0, 2.0, 3.0]
+
+
+def start_of(kind):
+    """An adapter whose B is not zero, as after a round, so that the first aggregation has something to align with."""
+    model = fresh_model(kind)
+    train(model, 77, 0)
+    return {key: x.clone() for key, x in get_peft_model_state_dict(model).items()}
+
+
+def in_process(kind, rounds=ROUNDS, **options):
+    """Every round's start and result of the aggregator alone, with the same training, and the folded model."""
+    optimizer = options.pop("server_optimizer", None)
+    aggregator = FedRotAggregator(start_of(kind), server_optimizer=optimizer, **options)
+    model, state, own = fresh_model(kind), start_of(kind), {}
+    results = []
+    for round in range(rounds):
+        trained, updates = aggregator.method.trains(round), []
+        for client in range(CLIENTS):
+            mine = {key: state.get(key, own.get((client, key))) for key in get_peft_model_state_dict(model)}
+            set_peft_model_state_dict(model, mine)
+            for name, p in model.named_parameters():
+                if factor_of(name):
+                    p.requires_grad_(factor_of(name) in trained)
+            train(model, client, round + 1)
+            updates.append({key: x.clone() for key, x in get_peft_model_state_dict(model).items()})
+        result = aggregator.aggregate(updates, WEIGHTS)
+        own = {(c, key): updates[c][key] for c in range(CLIENTS) for key in result.personal}
+        fold(model, result)
+        state = result.state_dict
+        results.append(result)
+    return results, model
+
+
+def on_flower(kind, rounds=ROUNDS, strategy=None, arrival=0, **options):
+    strategy = strategy or FedRot(fraction_evaluate=0.0, **options)
+    grid = LocalGrid({c: client_app(kind) for c in range(CLIENTS)}, arrival)
+    return strategy.start(grid, to_arrays(start_of(kind)), num_rounds=rounds), strategy
+
+
+def configs(kind):
+    return fresh_model(kind).peft_config["default"]
+
+
+def options_of(method, kind):
+    return {"method": method, "configs": configs(kind)} if METHODS[method].unequal_ranks else {"method": method}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_the_aggregators_to_the_bit(method):
+    options = options_of(method, KIND)
+    expected, folded = in_process(KIND, **options)
+    result, strategy = on_flower(KIND, **options)
+    state = from_arrays(result.arrays)
+    assert state.keys() == expected[-1].state_dict.keys()
+    assert all(torch.equal(x, expected[-1].state_dict[key]) for key, x in state.items())
+    model = fresh_model(KIND)
+    strategy.fold_into(model)
+    bases = [{n: p for n, p in m.named_parameters() if ".base_layer." in n} for m in (model, folded)]
+    assert bases[0] and all(torch.equal(p, bases[1][name]) for name, p in bases[0].items())
+    assert len(strategy.base_updates) == (ROUNDS if METHODS[method].folds else 0)
+    for round, reported in enumerate(expected, 1):
+        metrics = result.train_metrics_clientapp[round]
+        assert metrics["train-loss"] == pytest.approx((0 * 1 + 0.5 * 2 + 1.0 * 3) / 6)
+        assert (metrics["clients"], metrics["dropped"]) == (3, 0)
+        assert metrics["rotation-angle"] == reported.report.angle
+        if method != "fedsa-lora":  # whose B the server never sees
+            assert metrics["aggregation-error"] == reported.report.error
+            assert metrics["relative-error"] == reported.report.relative_error
+    assert (result.train_metrics_clientapp[2]["rotation-angle"] > 1) == (method in ("fedrot", "random-rotation"))
+
+
+def test_a_personal_factor_is_not_sent():
+    grid = LocalGrid({c: client_app(KIND) for c in range(CLIENTS)})
+    FedRot(method="fedsa-lora", fraction_evaluate=0.0).start(grid, to_arrays(start_of(KIND)), num_rounds=2)
+    sent = [key for message in grid.received for key in message.content["arrays"]]
+    assert sent and not any(factor_of(key) == "B" for key in sent)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strength": 1.0, "align_on": "joint", "group": "O"},
+        {"align_on": "A"},
+        {"report_error": False},
+        {"server_optimizer": ("adam", 0.1)},
+        {"server_optimizer": ("momentum", 0.5)},
+        {"method": "random-rotation", "seed": 5},
+    ],
+    ids=str,
+)
+def test_options_are_the_aggregators(options):
+    def fresh():
+        return options | ({"server_optimizer": ServerOptimizer(*o)} if (o := options.get("server_optimizer")) else {})
+
+    expected, _ = in_process(KIND, **fresh())
+    result, strategy = on_flower(KIND, **fresh())
+    assert all(torch.equal(x, expected[-1].state_dict[key]) for key, x in from_arrays(result.arrays).items())
+    assert strategy.result.report == expected[-1].report
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "convolution", "DoRA"])
+def test_kinds_and_dtypes_travel(kind):
+    expected, _ = in_process(KINDS[kind], rounds=2)
+    result, _ = on_flower(KINDS[kind], rounds=2)
+    state = from_arrays(result.arrays)
+    assert all(x.dtype == KINDS[kind].dtype and torch.equal(x, expected[-1].state_dict[key]) for key, x in state.items())
+
+
+def test_the_order_of_arrival_does_not_matter():
+    states = [from_arrays(on_flower(KIND, arrival=n)[0].arrays) for n in range(4)]
+    assert all(torch.equal(x, other[key]) for other in states[1:] for key, x in states[0].items())
+
+
+@pytest.mark.parametrize("method", ["fedrot", "flora", "rolora"])
+@pytest.mark.parametrize("optimizer", [None, "adam"])
+def test_a_restart_at_round_n_ends_with_the_same_bits(method, optimizer, tmp_path):
+    if optimizer and not METHODS[method].keeps_basis:
+        return
+
+    def strategy(**options):
+        made = ServerOptimizer(optimizer, 0.1) if optimizer else None
+        return FedRot(fraction_evaluate=0.0, server_optimizer=made, **options_of(method, KIND), **options)
+
+    whole, _ = on_flower(KIND, rounds=4, strategy=strategy())
+    on_flower(KIND, rounds=2, strategy=strategy(checkpoint=tmp_path / "run"))
+    seen = []
+    resumed = strategy(checkpoint=tmp_path / "run", resume=True)
+    grid = LocalGrid({c: client_app(KIND) for c in range(CLIENTS)})
+    result = resumed.start(
+        grid,
+        to_arrays(start_of(KIND)),
+        4,
+        evaluate_fn=lambda round, arrays: seen.append(round) or MetricRecord({"x": round}),
+    )
+    assert seen == [3, 4]
+    assert list(result.train_metrics_clientapp) == list(result.evaluate_metrics_serverapp) == [3, 4]
+    assert all(torch.equal(x, from_arrays(whole.arrays)[key]) for key, x in from_arrays(result.arrays).items())
+    assert len(resumed.base_updates) == (4 if METHODS[method].folds else 0)
+    done, _ = on_flower(KIND, rounds=4, strategy=strategy(checkpoint=tmp_path / "run", resume=True))
+    assert all(torch.equal(x, from_arrays(whole.arrays)[key]) for key, x in from_arrays(done.arrays).items())
+
+
+def test_evaluation_averages_what_clients_measure_and_sees_base_and_own_factors():
+    for method in ("fedrot", "flora", "fedsa-lora"):
+        grid = LocalGrid({c: client_app(KIND) for c in range(CLIENTS)})
+        result = FedRot(**options_of(method, KIND)).start(grid, to_arrays(start_of(KIND)), num_rounds=2)
+        assert result.evaluate_metrics_clientapp[2]["size"] > 0
+        assert "num-examples" not in result.evaluate_metrics_clientapp[2]
+
+
+def test_the_reference_is_what_was_sent_not_the_last_result():
+    """As under a wrapper that adds noise to the aggregate before it is sent."""
+    strategy = FedRot(strength=1.0, align_on="A", fraction_evaluate=0.0)
+    grid = LocalGrid({c: client_app(KIND) for c in range(CLIENTS)})
+    first = to_arrays(start_of(KIND))
+    strategy.aggregate_train(1, grid.send_and_receive(strategy.configure_train(1, first, ConfigRecord(), grid)))
+    other = {key: x + 1 for key, x in start_of(KIND).items()}
+    replies = grid.send_and_receive(strategy.configure_train(2, ArrayRecord(dict(to_arrays(other))), ConfigRecord(), grid))
+    arrays, _ = strategy.aggregate_train(2, replies)
+    updates = [from_arrays(r.content["arrays"]) for r in sorted(replies, key=lambda r: -r.metadata.src_node_id)]
+    expected = FedRotAggregator(other, round=1, strength=1.0, align_on="A").aggregate(updates, WEIGHTS)
+    assert all(torch.equal(x, expected.state_dict[key]) for key, x in from_arrays(arrays).items())
+
+
+def test_no_training_is_asked_for(caplog):
+    with caplog.at_level(logging.INFO, "flwr"):
+        result, strategy = on_flower(KIND, strategy=FedRot(fraction_train=0.0, fraction_evaluate=0.0))
+    assert strategy.result is None and result.train_metrics_clientapp == {}
+
+
+def test_options_that_make_no_sense_are_refused(tmp_path):
+    for options, said in (
+        ({"method": "fedrott"}, "fedrott"),
+        ({"method": "flora"}, "configs"),
+        ({"strength": 2}, "strength"),
+        ({"resume": True}, "checkpoint"),
+        ({"min_train_replies": 0}, "min_train_replies"),
+        ({"on_invalid": "ignore"}, "on_invalid"),
+        ({"method": "flexlora", "server_optimizer": ServerOptimizer("adam", 0.1)}, "server optimizer"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FedRot(**options)
+    on_flower(KIND, rounds=1, strategy=FedRot(method="fedsa-lora", fraction_evaluate=0.0, checkpoint=tmp_path))
+    with pytest.raises(ValueError, match="cannot resume"):
+        on_flower(KIND, strategy=FedRot(method="fedsa-lora", fraction_evaluate=0.0, checkpoint=tmp_path, resume=True))

@@ -1,0 +1,236 @@
+"""Clients that answer wrongly, or not at all: dropped by name, never averaged, never the end of the run."""
+
+import logging
+import math
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord
+from flwr.common.constant import ErrorCode
+from flwr.serverapp.exception import AggregationError
+
+from fedrot import UpdateError, aggregate
+from fedrot.flower import FedRot, from_arrays, to_arrays
+from fedrot.keys import factor_of
+
+from ..peft_models import KINDS, client_updates
+from .local_grid import LocalGrid, client_app
+from .test_strategy import start_of
+
+KIND = KINDS["modules to save"]
+KEY = next(key for key in start_of(KIND) if factor_of(key) == "A")
+HEAD = "base_model.model.classifier.weight"
+
+
+def changed(change):
+    """A reply whose tensors are changed by a function from state dict to state dict."""
+
+    def spoil(message):
+        message.content["arrays"] = to_arrays(change(from_arrays(message.content["arrays"])))
+
+    return spoil
+
+
+def with_entry(key, value):
+    def change(state):
+        state[key].view(-1)[1] = value
+        return state
+
+    return changed(change)
+
+
+def metrics(**values):
+    def spoil(message):
+        message.content["metrics"] = MetricRecord({key.replace("_", "-"): x for key, x in values.items()})
+
+    return spoil
+
+
+def without(record):
+    def spoil(message):
+        del message.content[record]
+
+    return spoil
+
+
+def another(record, value):
+    def spoil(message):
+        message.content[record] = value
+
+    return spoil
+
+
+def raises(message):
+    raise ValueError("the disk is full")
+
+
+WRONG = {
+    "another key": (changed(lambda s: s | {"base_model.model.extra.weight": torch.ones(2)}), ["extra.weight"]),
+    "a key less": (changed(lambda s: {k: x for k, x in s.items() if k != KEY}), [KEY.rsplit(".", 2)[0]]),
+    "another shape": (changed(lambda s: s | {HEAD: torch.ones(5, 16)}), [HEAD, "(5, 16)", "(3, 16)"]),
+    "another rank": (
+        changed(lambda s: {k: x[:2] if factor_of(k) == "A" else x[:, :2] if factor_of(k) else x for k, x in s.items()}),
+        ["(2, 16)", "(4, 16)"],
+    ),
+    "another dtype": (changed(lambda s: {k: x.double() for k, x in s.items()}), ["float64", "float32"]),
+    "integers": (another("arrays", ArrayRecord([torch.arange(3).numpy()])), ["int64"]),
+    "NaN in a factor": (with_entry(KEY, math.nan), [KEY, "NaN"]),
+    "Inf in a head": (with_entry(HEAD, math.inf), [HEAD, "Inf"]),
+    "values that overflow": (with_entry(KEY, 1e30), [KEY, "1.0e+30", "overflow"]),
+    "nothing": (another("arrays", ArrayRecord()), ["lora_A"]),
+    "no arrays": (without("arrays"), ["0 ArrayRecords"]),
+    "two adapters": (another("more", to_arrays({"x": torch.ones(1)})), ["2 ArrayRecords"]),
+    "no metrics": (without("metrics"), ["0 MetricRecords"]),
+    "no example count": (metrics(loss=1.0), ["num-examples", "None"]),
+    "a list of counts": (metrics(num_examples=[1, 2]), ["num-examples", "[1, 2]"]),
+    "a negative count": (metrics(num_examples=-3), ["num-examples", "-3"]),
+    "an infinite count": (metrics(num_examples=math.inf), ["num-examples", "inf"]),
+    "an exception": (raises, ["error 2", "the disk is full"]),
+}
+
+
+def run(spoil, rounds=1, **options):
+    grid = LocalGrid({0: client_app(KIND), 1: client_app(KIND, spoil=spoil), 2: client_app(KIND)})
+    strategy = FedRot(fraction_evaluate=0.0, **options)
+    return strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=rounds), strategy
+
+
+def without_client_1():
+    """What the others alone give."""
+    grid = LocalGrid({0: client_app(KIND), 2: client_app(KIND)})
+    return FedRot(fraction_evaluate=0.0).start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_reply_is_dropped_and_named(what, caplog):
+    spoil, said = WRONG[what]
+    with caplog.at_level(logging.WARNING, "flwr"):
+        result, strategy = run(spoil)
+    dropped = strategy.result.report.dropped
+    # An app that raised did not get to say its name.
+    name = "node 99" if what == "an exception" else "client 1"
+    assert list(dropped) == [name]
+    logged = [r.getMessage() for r in caplog.records if "dropped" in r.getMessage()]
+    assert len(logged) == 1
+    assert all(part in logged[0] for part in [name, *said])
+    assert strategy.result.report.clients == ("client 0", "client 2")
+    others = from_arrays(without_client_1().arrays)
+    assert all(torch.equal(x, others[key]) for key, x in from_arrays(result.arrays).items())
+    recorded = result.train_metrics_clientapp[1]
+    assert (recorded["clients"], recorded["dropped"]) == (2, 1)
+    assert recorded["train-loss"] == pytest.approx((0 * 1 + 1.0 * 3) / 4)
+
+
+@pytest.mark.parametrize("what", [what for what in WRONG if what != "an exception"])
+def test_a_wrong_reply_is_an_error_where_that_is_the_policy(what):
+    spoil, said = WRONG[what]
+    with pytest.raises(UpdateError) as caught:
+        run(spoil, on_invalid="raise")
+    assert all(part in str(caught.value) for part in said)
+
+
+def test_a_trained_frozen_factor_is_dropped():
+    spoil = changed(lambda s: {k: x + 1 if factor_of(k) == "A" else x for k, x in s.items()})
+    _, strategy = run(spoil, method="ffa-lora")
+    assert "frozen" in strategy.result.report.dropped["client 1"]
+
+
+def test_flowers_own_answer_and_silence_name_the_client_that_answered_before():
+    apps = {c: client_app(KIND) for c in range(4)}
+    grid = LocalGrid(apps)
+    strategy = FedRot(fraction_evaluate=0.0, min_train_nodes=4)
+    strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+    assert strategy.result.report.dropped == {}
+    grid.apps[100 - 3], grid.apps[100 - 1] = Error(ErrorCode.NODE_UNAVAILABLE, "gone"), None
+    strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+    assert strategy.result.report.dropped == {"client 1": "no reply in time", "client 3": "error 5: gone"}
+    assert strategy.result.report.clients == ("client 0", "client 2")
+
+
+def test_the_run_ends_only_when_too_few_remain():
+    spoil = with_entry(KEY, math.nan)
+    grid = LocalGrid({c: client_app(KIND, spoil=spoil if c else None) for c in range(3)})
+    assert FedRot(fraction_evaluate=0.0).start(grid, to_arrays(start_of(KIND)), num_rounds=3).arrays
+    with pytest.raises(AggregationError) as caught:
+        FedRot(fraction_evaluate=0.0, min_train_replies=2).start(grid, to_arrays(start_of(KIND)), num_rounds=3)
+    for part in ("round 1", "1 good", "min_train_replies is 2", "client 1", "client 2", KEY):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["fedit", "flexlora", "fedsa-lora", "lora-fair", "scalar"])
+def test_extreme_clients_end_no_method(method):
+    for value in (1e30, -3e38, 1e-42):
+        result, strategy = run(with_entry(KEY, value), method=method)
+        assert all(bool(x.isfinite().all()) for x in from_arrays(result.arrays).values())
+        assert len(strategy.result.report.dropped) == (abs(value) > 1)
+
+
+def test_names_are_one_short_line_and_two_of_a_name_are_told_apart():
+    names = ["client 0\nround 1: all is well", "twin", "twin", "x" * 500]
+    grid = LocalGrid({c: client_app(KIND, name=name) for c, name in enumerate(names)})
+    strategy = FedRot(fraction_evaluate=0.0)
+    strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+    assert strategy.result.report.clients == ("client 0 round 1: all is well", "twin (node 98)", "twin (node 99)", "x" * 80)
+
+
+def test_metrics_that_not_all_have_are_left_out_and_said_so(caplog):
+    def spoil(message):
+        message.content["metrics"] = MetricRecord({"num-examples": 2, "train-loss": math.nan, "f1": 0.5})
+
+    with caplog.at_level(logging.WARNING, "flwr"):
+        result, strategy = run(spoil)
+    assert strategy.result.report.dropped == {}
+    assert not {"train-loss", "f1"} & result.train_metrics_clientapp[1].keys()
+    assert "train-loss" in caplog.text and "f1" in caplog.text
+
+
+def test_a_reply_of_a_client_without_fedrot_is_taken():
+    """Plain Flower: ArrayRecord(state_dict), any record names, and no client record."""
+
+    def spoil(message):
+        state = from_arrays(message.content["arrays"])
+        for record in ("arrays", "client", "metrics"):
+            del message.content[record]
+        message.content["model"] = ArrayRecord(dict(state))
+        message.content["m"] = MetricRecord({"num-examples": 2, "train-loss": 0.5})
+        message.content["extra"] = ConfigRecord({"note": "hello"})
+
+    _, strategy = run(spoil)
+    assert strategy.result.report.dropped == {}
+    assert strategy.result.report.clients == ("client 0", "client 2", "node 99")
+
+
+def test_evaluation_drops_wrong_answers_too():
+    apps = {c: client_app(KIND) for c in range(3)}
+
+    @apps[1].evaluate("again")
+    def _(message, context):
+        raise NotImplementedError
+
+    grid = LocalGrid(apps)
+    strategy = FedRot()
+    strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+    config = ConfigRecord()
+    messages = list(strategy.configure_evaluate(1, to_arrays(start_of(KIND)), config, grid))
+    replies = grid.send_and_receive(messages)
+    whole = strategy.aggregate_evaluate(1, replies)["size"]
+    del replies[0].content["metrics"]["num-examples"]
+    assert strategy.aggregate_evaluate(1, replies)["size"] == pytest.approx(whole)
+    assert strategy.aggregate_evaluate(1, []) is None
+
+
+def test_ranks_may_differ_where_the_method_takes_them():
+    kind = KINDS["linear"]
+    start = client_updates(kind, 1)[0]
+
+    def smaller(s):
+        return {k: x[:2] if factor_of(k) == "A" else x[:, :2] for k, x in s.items()}
+
+    grid = LocalGrid({0: client_app(kind), 1: client_app(kind, spoil=changed(smaller))})
+    configs = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    strategy = FedRot(method="flexlora", configs=configs, fraction_evaluate=0.0)
+    result = strategy.start(grid, to_arrays(start), num_rounds=1)
+    sent = sorted(grid.received, key=lambda message: -message.metadata.src_node_id)
+    expected = aggregate([from_arrays(m.content["arrays"]) for m in sent], [1, 2], start, method="flexlora", configs=configs)
+    assert strategy.result.report.dropped == {}
+    assert all(torch.equal(x, expected.state_dict[key]) for key, x in from_arrays(result.arrays).items())
