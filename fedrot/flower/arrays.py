@@ -39,17 +39,18 @@ def _array(x: Tensor, widen: bool) -> Array:
     return Array("bfloat16", tuple(x.shape), SAFETENSORS, save({_ONLY: x.contiguous()}))
 
 
-def from_arrays(arrays: ArrayRecord, name: str = "the record") -> dict[str, Tensor]:
+def from_arrays(arrays: ArrayRecord, name: str = "the record", device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """The state dict of an ArrayRecord, in memory of its own. Nothing is allocated that the bytes received do not fill.
 
     Args:
         arrays: what ``to_arrays`` or Flower made of floating-point tensors.
         name: how errors call the sender.
+        device: where the tensors go.
 
     Raises:
         UpdateError: an array that cannot be decoded; its key is named.
     """
-    return {key: _tensor(array, f"{name}, {key}") for key, array in arrays.items()}
+    return {key: _tensor(array, f"{name}, {key}").to(device) for key, array in arrays.items()}
 
 
 def _tensor(array: Array, where: str) -> Tensor:

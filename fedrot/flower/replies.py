@@ -117,7 +117,7 @@ def open_training_reply(
 
 
 def _open(name: str, arrays: ArrayRecord, expected: Update, method: Method) -> Update:
-    tensors = from_arrays(arrays, name)
+    tensors = from_arrays(arrays, name, expected.device)
     personal = {key for key in expected if factor_of(key) not in (None, *method.returns())}
     # What stays with clients plays no part in the mean; the layout wants pairs.
     return open_update({expected.keys_given[key]: expected[key] for key in personal} | tensors, name)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
@@ -42,7 +43,8 @@ class FedRot(FedAvg):
 
     A wrong answer (other keys, shapes or dtypes, NaN, no number of examples) is dropped and named in the log and in
     ``result.report.dropped``, beside clients that sent an error or nothing. A round's MetricRecord holds the clients' own
-    metrics, averaged, and "aggregation-error", "relative-error", "rotation-angle" (degrees), "clients" and "dropped".
+    metrics, averaged, and "aggregation-error", "relative-error", "rotation-angle" and "rotation-angle-max" (the mean and
+    the largest over adapters and clients, in degrees), "clients" and "dropped".
 
     With differential privacy or secure aggregation align on the client instead: FedAvg with ``fedrot.flower.align_mod``.
 
@@ -52,7 +54,9 @@ class FedRot(FedAvg):
         on_invalid: "drop" wrong answers, or "raise" UpdateError on the first.
         configs: the clients' ``peft.LoraConfig``, which FLoRA and FedEx-LoRA need.
         server_optimizer: as in ``fedrot.FedRotAggregator``.
-        checkpoint: a folder; after every round what a restart needs is written there.
+        device: where to aggregate; on a GPU by the Triton kernels.
+        checkpoint: a folder; after every round what a restart needs is written there. One that has a checkpoint already
+            is refused, unless resuming.
         resume: ``start`` goes on after the checkpoint's last round, if there is one.
         min_train_replies: the run ends with AggregationError when fewer good answers are left in a round.
         fedavg: options of Flower's FedAvg, such as fraction_train, min_available_nodes or weighted_by_key.
@@ -75,6 +79,7 @@ class FedRot(FedAvg):
         configs: Any = None,
         seed: int = 0,
         server_optimizer: ServerOptimizer | None = None,
+        device: str | torch.device = "cpu",
         checkpoint: str | os.PathLike | None = None,
         resume: bool = False,
         min_train_replies: int = 1,
@@ -103,7 +108,7 @@ class FedRot(FedAvg):
             raise ValueError(f"min_train_replies must be at least 1, got {min_train_replies}")
         if resume and checkpoint is None:
             raise ValueError("resume needs checkpoint, the folder of the run to go on with")
-        self.on_invalid, self.server_optimizer = on_invalid, server_optimizer
+        self.on_invalid, self.server_optimizer, self.device = on_invalid, server_optimizer, torch.device(device)
         self.checkpoint, self.resume = None if checkpoint is None else Path(checkpoint), resume
         self.min_train_replies = min_train_replies
         self.result: AggregationResult | None = None
@@ -139,7 +144,7 @@ class FedRot(FedAvg):
             num_rounds: of the whole run.
             evaluate_fn: as there; not called again for the round of the checkpoint.
         """
-        self._expected = open_update(from_arrays(initial_arrays), "the server's adapter")
+        self._expected = self._opened(initial_arrays, "the server's adapter")
         self.method.check(Layout(self._expected.specs, self._expected.name))
         arrays, done = self._restore(initial_arrays)
         evaluate = None
@@ -160,7 +165,9 @@ class FedRot(FedAvg):
         """Keep the reference, and say which factors the method trains; see Flower's FedAvg."""
         round = self._rounds_before + server_round
         if self._expected is None:  # under a wrapper, which has a start of its own
-            self._expected = open_update(from_arrays(arrays), "the server's adapter")
+            if self.resume:
+                raise ValueError("resume works through FedRot.start, which a strategy that wraps this one does not call")
+            self._expected = self._opened(arrays, "the server's adapter")
         self._reference = arrays
         messages = self._tell(super().configure_train(round, arrays, config, grid), round)
         self._asked = Asked(messages, self._names)
@@ -178,7 +185,7 @@ class FedRot(FedAvg):
         if not self._asked.anyone:
             return None, None
         round = self._rounds_before + server_round
-        reference = open_update(from_arrays(self._reference), "the reference")
+        reference = self._opened(self._reference, "the reference")
         frozen: State = {k: x for k, x in reference.items() if factor_of(k) not in (None, *self.method.trains(round - 1))}
         expected = self._expected
         assert expected is not None
@@ -227,11 +234,14 @@ class FedRot(FedAvg):
     def _restore(self, initial_arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
         """The adapter to go on from, and how many rounds are done."""
         self._rounds_before, self.base_updates = 0, []
-        if not self.resume or self.checkpoint is None:
-            return initial_arrays, 0
-        saved = load_progress(self.checkpoint)
+        saved = Progress() if self.checkpoint is None else load_progress(self.checkpoint)
         if saved.rounds_done == 0:
             return initial_arrays, 0
+        if not self.resume:
+            raise FileExistsError(
+                f"{self.checkpoint} has a checkpoint, of round {saved.rounds_done}; go on from it with resume=True, or name "
+                "another folder"
+            )
         if self._personal:
             raise ValueError(f"{self.method.name} cannot resume: clients' own factors end with Flower's run")
         if self.server_optimizer is not None:
@@ -239,6 +249,9 @@ class FedRot(FedAvg):
         self.base_updates, self._rounds_before = saved.base_updates, saved.rounds_done
         _log.info("resuming after round %d; Flower counts the rounds that are left", saved.rounds_done)
         return to_arrays(saved.adapter), saved.rounds_done
+
+    def _opened(self, arrays: ArrayRecord, name: str) -> Update:
+        return open_update(from_arrays(arrays, name, self.device), name)
 
     def _base_config(self, update: State) -> dict[str, Any]:
         return base_config(update, plain_config(self._options["configs"]))
@@ -271,6 +284,7 @@ class FedRot(FedAvg):
         measured = {"aggregation-error": report.error, "relative-error": report.relative_error}
         return {key: x for key, x in measured.items() if x is not None} | {
             "rotation-angle": report.angle,
+            "rotation-angle-max": max(angle for a in report.adapters for angle in a.angles),
             "clients": clients,
             "dropped": len(report.dropped),
         }

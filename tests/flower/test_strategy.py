@@ -82,6 +82,7 @@ def test_every_method_is_the_aggregators_to_the_bit(method):
         assert metrics["train-loss"] == pytest.approx((0 * 1 + 0.5 * 2 + 1.0 * 3) / 6)
         assert (metrics["clients"], metrics["dropped"]) == (3, 0)
         assert metrics["rotation-angle"] == reported.report.angle
+        assert metrics["rotation-angle-max"] == max(angle for a in reported.report.adapters for angle in a.angles)
         if method != "fedsa-lora":  # whose B the server never sees
             assert metrics["aggregation-error"] == reported.report.error
             assert metrics["relative-error"] == reported.report.relative_error
@@ -199,6 +200,11 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             FedRot(**options)
+    wrapped = FedRot(checkpoint=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="start"):
+        wrapped.configure_train(1, to_arrays(start_of(KIND)), ConfigRecord(), LocalGrid({}))
     on_flower(KIND, rounds=1, strategy=FedRot(method="fedsa-lora", fraction_evaluate=0.0, checkpoint=tmp_path))
+    with pytest.raises(FileExistsError, match="resume=True"):
+        on_flower(KIND, strategy=FedRot(method="fedsa-lora", fraction_evaluate=0.0, checkpoint=tmp_path))
     with pytest.raises(ValueError, match="cannot resume"):
         on_flower(KIND, strategy=FedRot(method="fedsa-lora", fraction_evaluate=0.0, checkpoint=tmp_path, resume=True))
