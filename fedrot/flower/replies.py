@@ -1,26 +1,20 @@
 """What clients answered: opened and checked one by one, so that a wrong one is dropped and named, and no other with it."""
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord
 
-from ..adapters import Layout
+from ..admission import admit, in_order
 from ..errors import UpdateError
-from ..frozen import check_frozen
 from ..keys import factor_of
 from ..methods import Method
-from ..scaling import widest_layout
-from ..updates import StateDict, Update, check_update, not_finite, open_update
+from ..updates import StateDict, Update, open_update
 from .arrays import from_arrays
 from .settings import CLIENT, NAME
 
-# Above this no factor's products with another's are sure to fit into the dtype that they are computed in.
-_LARGEST = {dtype: math.sqrt(torch.finfo(dtype).max) / 1e4 for dtype in (torch.float32, torch.float64)}
 _LONGEST_NAME = 80
 
 
@@ -81,21 +75,22 @@ class Asked:
             return name if shared[name] == 1 else f"{name} (node {node})"
 
         missing = {called(n): failed.get(n, "no reply in time") for n in sorted(expected - answered.keys(), key=called)}
-        return sorted(((called(n), m) for n, m in answered.items()), key=lambda item: _in_order(item[0])), missing
+        return sorted(((called(n), m) for n, m in answered.items()), key=lambda item: in_order(item[0])), missing
 
 
 def open_training_reply(
-    name: str, message: Message, weighted_by: str, expected: Update, method: Method, frozen: StateDict
+    name: str, message: Message, weighted_by: str, expected: Update, method: Method, round: int, sent: StateDict
 ) -> Reply:
-    """A client's update, checked against the adapter that the server knows.
+    """A client's update, with what plays no part in its average filled in.
 
     Args:
         name: of the client.
         message: its reply.
         weighted_by: the metric that holds the number of examples.
         expected: the whole adapter, as the server has it.
-        method: decides whether ranks may differ, and which factors clients keep to themselves.
-        frozen: the factors that clients do not train this round, as they were sent.
+        method: decides whether ranks may differ, what clients train and which factors they keep to themselves.
+        round: from 0.
+        sent: canonical key → what clients started from.
 
     Raises:
         UpdateError: what cannot be averaged.
@@ -104,23 +99,12 @@ def open_training_reply(
     records = list(message.content.array_records.values())
     if len(records) != 1:
         raise UpdateError(f"{name} sent {len(records)} ArrayRecords; send one, the adapter")
-    update = _open(name, records[0], expected, method)
-    if method.unequal_ranks:
-        widest_layout([expected, update])
-    else:
-        check_update(update, expected, Layout(expected.specs, expected.name))
-    if found := not_finite(update):
-        raise UpdateError(f"{name}, {found}")
-    _check_size(update)
-    check_frozen(update, frozen, frozen, method.name)
-    return Reply(name, metrics, weight, update)
-
-
-def _open(name: str, arrays: ArrayRecord, expected: Update, method: Method) -> Update:
-    tensors = from_arrays(arrays, name, expected.device)
+    tensors = from_arrays(records[0], name, expected.device)
     personal = {key for key in expected if factor_of(key) not in (None, *method.returns())}
-    # What stays with clients plays no part in the mean; the layout wants pairs.
-    return open_update({expected.keys_given[key]: expected[key] for key in personal} | tensors, name)
+    # What stays with clients is not averaged; the layout wants pairs.
+    update = open_update({expected.keys_given[key]: expected[key] for key in personal} | tensors, name)
+    admit(update, expected, method, round, sent)
+    return Reply(name, metrics, weight, update)
 
 
 def open_evaluation_reply(name: str, message: Message, weighted_by: str) -> Reply:
@@ -130,28 +114,6 @@ def open_evaluation_reply(name: str, message: Message, weighted_by: str) -> Repl
         UpdateError: no usable number of examples.
     """
     return Reply(name, *_metrics(name, message, weighted_by), None)
-
-
-def average_metrics(
-    replies: Sequence[Reply],
-    weighted_by: str,
-    average: Callable[[list[RecordDict], str], MetricRecord],
-    on_left_out: Callable[[str], object],
-) -> MetricRecord:
-    """Flower's average of the metrics that all clients sent, finite and alike.
-
-    Args:
-        replies: at least one.
-        weighted_by: the metric that holds the number of examples.
-        average: ``train_metrics_aggr_fn`` or ``evaluate_metrics_aggr_fn``.
-        on_left_out: told the name of every metric that not all have.
-    """
-    kinds = Counter((key, _kind(value)) for reply in replies for key, value in reply.metrics.items())
-    common = {key for (key, kind), n in kinds.items() if n == len(replies) and kind is not None}
-    for key in sorted({key for key, _ in kinds} - common):
-        on_left_out(key)
-    contents = [{key: value for key, value in reply.metrics.items() if key in common} for reply in replies]
-    return average([RecordDict({"metrics": MetricRecord(content)}) for content in contents], weighted_by)
 
 
 def _metrics(name: str, message: Message, weighted_by: str) -> tuple[MetricRecord, float]:
@@ -164,32 +126,9 @@ def _metrics(name: str, message: Message, weighted_by: str) -> tuple[MetricRecor
     return records[0], float(weight)
 
 
-def _check_size(update: Update) -> None:
-    for key in update:
-        if factor_of(key):
-            x = update[key]
-            largest, limit = float(x.abs().max()), _LARGEST[torch.promote_types(x.dtype, torch.float32)]
-            if largest > limit:
-                raise UpdateError(
-                    f"{update.name}, {key} {tuple(x.shape)}: holds {largest:.1e}, and products of such factors overflow; "
-                    "did training diverge?"
-                )
-
-
 def _name(message: Message) -> str | None:
     given = message.content.config_records.get(CLIENT, ConfigRecord()).get(NAME)
     if not isinstance(given, str):
         return None
     # One line, of bounded length: it goes into the server's log.
     return " ".join("".join(c if c.isprintable() else " " for c in given).split())[:_LONGEST_NAME] or None
-
-
-def _in_order(name: str) -> list:
-    """ "client 2" before "client 10"."""
-    return [(int(part), "") if part.isdecimal() else (math.inf, part) for part in re.split(r"(\d+)", name)]
-
-
-def _kind(value: MetricRecordValues) -> object:
-    """What two values must have in common to be averaged; None where there is NaN or Inf."""
-    values = value if isinstance(value, list) else [value]
-    return (isinstance(value, list), len(values)) if all(map(math.isfinite, values)) else None

@@ -21,13 +21,13 @@ from ..aggregator import FedRotAggregator, OnInvalid
 from ..alignment import AlignOn, RotationGroup
 from ..errors import UpdateError
 from ..folding import base_config, fold_update
-from ..keys import factor_of
 from ..result import AggregationResult
 from ..scaling import plain_config
 from ..server_optimizer import ServerOptimizer
 from ..updates import Update, open_update
 from .arrays import from_arrays, to_arrays
-from .replies import Asked, Reply, average_metrics, open_evaluation_reply, open_training_reply
+from .metrics import average_metrics, measures
+from .replies import Asked, Reply, open_evaluation_reply, open_training_reply
 from .restart import Progress, State, load_progress, save_progress
 from .settings import BASE, BASE_CONFIG, PERSONAL, TRAINED
 
@@ -186,12 +186,11 @@ class FedRot(FedAvg):
             return None, None
         round = self._rounds_before + server_round
         reference = self._opened(self._reference, "the reference")
-        frozen: State = {k: x for k, x in reference.items() if factor_of(k) not in (None, *self.method.trains(round - 1))}
         expected = self._expected
         assert expected is not None
 
         def open_reply(name: str, message: Message) -> Reply:
-            return open_training_reply(name, message, self.weighted_by_key, expected, self.method, frozen)
+            return open_training_reply(name, message, self.weighted_by_key, expected, self.method, round - 1, reference)
 
         good, dropped = self._open(round, replies, open_reply)
         if len(good) < self.min_train_replies:
@@ -207,7 +206,7 @@ class FedRot(FedAvg):
         if self.checkpoint is not None:
             optimizer = self.server_optimizer.state_dict() if self.server_optimizer is not None else {}
             save_progress(self.checkpoint, Progress(result.state_dict, optimizer, self.base_updates, round))
-        metrics = self._average(good, self.train_metrics_aggr_fn) | self._measures(len(good))
+        metrics = self._average(good, self.train_metrics_aggr_fn) | measures(self.result.report)
         _log.info("round %d: %s", round, ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
         return to_arrays(result.state_dict), MetricRecord(metrics)
 
@@ -277,17 +276,6 @@ class FedRot(FedAvg):
             _log.warning("metric %r is left out: not all clients sent a finite one", key)
 
         return dict(average_metrics(good, self.weighted_by_key, average, left_out))
-
-    def _measures(self, clients: int) -> dict[str, float | int]:
-        assert self.result is not None
-        report = self.result.report
-        measured = {"aggregation-error": report.error, "relative-error": report.relative_error}
-        return {key: x for key, x in measured.items() if x is not None} | {
-            "rotation-angle": report.angle,
-            "rotation-angle-max": max(angle for a in report.adapters for angle in a.angles),
-            "clients": clients,
-            "dropped": len(report.dropped),
-        }
 
     def _tell(self, messages: Iterable[Message], round: int) -> list[Message]:
         """The messages, with what clients need to know beside the adapter."""
