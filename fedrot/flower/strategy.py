@@ -207,7 +207,8 @@ class FedRot(FedAvg):
             optimizer = self.server_optimizer.state_dict() if self.server_optimizer is not None else {}
             save_progress(self.checkpoint, Progress(result.state_dict, optimizer, self.base_updates, round))
         metrics = self._average(good, self.train_metrics_aggr_fn) | measures(self.result.report)
-        _log.info("round %d: %s", round, ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
+        _log.info("round %d: %s", round, ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
         return to_arrays(result.state_dict), MetricRecord(metrics)
 
     def configure_evaluate(

@@ -175,7 +175,7 @@ def test_names_are_one_short_line_and_two_of_a_name_are_told_apart():
 
 def test_metrics_that_not_all_have_are_left_out_and_said_so(caplog):
     def spoil(message):
-        message.content["metrics"] = MetricRecord({"num-examples": 2, "train-loss": math.nan, "f1": 0.5})
+        message.content["metrics"] = MetricRecord({"num-examples": 2, "train-loss": math.nan, "f1": [0.5, 1.0]})
 
     everyone = LocalGrid({c: client_app(KIND, spoil=spoil) for c in range(3)})
     with caplog.at_level(logging.WARNING, "flwr"):
@@ -183,7 +183,7 @@ def test_metrics_that_not_all_have_are_left_out_and_said_so(caplog):
         same = FedRot(fraction_evaluate=0.0).start(everyone, to_arrays(start_of(KIND)), num_rounds=1)
     assert strategy.result.report.dropped == {}
     assert not {"train-loss", "f1"} & result.train_metrics_clientapp[1].keys()
-    assert same.train_metrics_clientapp[1]["f1"] == pytest.approx(0.5)
+    assert same.train_metrics_clientapp[1]["f1"] == pytest.approx([0.5, 1.0])
     assert "train-loss" not in same.train_metrics_clientapp[1]
     assert caplog.text.count("train-loss") == 2 and caplog.text.count("'f1'") == 1
 
