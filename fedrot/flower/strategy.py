@@ -63,6 +63,8 @@ class FedRot(FedAvg):
 
     Attributes:
         result: of the last round.
+        train_metrics, evaluate_metrics: what Flower logs of the last round: the clients' averages and, of training, what
+            aggregation measured; empty before.
         base_updates: what FLoRA and FedEx-LoRA have changed in the base weights so far.
     """
 
@@ -112,6 +114,7 @@ class FedRot(FedAvg):
         self.checkpoint, self.resume = None if checkpoint is None else Path(checkpoint), resume
         self.min_train_replies = min_train_replies
         self.result: AggregationResult | None = None
+        self.train_metrics, self.evaluate_metrics = MetricRecord(), MetricRecord()
         self.base_updates: list[State] = []
         self._rounds_before = 0
         self._names: dict[int, str] = {}
@@ -209,7 +212,8 @@ class FedRot(FedAvg):
         metrics = self._average(good, self.train_metrics_aggr_fn) | measures(self.result.report)
         numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
         _log.info("round %d: %s", round, ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
-        return to_arrays(result.state_dict), MetricRecord(metrics)
+        self.train_metrics = MetricRecord(metrics)
+        return to_arrays(result.state_dict), self.train_metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -224,7 +228,9 @@ class FedRot(FedAvg):
         """The average of the clients' metrics; wrong answers are dropped as in training."""
         round = self._rounds_before + server_round
         good, _ = self._open(round, replies, lambda name, reply: open_evaluation_reply(name, reply, self.weighted_by_key))
-        return MetricRecord(self._average(good, self.evaluate_metrics_aggr_fn)) if any(r.weight for r in good) else None
+        counted = any(reply.weight for reply in good)
+        self.evaluate_metrics = MetricRecord(self._average(good, self.evaluate_metrics_aggr_fn) if counted else {})
+        return self.evaluate_metrics if counted else None
 
     def fold_into(self, model: Any) -> None:
         """Add all base updates so far to a PEFT model as it was before the first round, for evaluation on the server."""

@@ -163,7 +163,10 @@ def test_a_restart_at_round_n_ends_with_the_same_bits(method, optimizer, tmp_pat
 def test_evaluation_averages_what_clients_measure_and_sees_base_and_own_factors():
     for method in ("fedrot", "flora", "fedsa-lora"):
         grid = LocalGrid({c: client_app(KIND) for c in range(CLIENTS)})
-        result = FedRot(**options_of(method, KIND)).start(grid, to_arrays(start_of(KIND)), num_rounds=2)
+        strategy = FedRot(**options_of(method, KIND))
+        result = strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=2)
+        assert strategy.train_metrics == result.train_metrics_clientapp[2]
+        assert strategy.evaluate_metrics == result.evaluate_metrics_clientapp[2]
         assert result.evaluate_metrics_clientapp[2]["size"] > 0
         assert "num-examples" not in result.evaluate_metrics_clientapp[2]
 
