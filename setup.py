@@ -19,6 +19,7 @@ SIMULATE = [
 ]
 
 FLOWER = ["flwr[simulation]>=1.41,<2", "numpy>=1.26"]
+NVFLARE = ["nvflare>=2.9,<3", "numpy>=1.26"]
 
 setup(
     name="fedrot",
@@ -43,9 +44,11 @@ setup(
     extras_require={
         "simulate": SIMULATE,
         "flower": FLOWER,
+        "nvflare": NVFLARE,
         "test": [
             *SIMULATE,
             *FLOWER,
+            *NVFLARE,
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.6",

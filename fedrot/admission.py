@@ -47,6 +47,7 @@ def admit(update: Update, expected: Update, method: Method, round: int, sent: Ma
     check_frozen(update, sent, [key for key in factors if factor_of(key) not in method.trains(round)], method.name)
 
 
-def in_order(name: str) -> list[tuple[float, str]]:
+def in_order(name: str) -> tuple[list[tuple[float, str]], str]:
     """A key to sort names by, "client 2" before "client 10": the order of an average, whatever order clients came in."""
-    return [(int(part), "") if part.isdecimal() else (math.inf, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (math.inf, part) for part in parts], name

@@ -1,0 +1,220 @@
+"""FedRot-LoRA in NVIDIA FLARE: an aggregator of FLModels for its FedAvg and ScatterAndGather controllers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+try:
+    from nvflare.apis.fl_constant import FLMetaKey, ReservedKey
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.apis.shareable import Shareable
+    from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+    from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+    from nvflare.app_common.app_constant import AppConstants
+    from nvflare.app_common.app_event_type import AppEventType
+    from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("fedrot.nvflare needs NVIDIA FLARE: pip install 'fedrot[nvflare]'") from error
+
+from fedrot_kernels import Backend
+
+from .adapters import Layout
+from .admission import admit, in_order
+from .aggregator import FedRotAggregator, OnInvalid
+from .alignment import AlignOn, RotationGroup
+from .errors import UpdateError
+from .result import AggregationResult
+from .server_optimizer import ServerOptimizer
+from .updates import Update, check_update, check_weight, open_update
+
+_OPTIONS = ("method", "align_on", "strength", "group", "on_invalid", "backend", "report_error", "seed", "server_optimizer")
+_CLIENT, _UNKNOWN = "client_name", AppConstants.CLIENT_UNKNOWN
+
+
+@dataclass(frozen=True)
+class _Answer:
+    update: Update
+    weight: float
+    metrics: Mapping[str, Any]
+
+
+class FedRotModelAggregator(ModelAggregator):
+    """Federated averaging of LoRA adapters in a common basis, or by another of ``fedrot.METHODS``.
+
+    It is the ``aggregator`` of NVFlare's FedAvg controller and recipes, or of ScatterAndGather. The server's model is the
+    adapter, a PEFT state dict and nothing else (such as ``PTFileModelPersistor(source_ckpt_file_full_name=…)`` loads).
+    Clients answer with all of its keys, as FULL or DIFF parameters. The reference and the round, from 0, are what the
+    controller sent them, whatever made it: a checkpoint, the last result, or an optimizer between the two.
+
+    A wrong answer (other keys, shapes or dtypes, NaN, no weight, of another round) is refused: ``accept_model`` raises
+    UpdateError, upon which NVFlare's controllers log the error, do not count the client and go on. Answers are kept until
+    the round ends, so that the result does not depend on their order and its aggregation error can be told. Its metrics are
+    those that all clients sent as finite numbers, averaged, and "aggregation_error", "relative_error", "rotation_angle"
+    (degrees), "clients" and "dropped".
+
+    Nothing is lost on the way with ``server_expected_format="pytorch"`` and a persistor with
+    ``allow_numpy_conversion=False``: tensors travel as safetensors, bfloat16 too. NumPy, NVFlare's default, has no
+    bfloat16: the persistor widens it to float32, and clients must send float32.
+
+    Sites that allow jobs no code of their own need "fedrot" in the ``class_allow_list`` of their resources.json, and jobs
+    for them ``job.set_app_packages(["fedrot"])``, or NVFlare copies modules of fedrot into the job.
+
+    Args:
+        method, align_on, strength, group, backend, report_error, seed: as in ``fedrot.aggregate``; not methods that change
+            base weights or leave clients a factor of their own.
+        on_invalid: "drop" wrong answers, or "raise" UpdateError at the end of their round, which ends the job.
+        server_optimizer: as in ``fedrot.FedRotAggregator``; its state ends with the job.
+        weighted_by: what ``FLModel.meta`` calls the client's weight, its number of steps or examples; None weighs all alike.
+
+    Attributes:
+        result: of the last round.
+    """
+
+    def __init__(
+        self,
+        method: str = "fedrot",
+        align_on: AlignOn = "alternate",
+        strength: float = 0.5,
+        group: RotationGroup = "SO",
+        on_invalid: OnInvalid = "drop",
+        backend: Backend = "auto",
+        report_error: bool = True,
+        seed: int = 0,
+        server_optimizer: ServerOptimizer | None = None,
+        weighted_by: str | None = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
+    ):
+        super().__init__()
+        # NVFlare writes a component into a job's configuration by its attributes that are called like arguments.
+        self.method, self.align_on, self.strength, self.group = method, align_on, strength, group
+        self.on_invalid, self.backend, self.report_error, self.seed = on_invalid, backend, report_error, seed
+        self.server_optimizer, self.weighted_by = server_optimizer, weighted_by
+        self._method = FedRotAggregator(**self._options()).method
+        if self._method.folds or self._method.returns() != ("A", "B"):
+            raise ValueError(
+                f"{method} does not exchange whole adapters and nothing else, as NVFlare does; take another method"
+            )
+        self.result: AggregationResult | None = None
+        self._sent: FLModel | None = None
+        self._answers: dict[str, _Answer] = {}
+        self._dropped: dict[str, str] = {}
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OPTIONS}
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Keep what clients are sent."""
+        super().handle_event(event_type, fl_ctx)
+        if event_type == AppEventType.BEFORE_TRAIN_TASK:
+            self._sent = FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE))
+
+    def reset_stats(self) -> None:
+        """Forget the round."""
+        self._sent, self._answers, self._dropped = None, {}, {}
+
+    def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
+        """Keep one client's answer, for ScatterAndGather; False if it cannot be averaged."""
+        self.fl_ctx = fl_ctx
+        name = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, _UNKNOWN)
+        try:
+            model = FLModelUtils.from_shareable(shareable)
+            model.meta[_CLIENT] = name
+            self.accept_model(model)
+        except (TypeError, ValueError) as error:  # not a model at all, or an UpdateError
+            self._dropped[name] = str(error)
+            return False
+        return True
+
+    def accept_model(self, model: FLModel) -> None:
+        """Keep one client's answer.
+
+        Raises:
+            UpdateError: it cannot be averaged; the round goes on without it.
+        """
+        name = str(model.meta.get(_CLIENT, _UNKNOWN))
+        try:
+            if name in self._answers:
+                raise UpdateError(f"{name} answered a second time; the first answer counts")
+            self._answers[name] = self._open(name, model)
+        except UpdateError as error:
+            self._dropped[name] = str(error)
+            raise
+
+    def aggregate_model(self) -> FLModel:
+        """The round's adapter, under the keys of the server's model, as tensors or as arrays as that is.
+
+        Raises:
+            UpdateError: no answer of positive weight is left, or, with ``on_invalid="raise"``, one was wrong.
+        """
+        model, reference = self._reference()
+        round = model.current_round
+        for name, why in self._dropped.items():
+            self.warning(f"round {round}: dropped {name}: {why}")
+        if not self._answers or (self._dropped and self.on_invalid == "raise"):
+            raise UpdateError("; ".join([f"round {round}: {len(self._answers)} good answers", *self._dropped.values()]))
+        names = sorted(self._answers, key=in_order)
+        answers = [self._answers[name] for name in names]
+        weights = [answer.weight for answer in answers]
+        aggregator = FedRotAggregator(reference.tensors, round=round, **self._options())
+        result = aggregator.aggregate([answer.update for answer in answers], weights, names=names)
+        report = replace(result.report, dropped=self._dropped)
+        self.result = replace(result, report=report)
+        errors = {"aggregation_error": report.error, "relative_error": report.relative_error}
+        metrics = _average([answer.metrics for answer in answers], weights)
+        metrics |= {key: x for key, x in errors.items() if x is not None}
+        metrics |= {"rotation_angle": report.angle, "clients": len(names), "dropped": len(report.dropped)}
+        self.info(f"round {round}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        arrays = any(isinstance(x, np.ndarray) for x in model.params.values())
+        params = {key: x.numpy() if arrays else x for key, x in result.state_dict.items()}
+        self.reset_stats()
+        return FLModel(ParamsType.FULL, params, metrics=metrics, current_round=round)
+
+    def _reference(self) -> tuple[FLModel, Update]:
+        """What clients were sent."""
+        if self._sent is None:
+            raise UpdateError(f"no model was sent to clients: the event {AppEventType.BEFORE_TRAIN_TASK} was not fired")
+        if self._sent.current_round is None:
+            raise UpdateError("the controller sent a model without its current_round")
+        name = "the server's model"
+        return self._sent, open_update(_tensors(self._sent.params, name), name)
+
+    def _open(self, name: str, model: FLModel) -> _Answer:
+        task, reference = self._reference()
+        round = task.current_round
+        if model.current_round not in (None, round):
+            raise UpdateError(f"{name} answered round {model.current_round}, but this is round {round}")
+        sent = open_update(_tensors(model.params, name), name)
+        check_update(sent, reference, Layout(reference.specs, reference.name))
+        change = model.params_type == ParamsType.DIFF
+        values = {key: reference[key] + sent[key] if change else sent[key] for key in reference}
+        update = open_update({given: values[key] for key, given in reference.keys_given.items()}, name)
+        admit(update, reference, self._method, round, reference)
+        if self.weighted_by is None:
+            return _Answer(update, 1.0, model.metrics or {})
+        if self.weighted_by not in model.meta:
+            raise UpdateError(f"{name} sent no {self.weighted_by} in FLModel.meta; send its number of steps or examples")
+        return _Answer(update, check_weight(model.meta[self.weighted_by], update), model.metrics or {})
+
+
+def _tensors(params: Any, name: str) -> dict[str, Any]:
+    """Arrays as tensors in their memory, and what enable_tensor_disk_offload left on disk read from there."""
+    if not isinstance(params, Mapping):
+        raise UpdateError(f"{name}: expected tensors or arrays by name, got {type(params).__name__}")
+    loaded = {key: x.materialize() if hasattr(x, "materialize") else x for key, x in params.items()}
+    try:
+        return {key: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for key, x in loaded.items()}
+    except (TypeError, ValueError) as error:
+        raise UpdateError(f"{name}: {error}") from error
+
+
+def _average(metrics: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, float]:
+    """Of the metrics that all clients sent as finite numbers."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and math.isfinite(value)
+
+    common = [key for key in metrics[0] if all(is_number(of_client.get(key)) for of_client in metrics)]
+    return {key: sum(w * m[key] for w, m in zip(weights, metrics, strict=True)) / sum(weights) for key in common}
