@@ -48,6 +48,7 @@ setup(
         "test": [
             *SIMULATE,
             *FLOWER,
+            "flwr[dp]>=1.41,<2",  # its privacy accountant
             *NVFLARE,
             "pytest>=8",
             "pytest-benchmark>=5",

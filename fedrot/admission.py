@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from .adapters import Layout
@@ -12,11 +11,12 @@ from .errors import UpdateError
 from .frozen import check_frozen
 from .keys import factor_of
 from .methods import Method
-from .scaling import widest_layout
 from .updates import Update, check_update, not_finite
 
-# Above this no factor's products with another's are sure to fit into the dtype that they are computed in.
-_LARGEST = {dtype: math.sqrt(torch.finfo(dtype).max) / 1e4 for dtype in (torch.float32, torch.float64)}
+# Beyond any tensor of a model; products and squares of such values begin to overflow float32.
+_LARGEST = 1e15
+# Of what a client says or is said of it, in a log.
+_LONGEST = 500
 
 
 def admit(update: Update, expected: Update, method: Method, round: int, sent: Mapping[str, Tensor]) -> None:
@@ -25,26 +25,28 @@ def admit(update: Update, expected: Update, method: Method, round: int, sent: Ma
     Args:
         update: the client's.
         expected: the whole adapter, as the server has it.
-        method: decides whether ranks may differ and what clients train.
+        method: decides what clients train.
         round: from 0.
         sent: canonical key → what clients started from, at least the factors that they do not train.
     """
-    if method.unequal_ranks:
-        widest_layout([expected, update])
-    else:
-        check_update(update, expected, Layout(expected.specs, expected.name))
+    check_update(update, expected, Layout(expected.specs, expected.name))
     if found := not_finite(update):
         raise UpdateError(f"{update.name}, {found}")
-    factors = [key for key in update if factor_of(key)]
-    for key in factors:
-        x = update[key]
-        largest, limit = float(x.abs().max()), _LARGEST[torch.promote_types(x.dtype, torch.float32)]
-        if largest > limit:
-            raise UpdateError(
-                f"{update.name}, {key} {tuple(x.shape)}: holds {largest:.1e}, and products of such factors overflow; "
-                "did training diverge?"
-            )
-    check_frozen(update, sent, [key for key in factors if factor_of(key) not in method.trains(round)], method.name)
+    for key, x in update.items():
+        if x.numel() and (largest := float(x.abs().max())) > _LARGEST:
+            raise UpdateError(f"{update.name}, {key} {tuple(x.shape)}: holds {largest:.1e}; did training diverge?")
+    frozen = [key for key in update if factor_of(key) not in (None, *method.trains(round))]
+    check_frozen(update, sent, frozen, method.name)
+
+
+def largest_entry(update: Update) -> float:
+    """The largest absolute value of an update."""
+    return max(float(x.abs().max()) for x in update.values() if x.numel())
+
+
+def one_line(text: str, longest: int = _LONGEST) -> str:
+    """What came from outside, fit for a line of a log: printable, of bounded length."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * longest]).split())[:longest]
 
 
 def in_order(name: str) -> tuple[list[tuple[float, str]], str]:

@@ -256,8 +256,8 @@ class FedRotAggregator:
         if frozen and clients[0].tensors:  # to the bit, not to the rounding of a mean of equals
             mean |= {key: as_sent((reference or clients[0])[key], layout.specs[key]) for key in frozen}
         if averages.base is not None:  # what PEFT saves of a base would undo its change
-            folded = tuple(f"{a.module}.base_layer." for a in layout.adapters)
-            mean = {key: x for key, x in mean.items() if not key.startswith(folded)}
+            folded = {f"{a.module}.base_layer.weight" for a in layout.adapters}
+            mean = {key: x for key, x in mean.items() if key not in folded}
         if self.server_optimizer is not None and reference is not None:
             mean = self.server_optimizer.step(reference, mean, layout.specs, frozen)
         first = clients[0]

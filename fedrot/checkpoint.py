@@ -10,13 +10,21 @@ from torch import Tensor
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], rounds_done: int) -> None:
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], rounds_done: int, **metadata: str) -> None:
     """Replace the folder's checkpoint; the folder is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{CHECKPOINT}"
     copies = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    save_file(copies, temporary, metadata={"rounds_done": str(rounds_done)})
+    save_file(copies, temporary, metadata={"rounds_done": str(rounds_done), **metadata})
     os.replace(temporary, folder / CHECKPOINT)
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """What was saved beside the tensors of a checkpoint; empty without one."""
+    if not (folder / CHECKPOINT).exists():
+        return {}
+    with safe_open(folder / CHECKPOINT, framework="pt") as file:
+        return file.metadata()
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor] | None, int]:

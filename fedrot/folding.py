@@ -63,7 +63,7 @@ def fold_update(model: Any, base_update: Mapping[str, Tensor], config: Mapping[s
     from peft import LoraConfig  # an aggregation needs no PEFT, a PeftModel does
     from peft.tuners.lora import LoraLayer
 
-    trained = {id(p): p.requires_grad for p in model.parameters()}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
     active = model.active_adapter
     try:
         with torch.random.fork_rng():  # PEFT draws factors, which are then replaced
@@ -77,8 +77,8 @@ def fold_update(model: Any, base_update: Mapping[str, Tensor], config: Mapping[s
         if _NAME in model.peft_config:
             model.delete_adapter(_NAME)
         model.set_adapter(active)
-        for p in model.parameters():
-            p.requires_grad_(trained[id(p)])
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained[name])
 
 
 @torch.no_grad()

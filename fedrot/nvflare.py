@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 from fedrot_kernels import Backend
 
 from .adapters import Layout
-from .admission import admit, in_order
+from .admission import admit, in_order, one_line
 from .aggregator import FedRotAggregator, OnInvalid
 from .alignment import AlignOn, RotationGroup
 from .errors import UpdateError
@@ -124,7 +124,7 @@ class FedRotModelAggregator(ModelAggregator):
             model.meta[_CLIENT] = name
             self.accept_model(model)
         except (TypeError, ValueError) as error:  # not a model at all, or an UpdateError
-            self._dropped[name] = str(error)
+            self._dropped[name] = one_line(str(error))
             return False
         return True
 
@@ -140,7 +140,7 @@ class FedRotModelAggregator(ModelAggregator):
                 raise UpdateError(f"{name} answered a second time; the first answer counts")
             self._answers[name] = self._open(name, model)
         except UpdateError as error:
-            self._dropped[name] = str(error)
+            self._dropped[name] = one_line(str(error))
             raise
 
     def aggregate_model(self) -> FLModel:

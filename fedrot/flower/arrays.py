@@ -1,8 +1,8 @@
 """State dicts as Flower's ArrayRecords and back, bit for bit, bfloat16 too."""
 
 import math
+import re
 from collections.abc import Mapping
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -11,11 +11,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..admission import one_line
 from ..errors import UpdateError
+from ..keys import DTYPES
 
 NUMPY, SAFETENSORS = "numpy.ndarray", "safetensors"
 _ONLY = "x"  # the name of an array's one tensor in safetensors
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# What numpy.save writes of a little-endian floating-point array. numpy.load would evaluate whatever stands here, and
+# allocate what it asks for before reading it.
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<f[248])', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,15}, )*\d{0,15}),?\), \} *\n",
+    re.DOTALL,
+)
 
 
 def to_arrays(state_dict: Mapping[str, Tensor], *, widen: bool = False) -> ArrayRecord:
@@ -26,12 +34,19 @@ def to_arrays(state_dict: Mapping[str, Tensor], *, widen: bool = False) -> Array
 
     Args:
         state_dict: tensors on any device.
-        widen: send bfloat16 as float32, which loses nothing and which everything in Flower reads.
+        widen: send bfloat16 as float32, which loses nothing and which everything in Flower reads. Clients answer in the
+            dtypes that they are sent.
+
+    Raises:
+        UpdateError: a tensor of another dtype; its key is named.
     """
-    return ArrayRecord({key: _array(x.detach().cpu(), widen) for key, x in state_dict.items()})
+    return ArrayRecord({key: _array(key, x, widen) for key, x in state_dict.items()})
 
 
-def _array(x: Tensor, widen: bool) -> Array:
+def _array(key: str, x: Tensor, widen: bool) -> Array:
+    if x.dtype not in DTYPES:
+        raise UpdateError(f"{key}: {x.dtype}, shape {tuple(x.shape)}; only floating-point tensors are sent, leave it out")
+    x = x.detach().cpu()
     if x.dtype != torch.bfloat16:
         return Array(x.numpy())
     if widen:
@@ -56,24 +71,28 @@ def from_arrays(arrays: ArrayRecord, name: str = "the record", device: str | tor
 def _tensor(array: Array, where: str) -> Tensor:
     try:
         if array.stype == SAFETENSORS:
-            return load(array.data)[_ONLY]
-        if array.stype == NUMPY:
-            _check_size(array.data)
-            return torch.from_numpy(array.numpy())
+            x = load(array.data)[_ONLY]
+        elif array.stype == NUMPY:
+            x = _from_npy(array)
+        else:
+            raise ValueError(f"serialised as {array.stype!r}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{x.dtype}, shape {tuple(x.shape)}")
     except (ValueError, KeyError, SafetensorError) as error:
-        raise UpdateError(f"{where}: {error}; send what fedrot.flower.to_arrays makes of a state dict") from error
-    raise UpdateError(f"{where}: serialised as {array.stype!r}; send numpy.ndarray or safetensors, as to_arrays does")
+        raise UpdateError(f"{where}: {error}; send what fedrot.flower.to_arrays makes of floating-point tensors") from error
+    return x
 
 
-def _check_size(data: bytes) -> None:
-    """Raise ValueError unless the header of an .npy file describes exactly the bytes behind it, of float16, 32 or 64."""
-    stream = BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version not in _HEADERS:
-        raise ValueError(f".npy format {version}")
-    shape, _, dtype = _HEADERS[version](stream)
-    if dtype not in (np.float16, np.float32, np.float64):
-        raise ValueError(f"dtype {dtype}, shape {shape}; only float16, float32 and float64 arrays are averaged")
-    expected, behind = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
-    if min(shape, default=0) < 0 or expected != behind:
+def _from_npy(array: Array) -> Tensor:
+    data = array.data
+    header = _NPY.match(data)
+    if header is None or header.end() != 10 + int.from_bytes(data[8:10], "little"):
+        labelled = one_line(f"{array.dtype} {tuple(array.shape)}")
+        raise ValueError(f"labelled {labelled}, is no .npy file of float16, float32 or float64")
+    shape = tuple(int(size) for size in header[3].split(b", ") if size)
+    dtype = np.dtype(header[1].decode())
+    expected, behind = math.prod(shape) * dtype.itemsize, len(data) - header.end()
+    if expected != behind:
         raise ValueError(f"{dtype} of shape {shape} needs {expected} bytes, but {behind} were sent")
+    flat = np.frombuffer(data, dtype, offset=header.end()).copy()
+    return torch.from_numpy(flat.reshape(shape, order="F" if header[2] == b"True" else "C"))

@@ -20,7 +20,8 @@ class AlignMod:
 
     The server then only averages: plain FedAvg gives what the ``FedRot`` strategy gives, to the rounding of the dtype, and
     differential privacy and secure aggregation work as they are. A rotation depends on the client's own update and on the
-    reference that it was sent, so the server learns nothing that it would not learn without.
+    reference that it was sent, so the server learns nothing that it would not learn without. (The ``FedRot`` strategy would
+    rotate what it receives a second time: give it ``method="fedit"``, which only averages.)
 
     Mods are listed outermost first: ``ClientApp(mods=[LocalDpMod(…), align_mod])`` aligns, then clips and adds noise.
 
@@ -85,6 +86,10 @@ class AlignMod:
     def _named(self, arrays: ArrayRecord, whose: str) -> Mapping:
         tensors = from_arrays(arrays, whose)
         if self.keys is None:
+            if tensors and all(key.isdecimal() for key in tensors):
+                raise UpdateError(
+                    f"{whose} has arrays without names, as Flower's older API sends them; give AlignMod(keys=…)"
+                )
             return tensors
         if len(tensors) != len(self.keys):
             raise UpdateError(f"{whose} has {len(tensors)} arrays, but AlignMod was given {len(self.keys)} keys")

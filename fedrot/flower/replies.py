@@ -1,21 +1,21 @@
 """What clients answered: opened and checked one by one, so that a wrong one is dropped and named, and no other with it."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MetricRecord
 
-from ..admission import admit, in_order
+from ..admission import admit, in_order, one_line
 from ..errors import UpdateError
-from ..keys import factor_of
+from ..keys import factor_of, parse_key
 from ..methods import Method
 from ..updates import StateDict, Update, open_update
 from .arrays import from_arrays
 from .settings import CLIENT, NAME
 
 _LONGEST_NAME = 80
+_MOST_EXAMPLES = 2**53  # whole numbers up to here are exact
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Reply:
 
     Attributes:
         name: how the log and the report call the client.
-        metrics: as it sent them.
+        content: what it sent, without the arrays.
+        metrics: the only MetricRecord of that, and its key.
         weight: its number of examples.
         update: its adapter; None in an evaluation.
     """
 
     name: str
-    metrics: MetricRecord
+    content: dict[str, ConfigRecord]
+    metrics: tuple[str, MetricRecord]
     weight: float
     update: Update | None
 
@@ -57,25 +59,20 @@ class Asked:
         failed: dict[int, str] = {}
         answered: dict[int, Message] = {}
         for message in replies:
-            # Flower itself answers for a node that is gone, with its own address.
-            node = nodes.get(message.metadata.reply_to_message_id, message.metadata.src_node_id)
-            if message.has_error():
+            node = message.metadata.src_node_id
+            if message.has_error():  # Flower itself answers for a node that is gone, with its own address
+                node = nodes.get(message.metadata.reply_to_message_id, node)
                 failed[node] = f"error {message.error.code}: {message.error.reason}"
             else:
                 answered[node] = message
                 if name := _name(message):
                     self.names[node] = name
         expected = {*nodes.values(), *answered, *failed}
-        shared = Counter(self.names[node] for node in expected if node in self.names)
-
-        def called(node: int) -> str:
-            name = self.names.get(node)
-            if name is None:
-                return f"node {node}"
-            return name if shared[name] == 1 else f"{name} (node {node})"
-
-        missing = {called(n): failed.get(n, "no reply in time") for n in sorted(expected - answered.keys(), key=called)}
-        return sorted(((called(n), m) for n, m in answered.items()), key=lambda item: in_order(item[0])), missing
+        called = {node: self.names.get(node, f"node {node}") for node in expected}
+        while twice := {name for name, n in Counter(called.values()).items() if n > 1}:
+            called = {node: f"{name} (node {node})" if name in twice else name for node, name in called.items()}
+        missing = {called[n]: failed.get(n, "no reply in time") for n in expected - answered.keys()}
+        return sorted(((called[n], m) for n, m in answered.items()), key=lambda item: in_order(item[0])), missing
 
 
 def open_training_reply(
@@ -88,23 +85,27 @@ def open_training_reply(
         message: its reply.
         weighted_by: the metric that holds the number of examples.
         expected: the whole adapter, as the server has it.
-        method: decides whether ranks may differ, what clients train and which factors they keep to themselves.
+        method: decides what clients train and which factors they keep to themselves.
         round: from 0.
         sent: canonical key → what clients started from.
 
     Raises:
         UpdateError: what cannot be averaged.
     """
-    metrics, weight = _metrics(name, message, weighted_by)
+    content, metrics, weight = _metrics(name, message, weighted_by)
     records = list(message.content.array_records.values())
     if len(records) != 1:
         raise UpdateError(f"{name} sent {len(records)} ArrayRecords; send one, the adapter")
     tensors = from_arrays(records[0], name, expected.device)
-    personal = {key for key in expected if factor_of(key) not in (None, *method.returns())}
-    # What stays with clients is not averaged; the layout wants pairs.
-    update = open_update({expected.keys_given[key]: expected[key] for key in personal} | tensors, name)
+    own = {key for key in expected if factor_of(key) not in (None, *method.returns())}
+    if given := next((key for key in tensors if parse_key(key)[0] in own), None):
+        raise UpdateError(f"{name} sent {given}, a factor that {method.name} leaves with clients; keep it")
+    # It is not averaged; the layout wants pairs.
+    update = open_update({expected.keys_given[key]: expected[key] for key in own} | tensors, name)
     admit(update, expected, method, round, sent)
-    return Reply(name, metrics, weight, update)
+    # Under the server's keys, in their order: what one client calls them is nothing to the others.
+    update = open_update({given: update[key] for key, given in expected.keys_given.items()}, name)
+    return Reply(name, content, metrics, weight, update)
 
 
 def open_evaluation_reply(name: str, message: Message, weighted_by: str) -> Reply:
@@ -116,19 +117,20 @@ def open_evaluation_reply(name: str, message: Message, weighted_by: str) -> Repl
     return Reply(name, *_metrics(name, message, weighted_by), None)
 
 
-def _metrics(name: str, message: Message, weighted_by: str) -> tuple[MetricRecord, float]:
-    records = list(message.content.metric_records.values())
+def _metrics(
+    name: str, message: Message, weighted_by: str
+) -> tuple[dict[str, ConfigRecord], tuple[str, MetricRecord], float]:
+    records = list(message.content.metric_records.items())
     if len(records) != 1:
         raise UpdateError(f"{name} sent {len(records)} MetricRecords; send one, with {weighted_by!r}")
-    weight = records[0].get(weighted_by)
-    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+    weight = records[0][1].get(weighted_by)
+    if not isinstance(weight, int | float) or not 0 <= weight <= _MOST_EXAMPLES:
         raise UpdateError(f"{name} sent {weighted_by} = {weight!r} in its MetricRecord; send its number of examples")
-    return records[0], float(weight)
+    return dict(message.content.config_records), records[0], float(weight)
 
 
 def _name(message: Message) -> str | None:
     given = message.content.config_records.get(CLIENT, ConfigRecord()).get(NAME)
     if not isinstance(given, str):
         return None
-    # One line, of bounded length: it goes into the server's log.
-    return " ".join("".join(c if c.isprintable() else " " for c in given).split())[:_LONGEST_NAME] or None
+    return one_line(given, _LONGEST_NAME) or None

@@ -1,6 +1,13 @@
 """What the strategy tells clients beside the arrays: the keys of its records."""
 
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from flwr.app import ConfigRecord, Message
+from torch import Tensor
+
+from .arrays import to_arrays
 
 ROUND = "server-round"  # from 1; Flower's
 TRAINED = "trained-factors"  # "AB", "A" or "B": what clients train this round
@@ -14,3 +21,24 @@ def settings_of(message: Message) -> ConfigRecord:
     """The configuration that came with a message; empty where there is none."""
     records = message.content.config_records.values()
     return next((record for record in records if ROUND in record), ConfigRecord())
+
+
+def tell(
+    messages: Iterable[Message], record: str, trained: str, personal: str, base: Sequence[tuple[dict[str, Tensor], Any]]
+) -> list[Message]:
+    """The messages, with what clients need to know beside the adapter.
+
+    Args:
+        messages: as Flower's FedAvg makes them.
+        record: the key of their configuration.
+        trained, personal: the factors.
+        base: every base update so far, with its adapter_config.json.
+    """
+    messages = list(messages)
+    contents = {id(message.content): message.content for message in messages}  # FedAvg sends all nodes the same one
+    for content in contents.values():
+        content.config_records[record].update({TRAINED: trained, PERSONAL: personal})
+        for number, (update, config) in enumerate(base, 1):
+            content[BASE.format(number)] = to_arrays(update)
+            content[BASE_CONFIG.format(number)] = ConfigRecord({"json": json.dumps(config)})
+    return messages

@@ -1,9 +1,8 @@
 """FedRot-LoRA as a Flower strategy."""
 
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg, Result
 
 from fedrot_kernels import Backend
@@ -19,17 +17,19 @@ from fedrot_kernels import Backend
 from ..adapters import Layout
 from ..aggregator import FedRotAggregator, OnInvalid
 from ..alignment import AlignOn, RotationGroup
-from ..errors import UpdateError
+from ..folders import check_lora
 from ..folding import base_config, fold_update
+from ..keys import factor_of
 from ..result import AggregationResult
 from ..scaling import plain_config
 from ..server_optimizer import ServerOptimizer
-from ..updates import Update, open_update
+from ..updates import Update, check_update, open_update
 from .arrays import from_arrays, to_arrays
 from .metrics import average_metrics, measures
 from .replies import Asked, Reply, open_evaluation_reply, open_training_reply
-from .restart import Progress, State, load_progress, save_progress
-from .settings import BASE, BASE_CONFIG, PERSONAL, TRAINED
+from .restart import Progress, State, check_no_checkpoint, load_progress, save_progress
+from .round import aggregate_replies, log_dropped, open_all
+from .settings import tell
 
 _log = logging.getLogger("flwr")
 
@@ -52,12 +52,13 @@ class FedRot(FedAvg):
         method, align_on, strength, group, backend, report_error, seed: as in ``fedrot.aggregate``, where rounds count
             from 0, and from 1 here: the first round aligns B.
         on_invalid: "drop" wrong answers, or "raise" UpdateError on the first.
-        configs: the clients' ``peft.LoraConfig``, which FLoRA and FedEx-LoRA need.
+        configs: the ``peft.LoraConfig`` of all clients, which FLoRA and FedEx-LoRA need; ranks do not differ here. These
+            methods send every change of the base weights so far with every message.
         server_optimizer: as in ``fedrot.FedRotAggregator``.
         device: where to aggregate; on a GPU by the Triton kernels.
         checkpoint: a folder; after every round what a restart needs is written there. One that has a checkpoint already
             is refused, unless resuming.
-        resume: ``start`` goes on after the checkpoint's last round, if there is one.
+        resume: ``start`` goes on after the checkpoint's last round, if there is one, as the same run with the same options.
         min_train_replies: the run ends with AggregationError when fewer good answers are left in a round.
         fedavg: options of Flower's FedAvg, such as fraction_train, min_available_nodes or weighted_by_key.
 
@@ -104,7 +105,11 @@ class FedRot(FedAvg):
         self._personal = "".join(f for f in "AB" if f not in self.method.returns())
         if self._personal:  # of which the server knows nothing
             self._options["report_error"] = False
-        if self.method.folds and configs is None:
+        if isinstance(configs, Sequence):
+            raise ValueError("configs must be one peft.LoraConfig, which all clients have")
+        if configs is not None:
+            check_lora(plain_config(configs), "configs")
+        elif self.method.folds:
             raise ValueError(f"{method} needs the scaling of the adapters: pass configs=, the clients' peft.LoraConfig")
         if min_train_replies < 1:
             raise ValueError(f"min_train_replies must be at least 1, got {min_train_replies}")
@@ -113,15 +118,22 @@ class FedRot(FedAvg):
         self.on_invalid, self.server_optimizer, self.device = on_invalid, server_optimizer, torch.device(device)
         self.checkpoint, self.resume = None if checkpoint is None else Path(checkpoint), resume
         self.min_train_replies = min_train_replies
+        self._first_moments = {} if server_optimizer is None else server_optimizer.state_dict()
+        self._names: dict[int, str] = {}  # of nodes, which stay from run to run
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing of a run is there yet."""
         self.result: AggregationResult | None = None
         self.train_metrics, self.evaluate_metrics = MetricRecord(), MetricRecord()
         self.base_updates: list[State] = []
         self._rounds_before = 0
-        self._names: dict[int, str] = {}
-        # Of the round under way.
         self._expected: Update | None = None
+        # Of the round under way.
         self._reference = ArrayRecord()
         self._asked = Asked([], self._names)
+        if self.server_optimizer is not None:
+            self.server_optimizer.load_state_dict(self._first_moments)
 
     def summary(self) -> None:
         """Log the strategy's options."""
@@ -147,6 +159,7 @@ class FedRot(FedAvg):
             num_rounds: of the whole run.
             evaluate_fn: as there; not called again for the round of the checkpoint.
         """
+        self._begin()
         self._expected = self._opened(initial_arrays, "the server's adapter")
         self.method.check(Layout(self._expected.specs, self._expected.name))
         arrays, done = self._restore(initial_arrays)
@@ -170,11 +183,12 @@ class FedRot(FedAvg):
         if self._expected is None:  # under a wrapper, which has a start of its own
             if self.resume:
                 raise ValueError("resume works through FedRot.start, which a strategy that wraps this one does not call")
+            if self.checkpoint is not None:
+                check_no_checkpoint(self.checkpoint)
             self._expected = self._opened(arrays, "the server's adapter")
+            _log.warning("FedRot under a wrapper: what that clips before, rotation may move further; see align_mod")
         self._reference = arrays
-        messages = self._tell(super().configure_train(round, arrays, config, grid), round)
-        self._asked = Asked(messages, self._names)
-        return messages
+        return self._tell(super().configure_train(round, arrays, config, grid), round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -189,27 +203,23 @@ class FedRot(FedAvg):
             return None, None
         round = self._rounds_before + server_round
         reference = self._opened(self._reference, "the reference")
-        expected = self._expected
-        assert expected is not None
+        expected = self._whole(reference)
 
         def open_reply(name: str, message: Message) -> Reply:
             return open_training_reply(name, message, self.weighted_by_key, expected, self.method, round - 1, reference)
 
-        good, dropped = self._open(round, replies, open_reply)
-        if len(good) < self.min_train_replies:
-            reasons = "".join(f"; {name}: {why}" for name, why in dropped.items())
-            raise AggregationError(
-                f"round {round}: {len(good)} good answers, but min_train_replies is {self.min_train_replies}{reasons}"
-            )
-        aggregator = FedRotAggregator(dict(reference), round=round - 1, **self._options)
-        result = aggregator.aggregate([r.update for r in good if r.update is not None], [r.weight for r in good])
+        good, dropped = open_all(self._asked, replies, open_reply, self.on_invalid)
+        result = aggregate_replies(good, dropped, reference, round - 1, self.min_train_replies, self._options)
+        log_dropped(round, dropped)
         self.result = replace(result, report=replace(result.report, dropped=dropped))
         if result.base_update is not None:
             self.base_updates.append(result.base_update)
         if self.checkpoint is not None:
             optimizer = self.server_optimizer.state_dict() if self.server_optimizer is not None else {}
-            save_progress(self.checkpoint, Progress(result.state_dict, optimizer, self.base_updates, round))
-        metrics = self._average(good, self.train_metrics_aggr_fn) | measures(self.result.report)
+            progress = Progress(result.state_dict, optimizer, self.base_updates, round)
+            save_progress(self.checkpoint, progress, self._identity())
+        ours = measures(self.result.report)
+        metrics = average_metrics(good, self.weighted_by_key, self.train_metrics_aggr_fn, ours)
         numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
         _log.info("round %d: %s", round, ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
         self.train_metrics = MetricRecord(metrics)
@@ -220,16 +230,20 @@ class FedRot(FedAvg):
     ) -> Iterable[Message]:
         """See Flower's FedAvg; of methods with base updates or personal factors clients are told what they need."""
         round = self._rounds_before + server_round
-        messages = self._tell(super().configure_evaluate(round, arrays, config, grid), round)
-        self._asked = Asked(messages, self._names)
-        return messages
+        return self._tell(super().configure_evaluate(round, arrays, config, grid), round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The average of the clients' metrics; wrong answers are dropped as in training."""
         round = self._rounds_before + server_round
-        good, _ = self._open(round, replies, lambda name, reply: open_evaluation_reply(name, reply, self.weighted_by_key))
+
+        def open_reply(name: str, message: Message) -> Reply:
+            return open_evaluation_reply(name, message, self.weighted_by_key)
+
+        good, dropped = open_all(self._asked, replies, open_reply, self.on_invalid)
+        log_dropped(round, dropped)
         counted = any(reply.weight for reply in good)
-        self.evaluate_metrics = MetricRecord(self._average(good, self.evaluate_metrics_aggr_fn) if counted else {})
+        average = self.evaluate_metrics_aggr_fn
+        self.evaluate_metrics = MetricRecord(average_metrics(good, self.weighted_by_key, average, {}) if counted else {})
         return self.evaluate_metrics if counted else None
 
     def fold_into(self, model: Any) -> None:
@@ -239,22 +253,36 @@ class FedRot(FedAvg):
 
     def _restore(self, initial_arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
         """The adapter to go on from, and how many rounds are done."""
-        self._rounds_before, self.base_updates = 0, []
-        saved = Progress() if self.checkpoint is None else load_progress(self.checkpoint)
-        if saved.rounds_done == 0:
+        if self.checkpoint is None:
             return initial_arrays, 0
         if not self.resume:
-            raise FileExistsError(
-                f"{self.checkpoint} has a checkpoint, of round {saved.rounds_done}; go on from it with resume=True, or name "
-                "another folder"
-            )
+            check_no_checkpoint(self.checkpoint)
+            return initial_arrays, 0
+        saved = load_progress(self.checkpoint, self._identity())
+        if saved.rounds_done == 0:
+            return initial_arrays, 0
         if self._personal:
             raise ValueError(f"{self.method.name} cannot resume: clients' own factors end with Flower's run")
+        adapter = open_update(saved.adapter, f"the checkpoint in {self.checkpoint}")
+        check_update(adapter, whole := self._whole(adapter), Layout(whole.specs, whole.name))
         if self.server_optimizer is not None:
             self.server_optimizer.load_state_dict(saved.optimizer)
         self.base_updates, self._rounds_before = saved.base_updates, saved.rounds_done
         _log.info("resuming after round %d; Flower counts the rounds that are left", saved.rounds_done)
         return to_arrays(saved.adapter), saved.rounds_done
+
+    def _identity(self) -> dict[str, Any]:
+        """The options with which a checkpoint must be resumed."""
+        optimizer = self.server_optimizer
+        options = {name: self._options[name] for name in ("method", "align_on", "strength", "group", "seed")}
+        return options | {"server_optimizer": None if optimizer is None else [optimizer.name, optimizer.lr]}
+
+    def _whole(self, sent: Update) -> Update:
+        """The adapter that clients have, by what they were sent and what is theirs alone."""
+        expected = self._expected
+        assert expected is not None
+        keys = [key for key in expected if key in sent or factor_of(key) in tuple(self._personal)]
+        return open_update({expected.keys_given[key]: expected[key] for key in keys}, expected.name)
 
     def _opened(self, arrays: ArrayRecord, name: str) -> Update:
         return open_update(from_arrays(arrays, name, self.device), name)
@@ -262,36 +290,9 @@ class FedRot(FedAvg):
     def _base_config(self, update: State) -> dict[str, Any]:
         return base_config(update, plain_config(self._options["configs"]))
 
-    def _open(
-        self, round: int, replies: Iterable[Message], open_reply: Callable[[str, Message], Reply]
-    ) -> tuple[list[Reply], dict[str, str]]:
-        answered, dropped = self._asked.sort(replies)
-        good = []
-        for name, message in answered:
-            try:
-                good.append(open_reply(name, message))
-            except UpdateError as error:
-                if self.on_invalid == "raise":
-                    raise
-                dropped[name] = str(error)
-        for name, why in dropped.items():
-            _log.warning("round %d: dropped %s: %s", round, name, why)
-        return good, dropped
-
-    def _average(self, good: list[Reply], average: Callable) -> dict[str, Any]:
-        def left_out(key: str) -> None:
-            _log.warning("metric %r is left out: not all clients sent a finite one", key)
-
-        return dict(average_metrics(good, self.weighted_by_key, average, left_out))
-
     def _tell(self, messages: Iterable[Message], round: int) -> list[Message]:
-        """The messages, with what clients need to know beside the adapter."""
-        messages = list(messages)
-        for message in messages:
-            settings = message.content.config_records[self.configrecord_key]
-            settings[TRAINED] = "".join(self.method.trains(round - 1))
-            settings[PERSONAL] = self._personal
-            for number, update in enumerate(self.base_updates, 1):
-                message.content[BASE.format(number)] = to_arrays(update)
-                message.content[BASE_CONFIG.format(number)] = ConfigRecord({"json": json.dumps(self._base_config(update))})
+        base = [(update, self._base_config(update)) for update in self.base_updates]
+        trained = "".join(self.method.trains(round - 1))
+        messages = tell(messages, self.configrecord_key, trained, self._personal, base)
+        self._asked = Asked(messages, self._names)
         return messages

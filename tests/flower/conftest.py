@@ -1,5 +1,8 @@
-"""These tests need Flower, an optional extra."""
+"""These tests need Flower, an optional extra. Nothing they start reports home."""
 
+import os
 from importlib.util import find_spec
 
 collect_ignore_glob = [] if find_spec("flwr") else ["test_*.py"]
+# Read when Flower and Ray are imported.
+os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -1,12 +1,16 @@
 """State dicts as ArrayRecords: every dtype to the bit, and nothing decoded that does not add up."""
 
 import io
+import math
+import random
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
+from safetensors.torch import save
 
+from fedrot import UpdateError
 from fedrot.flower import from_arrays, to_arrays
 
 from ..peft_models import KINDS, client_updates
@@ -62,13 +66,17 @@ def _saved(x: np.ndarray) -> bytes:
             _npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }"),
             "4000000000000 bytes",
         ),
-        ("numpy.ndarray", _npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -1), }", b"\0\0\0\0"), "(-1, -1)"),
-        ("numpy.ndarray", _npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"\0" * 8), "dtype object"),
-        ("numpy.ndarray", _saved(np.arange(3)), "dtype int64"),
-        ("numpy.ndarray", _saved(np.ones(3, ">f4")), "dtype >f4"),
+        (
+            "numpy.ndarray",
+            _npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -1), }", b"\0\0\0\0"),
+            "no .npy file",
+        ),
+        ("numpy.ndarray", _npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"\0" * 8), "no .npy file"),
+        ("numpy.ndarray", _saved(np.arange(3)), "no .npy file"),
+        ("numpy.ndarray", _saved(np.ones(3, ">f4")), "no .npy file"),
         ("numpy.ndarray", _saved(np.ones(3))[:-1], "needs 24 bytes, but 23"),
-        ("numpy.ndarray", b"not an array", "magic"),
-        ("numpy.ndarray", b"", "magic"),
+        ("numpy.ndarray", b"not an array", "labelled float32 (3,)"),
+        ("numpy.ndarray", b"", "no .npy file"),
         ("safetensors", b"\xff" * 40, "header"),
         ("safetensors", to_arrays({"x": torch.ones(3).bfloat16()})["x"].data[:-1], ""),
         ("pickle", b"", "serialised as 'pickle'"),
@@ -77,3 +85,43 @@ def _saved(x: np.ndarray) -> bytes:
 def test_arrays_that_do_not_add_up_are_refused(stype, data, said):
     with refused("client 3", "layer.lora_A.weight", said):
         from_arrays(ArrayRecord({"layer.lora_A.weight": Array("float32", (3,), stype, data)}), "client 3")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 4), (2, 1, 3, 1)])
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8"])
+def test_what_numpy_writes_is_read(shape, dtype):
+    x = np.arange(math.prod(shape), dtype=dtype).reshape(shape)
+    for given in (x, np.asfortranarray(x), x.T):
+        back = from_arrays(ArrayRecord({"x": Array(given)}))["x"]
+        assert np.array_equal(back.numpy(), given) and back.dtype == torch.from_numpy(given.copy()).dtype
+        back += 1  # in memory of its own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_spoiled_array_is_refused_or_read_and_nothing_else(dtype):
+    array = to_arrays({"x": torch.randn(4, 3).to(dtype)})["x"]
+    draw = random.Random(0)
+    for _ in range(3000):
+        data = bytearray(array.data)
+        for _ in range(draw.randint(1, 3)):
+            place = draw.randrange(len(data))
+            choice = draw.random()
+            if choice < 0.4:
+                data[place] = draw.choice(b"{}()[]',:0123456789 -<>fiOTrue\n\xff\x00")
+            elif choice < 0.7:
+                del data[place]
+            else:
+                data.insert(place, draw.randrange(256))
+        try:
+            x = from_arrays(ArrayRecord({"x": Array(array.dtype, array.shape, array.stype, bytes(data))}))["x"]
+        except UpdateError:
+            continue
+        assert x.nbytes <= len(data)
+
+
+def test_only_floating_point_travels():
+    with refused("steps", "int64", "(2,)"):
+        to_arrays({"steps": torch.arange(2)})
+    integers = Array("int64", (2,), "safetensors", save({"x": torch.arange(2)}))
+    with refused("client 1, steps", "int64"):
+        from_arrays(ArrayRecord({"steps": integers}), "client 1")

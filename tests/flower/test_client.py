@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Context, RecordDict
 from peft import get_peft_model_state_dict
 
 from fedrot import METHODS
@@ -14,7 +14,7 @@ from fedrot.keys import factor_of
 
 from ..peft_models import KINDS
 from ..refusals import refused
-from .local_grid import LocalGrid, client_app, fresh_model
+from .local_grid import LocalGrid, client_app, fresh_model, train
 from .test_strategy import configs, options_of, start_of
 
 KIND = KINDS["modules to save"]
@@ -102,6 +102,121 @@ def test_a_clients_own_factors_come_back_from_its_state():
     sent = from_arrays(message.content["arrays"])
     for key, x in get_peft_model_state_dict(again).items():
         assert torch.equal(x, mine[key] if factor_of(key) == "B" else sent[key])
+
+
+def test_a_model_that_serves_many_gives_none_the_others_factors():
+    kind = KINDS["linear"]
+    shared = fresh_model(kind)
+    first = {key: x.clone() for key, x in get_peft_model_state_dict(shared).items()}
+    found = []
+    for client in (0, 1):
+        message, context = message_of(kind, round=2, method="fedsa-lora")
+        for key in [key for key in message.content["arrays"] if factor_of(key) == "B"]:
+            del message.content["arrays"][key]
+        receive(shared, message, context)
+        found.append({key: x.clone() for key, x in get_peft_model_state_dict(shared).items() if factor_of(key) == "B"})
+        train(shared, client, 2)
+        reply(shared, message, context, {"num-examples": 1})
+    assert all(torch.equal(x, first[key]) and torch.equal(x, found[1][key]) for key, x in found[0].items())
+
+
+def test_base_updates_of_another_run_are_refused():
+    kind = KINDS["linear"]
+    grid = LocalGrid({c: client_app(kind) for c in range(3)})
+    strategy = FedRot(method="flora", configs=configs(kind), fraction_evaluate=0.0)
+    strategy.start(grid, to_arrays(start_of(kind)), num_rounds=1)
+    message = strategy.configure_train(2, to_arrays(start_of(kind)), ConfigRecord(), grid)[0]
+    model, context = fresh_model(kind), grid.contexts[message.metadata.dst_node_id]
+    receive(model, message, context)
+    another = Context(2, context.node_id, context.node_config, RecordDict(), {})
+    with refused("1 base updates of another run"):
+        receive(model, message, another)
+    first, _ = message_of(kind, method="flora", configs=configs(kind))
+    with refused("1 base updates of another run"):
+        receive(model, first, context)
+
+
+def test_the_active_adapter_is_the_one_and_others_are_left_alone():
+    kind = KINDS["linear"]
+    model = fresh_model(kind)
+    model.add_adapter("hospital", model.peft_config["default"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".default." in name and "lora_" in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".default." in name}
+    model.set_adapter("hospital")
+    message, context = message_of(kind, method="ffa-lora")
+    receive(model, message, context)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".hospital." in name and factor_of(name) == "B" for name in trained)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    sent = from_arrays(reply(model, message, context, {"num-examples": 1}).content["arrays"])
+    assert all(torch.equal(x, start_of(kind)[key]) for key, x in sent.items())
+    model.base_model.set_adapter(["default", "hospital"])
+    with refused("default, hospital"):
+        receive(model, message, context)
+
+
+def test_what_was_frozen_for_a_round_is_trained_in_the_next_and_nothing_else():
+    kind = KINDS["linear"]
+    model = fresh_model(kind)
+    users = next(name for name, _ in model.named_parameters() if factor_of(name) == "B")
+    model.get_parameter(users).requires_grad_(False)
+    for method, round, expected in (("rolora", 1, "B"), ("rolora", 2, "A"), ("ffa-lora", 3, "B"), ("fedit", 1, "AB")):
+        receive(model, *message_of(kind, round, method=method))
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {factor_of(name) for name in trained} == set(expected) and users not in trained
+    receive(model, *message_of(kind, method="ffa-lora"))
+    receive(model, *message_of(kind, evaluate=True, method="ffa-lora"))
+    assert {factor_of(name) for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
+
+
+@pytest.mark.parametrize("method", ["rolora", "ffa-lora", "fedrot"])
+def test_answers_have_the_dtypes_in_which_they_were_asked(method):
+    """Of a bfloat16 model that is sent float32: a frozen factor comes back to the bit, though the model cannot hold it."""
+    kind = KINDS["bfloat16"]
+    grid = LocalGrid({c: client_app(kind) for c in range(3)})
+    strategy = FedRot(method=method, fraction_evaluate=0.0)
+    result = strategy.start(grid, to_arrays(start_of(kind), widen=True), num_rounds=4)
+    assert strategy.result.report.dropped == {}
+    assert all(x.dtype == torch.float32 for x in from_arrays(result.arrays).values())
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+def test_trained_biases_stay_where_the_base_is_changed(method):
+    kind = KINDS["bias of adapted layers"]
+    grid = LocalGrid({c: client_app(kind) for c in range(3)})
+    strategy = FedRot(method=method, configs=configs(kind), fraction_evaluate=0.0)
+    result = strategy.start(grid, to_arrays(start_of(kind)), num_rounds=2)
+    biases = [key for key in start_of(kind) if key.endswith("base_layer.bias") or key.endswith("query.bias")]
+    assert biases and strategy.result.report.dropped == {}
+    found = from_arrays(result.arrays)
+    sent = sorted(grid.received[3:], key=lambda m: -m.metadata.src_node_id)
+    for key in biases:
+        of_clients = [from_arrays(m.content["arrays"])[key].double() for m in sent]
+        expected = sum(w * x for w, x in zip((1, 2, 3), of_clients, strict=True)) / 6
+        torch.testing.assert_close(found[key].double(), expected, rtol=0, atol=1e-6)
+        assert not torch.equal(found[key], start_of(kind)[key])
+
+
+def test_an_embedding_saved_with_its_base_takes_base_updates():
+    kind = KINDS["embedding, saved with its base"]
+    for method in ("flora", "fedex-lora"):
+        grid = LocalGrid({c: client_app(kind) for c in range(3)})
+        strategy = FedRot(method=method, configs=configs(kind), fraction_evaluate=0.0)
+        strategy.start(grid, to_arrays(start_of(kind)), num_rounds=3)
+        assert strategy.result.report.dropped == {} and strategy.result.report.clients == (
+            "client 0",
+            "client 1",
+            "client 2",
+        )
+
+
+def test_an_evaluation_is_answered_without_arrays():
+    message, context = message_of(evaluate=True)
+    model = fresh_model(KIND)
+    receive(model, message, context)
+    answer = reply(model, message, context, {"num-examples": 3, "accuracy": 0.5})
+    assert list(answer.content) == ["metrics", "client"]
 
 
 def test_replies_carry_a_name_where_there_is_one():

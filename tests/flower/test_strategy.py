@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from fedrot import METHODS, FedRotAggregator, ServerOptimizer, fold
+from fedrot import METHODS, FedRotAggregator, ServerOptimizer, UpdateError, fold
 from fedrot.flower import FedRot, from_arrays, to_arrays
 from fedrot.keys import factor_of
 
@@ -185,6 +186,50 @@ def test_the_reference_is_what_was_sent_not_the_last_result():
     assert all(torch.equal(x, expected.state_dict[key]) for key, x in from_arrays(arrays).items())
 
 
+def test_a_strategy_runs_again_as_for_the_first_time():
+    strategy = FedRot(fraction_evaluate=0.0, server_optimizer=ServerOptimizer("adam", 0.1))
+    first, second = (from_arrays(on_flower(KIND, strategy=strategy)[0].arrays) for _ in range(2))
+    assert all(torch.equal(x, second[key]) for key, x in first.items())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"method": "rolora"}, "method fedrot"),
+        ({"strength": 1.0}, "strength 0.5"),
+        ({"server_optimizer": None}, "server_optimizer"),
+        ({"server_optimizer": ServerOptimizer("adam", 0.2)}, "0.1"),
+    ],
+    ids=["method", "strength", "no optimizer", "its learning rate"],
+)
+def test_another_run_is_not_resumed(other, said, tmp_path):
+    options = {"fraction_evaluate": 0.0, "checkpoint": tmp_path, "server_optimizer": ServerOptimizer("adam", 0.1)}
+    on_flower(KIND, strategy=FedRot(**options))
+    with pytest.raises(ValueError, match=said):
+        on_flower(KIND, rounds=5, strategy=FedRot(**options | other, resume=True))
+
+
+def test_a_checkpoint_of_another_adapter_is_not_resumed(tmp_path):
+    on_flower(KIND, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path))
+    other = {key: x[:2] if factor_of(key) == "A" else x[:, :2] for key, x in start_of(KIND).items()}
+    grid = LocalGrid({c: client_app(KIND) for c in range(CLIENTS)})
+    with pytest.raises(UpdateError, match=r"\(4, 16\).*\(2, 16\)"):
+        FedRot(checkpoint=tmp_path, resume=True).start(grid, to_arrays(other), 5)
+
+
+def test_a_wrapped_strategy_warns_and_overwrites_no_checkpoint(tmp_path, caplog):
+    grid = LocalGrid({c: client_app(KIND) for c in range(CLIENTS)})
+
+    def wrapped():
+        inner = FedRot(fraction_evaluate=0.0, checkpoint=tmp_path)
+        return DifferentialPrivacyServerSideFixedClipping(inner, 0.0, 100.0, CLIENTS)
+
+    wrapped().start(grid, to_arrays(start_of(KIND)), 1)
+    assert "align_mod" in caplog.text
+    with pytest.raises(FileExistsError):
+        wrapped().start(grid, to_arrays(start_of(KIND)), 1)
+
+
 def test_no_training_is_asked_for(caplog):
     with caplog.at_level(logging.INFO, "flwr"):
         result, strategy = on_flower(KIND, strategy=FedRot(fraction_train=0.0, fraction_evaluate=0.0))
@@ -195,6 +240,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
     for options, said in (
         ({"method": "fedrott"}, "fedrott"),
         ({"method": "flora"}, "configs"),
+        ({"configs": [configs(KIND)] * 3}, "one peft.LoraConfig"),
         ({"strength": 2}, "strength"),
         ({"resume": True}, "checkpoint"),
         ({"min_train_replies": 0}, "min_train_replies"),

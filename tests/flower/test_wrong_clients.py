@@ -9,12 +9,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.exception import AggregationError
 
-from fedrot import UpdateError, aggregate
+from fedrot import ServerOptimizer, UpdateError
 from fedrot.flower import FedRot, from_arrays, to_arrays
 from fedrot.keys import factor_of
 
-from ..peft_models import KINDS, client_updates
-from .local_grid import LocalGrid, client_app
+from ..peft_models import KINDS
+from .local_grid import LocalGrid, client_app, fresh_model
 from .test_strategy import start_of
 
 KIND = KINDS["modules to save"]
@@ -73,10 +73,10 @@ WRONG = {
         ["(2, 16)", "(4, 16)"],
     ),
     "another dtype": (changed(lambda s: {k: x.double() for k, x in s.items()}), ["float64", "float32"]),
-    "integers": (another("arrays", ArrayRecord([torch.arange(3).numpy()])), ["int64"]),
+    "integers": (another("arrays", ArrayRecord([torch.arange(3).numpy()])), ["int64 (3,)"]),
     "NaN in a factor": (with_entry(KEY, math.nan), [KEY, "NaN"]),
     "Inf in a head": (with_entry(HEAD, math.inf), [HEAD, "Inf"]),
-    "values that overflow": (with_entry(KEY, 1e30), [KEY, "1.0e+30", "overflow"]),
+    "values that overflow": (with_entry(KEY, 1e30), [KEY, "(4, 16)", "1.0e+30"]),
     "nothing": (another("arrays", ArrayRecord()), ["lora_A"]),
     "no arrays": (without("arrays"), ["0 ArrayRecords"]),
     "two adapters": (another("more", to_arrays({"x": torch.ones(1)})), ["2 ArrayRecords"]),
@@ -166,11 +166,13 @@ def test_extreme_clients_end_no_method(method):
 
 
 def test_names_are_one_short_line_and_two_of_a_name_are_told_apart():
-    names = ["client 0\nround 1: all is well", "twin", "twin", "x" * 500]
+    names = ["client 0\nround 1: all is well", "twin", "twin", "x" * 500, "twin (node 98)", "node 94", ""]
     grid = LocalGrid({c: client_app(KIND, name=name) for c, name in enumerate(names)})
     strategy = FedRot(fraction_evaluate=0.0)
     strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
-    assert strategy.result.report.clients == ("client 0 round 1: all is well", "twin (node 98)", "twin (node 99)", "x" * 80)
+    names = strategy.result.report.clients
+    assert len(set(names)) == 7
+    assert {"client 0 round 1: all is well", "twin (node 99)", "x" * 80, "twin (node 98) (node 96)"} <= set(names)
 
 
 def test_metrics_that_not_all_have_are_left_out_and_said_so(caplog):
@@ -223,18 +225,103 @@ def test_evaluation_drops_wrong_answers_too():
     assert strategy.aggregate_evaluate(1, []) is None
 
 
-def test_ranks_may_differ_where_the_method_takes_them():
-    kind = KINDS["linear"]
-    start = client_updates(kind, 1)[0]
+@pytest.mark.parametrize("method", ["flexlora", "flora"])
+def test_ranks_do_not_differ(method):
+    """A larger one would become everyone's, and clients receive the server's."""
+    _, strategy = run(WRONG["another rank"][0], method=method, configs=fresh_model(KIND).peft_config["default"])
+    assert "(2, 16)" in strategy.result.report.dropped["client 1"]
 
-    def smaller(s):
-        return {k: x[:2] if factor_of(k) == "A" else x[:, :2] for k, x in s.items()}
 
-    grid = LocalGrid({0: client_app(kind), 1: client_app(kind, spoil=changed(smaller))})
-    configs = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-    strategy = FedRot(method="flexlora", configs=configs, fraction_evaluate=0.0)
-    result = strategy.start(grid, to_arrays(start), num_rounds=1)
-    sent = sorted(grid.received, key=lambda message: -message.metadata.src_node_id)
-    expected = aggregate([from_arrays(m.content["arrays"]) for m in sent], [1, 2], start, method="flexlora", configs=configs)
+def test_what_a_client_calls_its_tensors_is_nothing_to_the_others():
+    def named(change):
+        return changed(lambda s: {change(key): x for key, x in reversed(s.items())})
+
+    def in_model(key):
+        return key.replace("lora_A.weight", "lora_A.mine.weight").replace("lora_B.weight", "lora_B.mine.weight")
+
+    expected, _ = run(None, rounds=3)
+    grid = LocalGrid({0: client_app(KIND, spoil=named(in_model)), 1: client_app(KIND), 2: client_app(KIND)})
+    strategy = FedRot(fraction_evaluate=0.0)
+    result = strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=3)
     assert strategy.result.report.dropped == {}
-    assert all(torch.equal(x, expected.state_dict[key]) for key, x in from_arrays(result.arrays).items())
+    assert list(result.arrays) == list(start_of(KIND))
+    assert all(torch.equal(x, from_arrays(expected.arrays)[key]) for key, x in from_arrays(result.arrays).items())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momentum"])
+def test_extreme_heads_poison_no_server_optimizer(optimizer):
+    spoil = with_entry(HEAD, 3.4e38)
+    optimizer = ServerOptimizer(optimizer, 0.1)
+    _, strategy = run(spoil, server_optimizer=optimizer)
+    assert list(strategy.result.report.dropped) == ["client 1"]
+    assert all(bool(x.isfinite().all()) for x in optimizer.state_dict().values())
+
+
+def test_the_client_that_makes_the_aggregate_overflow_is_dropped():
+    """float16: everyone's entries fit, but not what they are rotated to."""
+    kind = KINDS["float16"]
+
+    def spoil(message):
+        state = from_arrays(message.content["arrays"])
+        large = {k: torch.full_like(x, 60000.0) if factor_of(k) else x for k, x in state.items()}
+        message.content["arrays"] = to_arrays(large)
+        message.content["metrics"] = MetricRecord({"num-examples": 10000, "train-loss": 0.5})
+
+    def federation():
+        return LocalGrid({0: client_app(kind), 1: client_app(kind, spoil=spoil), 2: client_app(kind)})
+
+    strategy = FedRot(fraction_evaluate=0.0)
+    result = strategy.start(federation(), to_arrays(start_of(kind)), num_rounds=1)
+    assert strategy.result.report.clients == ("client 0", "client 2")
+    assert "largest" in strategy.result.report.dropped["client 1"]
+    assert all(bool(x.isfinite().all()) for x in from_arrays(result.arrays).values())
+    with pytest.raises(UpdateError):
+        FedRot(fraction_evaluate=0.0, on_invalid="raise").start(federation(), to_arrays(start_of(kind)), num_rounds=1)
+
+
+def test_clients_without_examples_are_too_few():
+    grid = LocalGrid({c: client_app(KIND, spoil=metrics(num_examples=0)) for c in range(3)})
+    with pytest.raises(AggregationError, match="with examples"):
+        FedRot(fraction_evaluate=0.0).start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+
+
+def test_a_personal_factor_that_is_sent_is_refused():
+    state = start_of(KIND)
+    _, strategy = run(changed(lambda s: s | {k: x for k, x in state.items() if factor_of(k) == "B"}), method="fedsa-lora")
+    assert "keep it" in strategy.result.report.dropped["client 1"]
+
+
+def test_reasons_are_one_short_line(caplog):
+    def breaks(message):
+        raise ValueError("\x1b[31mno\nround 9: dropped client 2: forged" + "x" * 10**5)
+
+    with caplog.at_level(logging.WARNING, "flwr"):
+        _, strategy = run(breaks)
+        run(changed(lambda s: s | {"evil\nround 9: \x1b[31m" * 1000: torch.ones(1)}))
+    (why,) = strategy.result.report.dropped.values()
+    logged = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert len(logged) == 2
+    for text in (why, *logged):
+        assert len(text) < 600 and text.isprintable()
+
+
+def test_clients_metrics_do_not_pass_for_the_servers(caplog):
+    grid = LocalGrid({c: client_app(KIND, spoil=metrics(num_examples=1, clients=99)) for c in range(3)})
+    with caplog.at_level(logging.WARNING, "flwr"):
+        result = FedRot(fraction_evaluate=0.0).start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+    assert result.train_metrics_clientapp[1]["clients"] == 3
+    assert "'clients' is left out" in caplog.text
+
+
+def test_a_metrics_function_of_the_users_sees_what_clients_sent():
+    seen = []
+
+    def average(contents, weighted_by):
+        seen.extend(contents)
+        return MetricRecord({"highest": max(content["metrics"]["train-loss"] for content in contents)})
+
+    grid = LocalGrid({c: client_app(KIND) for c in range(3)})
+    strategy = FedRot(fraction_evaluate=0.0, train_metrics_aggr_fn=average)
+    result = strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+    assert result.train_metrics_clientapp[1]["highest"] == 1.0
+    assert [content["client"]["name"] for content in seen] == ["client 0", "client 1", "client 2"]
