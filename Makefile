@@ -8,7 +8,7 @@ simulate: .venv/simulate
 	$(BIN)/fedrot compare
 
 test: .venv/test
-	$(BIN)/pytest -n logical
+	$(BIN)/pytest -n logical --dist loadgroup
 
 lint: .venv/test
 	$(BIN)/ruff check .

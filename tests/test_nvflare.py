@@ -245,7 +245,7 @@ WRONG = {
     "dtype": (put(HEAD, torch.Tensor.half), {}, (HEAD, "torch.float16", "torch.float32")),
     "integers": (put(HEAD, torch.Tensor.int), {}, (HEAD, "torch.int32")),
     "NaN": (put(HEAD, lambda x: x * torch.nan), {}, (HEAD, "holds NaN or Inf")),
-    "diverged": (put(A, lambda x: x * 1e30), {}, (A, "overflow")),
+    "diverged": (put(A, lambda x: x * 1e30), {}, (A, "(4, 16)", "diverge")),
     "a list": (put(A, torch.Tensor.tolist), {}, (A, "list")),
     "objects": (put(A, lambda x: np.array([None, x], dtype=object)), {}, ("numpy.object_",)),
     "no mapping": (lambda u: list(u.values()), {}, ("list",)),

@@ -234,7 +234,7 @@ def test_fedrot_needs_no_flower():
     code = """
 import sys
 sys.modules["flwr"] = None
-import fedrot, fedrot.cli, fedrot.simulation
+import fedrot, fedrot.cli
 try:
     import fedrot.flower
 except ModuleNotFoundError as error:
