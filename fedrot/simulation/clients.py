@@ -1,7 +1,8 @@
 """The clients of a simulation: the model they share, their examples and where each starts from."""
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .config import SimulationConfig
+from .dropout import ClientDropout
 from .lengths import client_of_longest
 from .local_training import draw_batches, train_clients
 from .memory import clients_that_fit, pass_memory
@@ -91,6 +93,15 @@ class Clients:
     def batches(self, round: int, client: int) -> np.ndarray:
         """(local_steps, batch) indices of the examples that a client trains on in a round."""
         return draw_batches(self.examples[client], self.config, self._rng(_EXAMPLES, round, client))
+
+    @contextmanager
+    def dropout(self, round: int, client: int) -> Iterator[None]:
+        """Within the context PyTorch's dropouts have the masks that a client meets in a round, for training it by other
+        means. Nothing but the model may draw from PyTorch's global generator meanwhile."""
+        torch.manual_seed(self._torch_seed(_DROPOUT, round))
+        seeds = [self._torch_seed(_DROPOUT, round, client)]
+        with ClientDropout(seeds, self.config.batch_size, self.device).active():
+            yield
 
     def train(
         self,

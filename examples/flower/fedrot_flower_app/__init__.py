@@ -1,0 +1,1 @@
+"""Federated fine-tuning of a PEFT model with fedrot on Flower: a template."""
