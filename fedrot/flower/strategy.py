@@ -263,13 +263,16 @@ class FedRot(FedAvg):
             return initial_arrays, 0
         if self._personal:
             raise ValueError(f"{self.method.name} cannot resume: clients' own factors end with Flower's run")
-        adapter = open_update(saved.adapter, f"the checkpoint in {self.checkpoint}")
-        check_update(adapter, whole := self._whole(adapter), Layout(whole.specs, whole.name))
+        adapter = self._opened(arrays := to_arrays(saved.adapter), f"the checkpoint in {self.checkpoint}")
+        # Base weights that the method changes are not sent with the adapter.
+        expected = self._whole(adapter) if saved.base_updates else self._expected
+        assert expected is not None
+        check_update(adapter, expected, Layout(expected.specs, expected.name))
         if self.server_optimizer is not None:
             self.server_optimizer.load_state_dict(saved.optimizer)
         self.base_updates, self._rounds_before = saved.base_updates, saved.rounds_done
         _log.info("resuming after round %d; Flower counts the rounds that are left", saved.rounds_done)
-        return to_arrays(saved.adapter), saved.rounds_done
+        return arrays, saved.rounds_done
 
     def _identity(self) -> dict[str, Any]:
         """The options with which a checkpoint must be resumed."""

@@ -215,6 +215,9 @@ def test_a_checkpoint_of_another_adapter_is_not_resumed(tmp_path):
     grid = LocalGrid({c: client_app(KIND) for c in range(CLIENTS)})
     with pytest.raises(UpdateError, match=r"\(4, 16\).*\(2, 16\)"):
         FedRot(checkpoint=tmp_path, resume=True).start(grid, to_arrays(other), 5)
+    more = {**start_of(KIND), "base_model.model.classifier.weight": torch.ones(3, 16)}
+    with pytest.raises(UpdateError, match=r"lacks base_model\.model\.classifier\.weight"):
+        FedRot(checkpoint=tmp_path, resume=True).start(grid, to_arrays(more), 5)
 
 
 def test_a_wrapped_strategy_warns_and_overwrites_no_checkpoint(tmp_path, caplog):
