@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine: `make simulate` and `make test`. Both install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+# One more than there are cores: some tests wait for processes that they started.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(1 + os.cpu_count())")
 
 .PHONY: simulate test lint clean
 
@@ -8,7 +10,7 @@ simulate: .venv/simulate
 	$(BIN)/fedrot compare
 
 test: .venv/test
-	$(BIN)/pytest -n logical --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -14,6 +14,14 @@ from .refusals import LINEAR
 # The models here are tiny: a second thread gains nothing, and on a busy machine costs a multiple.
 torch.set_num_threads(1)
 
+# First, so that no worker is left alone with one of them in the end.
+_LONGEST = ["test_compile_matrix.py", "test_deployment.py", "test_privacy.py", "test_example.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; within and after them the order stays."""
+    items.sort(key=lambda item: [*_LONGEST, item.path.name].index(item.path.name))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory) -> Iterator[Path]:

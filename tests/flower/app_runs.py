@@ -1,7 +1,6 @@
 """The template app in tests: runs of it in the test's own process and on Flower's simulation engine."""
 
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -73,7 +72,7 @@ class Engine(deployment.Federation):
 
     def start(self, nodes: int) -> None:
         """Start the SuperLink, and set how many nodes its runs have; they share one process."""
-        (port,) = deployment._free_ports(1)
+        (port,) = deployment.free_ports(1)
         self._environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(self.folder)}
         connection = f'[superlink.loopback]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (self.folder / "config.toml").write_text(connection)
@@ -87,14 +86,8 @@ class Engine(deployment.Federation):
 def engine(nodes: int) -> Iterator[Engine]:
     """The engine with so many nodes. Nothing of it outlives the context, nor a killed test."""
     folder = Path(tempfile.mkdtemp(prefix="fedrot"))  # the names of Ray's sockets must be short
-    killer = subprocess.Popen(
-        [sys.executable, deployment.__file__, str(folder)], stdin=subprocess.PIPE, start_new_session=True
-    )
-    started = Engine(folder)
     try:
-        started.start(nodes)
-        yield started
+        with deployment.federation(folder, nodes, Engine) as started:
+            yield started
     finally:
-        killer.communicate()
-        started.reap()
         shutil.rmtree(folder)

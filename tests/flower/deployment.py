@@ -46,9 +46,12 @@ class Command:
     def wait_for(self, text: str) -> None:
         """Wait until the log holds a text."""
         deadline = time.monotonic() + _LIMIT
-        while text not in self.text():
-            assert self.process.poll() is None, f"{self.log.name} ended without {text!r}:\n{self.text()}"
-            assert time.monotonic() < deadline, f"{self.log.name} has no {text!r} after {_LIMIT:.0f} s:\n{self.text()}"
+        while True:
+            ended = self.process.poll() is not None
+            if text in (log := self.text()):
+                return
+            assert not ended, f"{self.log.name} ended without {text!r}:\n{log}"
+            assert time.monotonic() < deadline, f"{self.log.name} has no {text!r} after {_LIMIT:.0f} s:\n{log}"
             time.sleep(0.05)
 
     def finish(self) -> str:
@@ -79,7 +82,7 @@ class Federation:
 
     def start(self, nodes: int) -> None:
         """Start so many nodes, and return when the SuperLink knows them."""
-        port, *ports = _free_ports(1 + nodes)
+        port, *ports = free_ports(1 + nodes)
         address = f"127.0.0.1:{port}"
         (self.folder / "config.toml").write_text(f'[superlink.loopback]\naddress = "{address}"\ninsecure = true\n')
         # SuperNodes install nothing unless they are told to.
@@ -134,7 +137,7 @@ def _kill_all(folder: str) -> None:
         psutil.wait_procs(found, timeout=1)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

@@ -10,8 +10,6 @@ from .app_runs import APP, config_of
 from .deployment import federation
 from .test_example import QUICK, check_against_simulator, in_both_precisions, rows
 
-pytestmark = pytest.mark.xdist_group("engines")  # one federation for all tests
-
 # It sends back what it was sent, at once; but client 2 is never done with round 2. A process of its own starts for every
 # message: without Torch and Transformers that takes a second, not six.
 IDLE_CLIENT = """
@@ -56,6 +54,7 @@ def test_a_deployed_run_ends_with_the_simulators_adapter(tasks, deployed, tmp_pa
     check_against_simulator(tmp_path / "run", config_of(3, **QUICK), tasks, tmp_path)
 
 
+# The last one: it leaves a federation of two.
 def test_a_round_completes_without_the_supernode_that_is_killed_in_it(deployed, tmp_path):
     app = tmp_path / "app"
     shutil.copytree(APP, app)

@@ -102,7 +102,6 @@ def check_against_simulator(folder: Path, config: SimulationConfig, tasks, tmp_p
     return lost
 
 
-@pytest.mark.xdist_group("engines")
 def test_ten_clients_on_flowers_simulation_engine(tasks, tmp_path):
     app = tmp_path / "app"
     shutil.copytree(APP, app, ignore=shutil.ignore_patterns("__pycache__", "runs"))
