@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .adapters import Layout
@@ -11,7 +12,7 @@ from .errors import UpdateError
 from .frozen import check_frozen
 from .keys import factor_of
 from .methods import Method
-from .updates import Update, check_update, not_finite
+from .updates import Update, check_update
 
 # Beyond any tensor of a model; products and squares of such values begin to overflow float32.
 _LARGEST = 1e15
@@ -30,18 +31,26 @@ def admit(update: Update, expected: Update, method: Method, round: int, sent: Ma
         sent: canonical key → what clients started from, at least the factors that they do not train.
     """
     check_update(update, expected, Layout(expected.specs, expected.name))
-    if found := not_finite(update):
-        raise UpdateError(f"{update.name}, {found}")
-    for key, x in update.items():
-        if x.numel() and (largest := float(x.abs().max())) > _LARGEST:
-            raise UpdateError(f"{update.name}, {key} {tuple(x.shape)}: holds {largest:.1e}; did training diverge?")
+    keys = [key for key, x in update.items() if x.numel()]
+    for key, largest in zip(keys, _largest_entries(update, keys), strict=True):
+        if not math.isfinite(largest):
+            raise UpdateError(f"{update.name}, {key} {update.specs[key].shape} holds NaN or Inf; did training diverge?")
+        if largest > _LARGEST:
+            raise UpdateError(f"{update.name}, {key} {update.specs[key].shape}: holds {largest:.1e}; did training diverge?")
     frozen = [key for key in update if factor_of(key) not in (None, *method.trains(round))]
     check_frozen(update, sent, frozen, method.name)
 
 
 def largest_entry(update: Update) -> float:
     """The largest absolute value of an update."""
-    return max(float(x.abs().max()) for x in update.values() if x.numel())
+    return max(_largest_entries(update, [key for key, x in update.items() if x.numel()]))
+
+
+def _largest_entries(update: Update, keys: Sequence[str]) -> list[float]:
+    """Of each tensor the largest absolute value; NaN where it holds one. One synchronisation with a device."""
+    low, high = zip(*(torch.aminmax(update[key]) for key in keys), strict=True)
+    extremes = torch.stack([x.double() for x in (*low, *high)]).view(2, -1)
+    return extremes.abs().amax(0).tolist()
 
 
 def one_line(text: str, longest: int = _LONGEST) -> str:
