@@ -54,8 +54,12 @@ def _largest_entries(update: Update, keys: Sequence[str]) -> list[float]:
 
 
 def one_line(text: str, longest: int = _LONGEST) -> str:
-    """What came from outside, fit for a line of a log: printable, of bounded length."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * longest]).split())[:longest]
+    """What came from outside, fit for a line of a log: printable, and where it is too long its beginning and its end."""
+    if len(text) > 4 * longest:
+        text = text[: 2 * longest] + text[-2 * longest :]
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    line = " ".join("".join(c if c.isprintable() else " " for c in plain).split())
+    return line if len(line) <= longest else f"{line[: longest // 3]} … {line[3 + longest // 3 - longest :]}"
 
 
 def in_order(name: str) -> tuple[list[tuple[float, str]], str]:

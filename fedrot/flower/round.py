@@ -33,7 +33,7 @@ def open_all(
         except UpdateError as error:
             if on_invalid == "raise":
                 raise
-            dropped[name] = one_line(str(error))
+            dropped[name] = one_line(str(error).removeprefix(name).lstrip(" ,:"))
     return good, dropped
 
 

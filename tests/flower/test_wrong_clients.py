@@ -287,7 +287,7 @@ def test_a_personal_factor_that_is_sent_is_refused():
 
 def test_reasons_are_one_short_line(caplog):
     def breaks(message):
-        raise ValueError("\x1b[31mno\nround 9: dropped client 2: forged" + "x" * 10**5)
+        raise ValueError("\x1b[31mno\nround 9: dropped client 2: forged" + "x" * 10**5 + "the disk is full")
 
     with caplog.at_level(logging.WARNING, "flwr"):
         _, strategy = run(breaks)
@@ -295,6 +295,7 @@ def test_reasons_are_one_short_line(caplog):
     (why,) = strategy.result.report.dropped.values()
     logged = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
     assert len(logged) == 2
+    assert why.endswith("the disk is full") and "[31m" not in why
     for text in (why, *logged):
         assert len(text) < 600 and text.isprintable()
 
