@@ -144,9 +144,12 @@ def test_the_active_adapter_is_the_one_and_others_are_left_alone():
         p.requires_grad_(".default." in name and "lora_" in name)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if ".default." in name}
     model.set_adapter("hospital")
+    others = next(name for name in before if factor_of(name) == "A")
+    model.get_parameter(others).requires_grad_()
     message, context = message_of(kind, method="ffa-lora")
     receive(model, message, context)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert model.get_parameter(others).requires_grad
+    trained = {name for name, p in model.named_parameters() if p.requires_grad} - {others}
     assert trained and all(".hospital." in name and factor_of(name) == "B" for name in trained)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
     sent = from_arrays(reply(model, message, context, {"num-examples": 1}).content["arrays"])
