@@ -277,8 +277,8 @@ def test_the_client_that_makes_the_aggregate_overflow_is_dropped():
 def test_clients_without_examples_are_too_few():
     for counts, least in (((0, 0, 0), 1), ((0, 5, 0), 2)):
         grid = LocalGrid({c: client_app(KIND, spoil=metrics(num_examples=n)) for c, n in enumerate(counts)})
+        strategy = FedRot(fraction_evaluate=0.0, min_train_replies=least)
         with pytest.raises(AggregationError, match="with examples"):
-            strategy = FedRot(fraction_evaluate=0.0, min_train_replies=least)
             strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
 
 
