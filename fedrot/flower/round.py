@@ -70,7 +70,7 @@ def aggregate_replies(
     )
 
 
-def log_dropped(round: int, dropped: dict[str, str]) -> None:
-    """A line for every client without a good answer; the round counts from 1."""
+def log_dropped(when: str, dropped: dict[str, str]) -> None:
+    """A line for every client without a good answer."""
     for name, why in dropped.items():
-        _log.warning("round %d: dropped %s: %s", round, name, why)
+        _log.warning("%s: dropped %s: %s", when, name, why)

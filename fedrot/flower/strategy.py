@@ -210,7 +210,7 @@ class FedRot(FedAvg):
 
         good, dropped = open_all(self._asked, replies, open_reply, self.on_invalid)
         result = aggregate_replies(good, dropped, reference, round - 1, self.min_train_replies, self._options)
-        log_dropped(round, dropped)
+        log_dropped(f"round {round}", dropped)
         self.result = replace(result, report=replace(result.report, dropped=dropped))
         if result.base_update is not None:
             self.base_updates.append(result.base_update)
@@ -240,7 +240,7 @@ class FedRot(FedAvg):
             return open_evaluation_reply(name, message, self.weighted_by_key)
 
         good, dropped = open_all(self._asked, replies, open_reply, self.on_invalid)
-        log_dropped(round, dropped)
+        log_dropped(f"evaluation of round {round}", dropped)
         counted = any(reply.weight for reply in good)
         average = self.evaluate_metrics_aggr_fn
         self.evaluate_metrics = MetricRecord(average_metrics(good, self.weighted_by_key, average, {}) if counted else {})
@@ -260,6 +260,7 @@ class FedRot(FedAvg):
             return initial_arrays, 0
         saved = load_progress(self.checkpoint, self._identity())
         if saved.rounds_done == 0:
+            _log.info("no checkpoint in %s: starting anew", self.checkpoint)
             return initial_arrays, 0
         if self._personal:
             raise ValueError(f"{self.method.name} cannot resume: clients' own factors end with Flower's run")

@@ -61,6 +61,8 @@ class LocalGrid(Grid):
         except ValueError as error:  # what an engine makes of an app that raises
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
 
+    # The rest of Flower's Grid, which strategies do not call.
+
     def set_run(self, run_id):
         raise NotImplementedError
 

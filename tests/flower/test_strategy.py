@@ -209,6 +209,12 @@ def test_another_run_is_not_resumed(other, said, tmp_path):
         on_flower(KIND, rounds=5, strategy=FedRot(**options | other, resume=True))
 
 
+def test_resuming_without_a_checkpoint_says_that_it_starts_anew(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "flwr"):
+        on_flower(KIND, rounds=1, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path, resume=True))
+    assert f"no checkpoint in {tmp_path}" in caplog.text
+
+
 def test_a_checkpoint_of_another_adapter_is_not_resumed(tmp_path):
     on_flower(KIND, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path))
     other = {key: x[:2] if factor_of(key) == "A" else x[:, :2] for key, x in start_of(KIND).items()}

@@ -207,7 +207,7 @@ def test_a_reply_of_a_client_without_fedrot_is_taken():
     assert strategy.result.report.clients == ("client 0", "client 2", "node 99")
 
 
-def test_evaluation_drops_wrong_answers_too():
+def test_evaluation_drops_wrong_answers_too(caplog):
     grid = LocalGrid({c: client_app(KIND) for c in range(3)})
     strategy = FedRot()
     strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
@@ -216,7 +216,9 @@ def test_evaluation_drops_wrong_answers_too():
     replies = grid.send_and_receive(messages)
     whole = strategy.aggregate_evaluate(1, replies)["size"]
     del replies[0].content["metrics"]["num-examples"]
-    assert strategy.aggregate_evaluate(1, replies)["size"] == pytest.approx(whole)
+    with caplog.at_level(logging.WARNING, "flwr"):
+        assert strategy.aggregate_evaluate(1, replies)["size"] == pytest.approx(whole)
+    assert "evaluation of round 1: dropped client" in caplog.text
     assert strategy.aggregate_evaluate(1, []) is None
 
 
