@@ -3,13 +3,17 @@
 from .batched import NOISE, rotate_add_, soften, special_orthogonal
 from .ops import cross_covariance, polar, procrustes, rotate_average
 from .precision import full_precision
+from .together import Target, Together, align_together
 from .whole_model import Aligned, Backend, align_average, average
 
 __all__ = [
     "NOISE",
     "Aligned",
     "Backend",
+    "Target",
+    "Together",
     "align_average",
+    "align_together",
     "average",
     "cross_covariance",
     "full_precision",

@@ -33,9 +33,22 @@ def align_average(
         M_B = _cross_covariances(B, B_ref, columns, relative=A_ref is not None)
         M = M_B if A_ref is None else [x + y for x, y in zip(M, M_B, strict=True)]
     R, W, residual = _rotations(M, shares, strength, special)
-    mean_A, finite_A = _averages(A, W, rows.averages)
-    mean_B, finite_B = _averages(B, W, columns.averages)
-    return mean_A, mean_B, R, residual, finite_A & finite_B
+    mean_A, mean_B, finite = transform_average(A, B, W, W, rows, columns)
+    return mean_A, mean_B, R, residual, finite
+
+
+def transform_average(
+    A: Sequence[Factors],
+    B: Sequence[Factors],
+    W_A: Sequence[Tensor],
+    W_B: Sequence[Tensor],
+    rows: Rows | None = None,
+    columns: Columns | None = None,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Σ W_Aᵢᵀ Aᵢ and Σ Bᵢ W_Bᵢ of every adapter, with W (N, r, r) in the working dtype; and whether all are finite."""
+    mean_A, finite_A = _averages(A, W_A, (rows or Rows()).averages)
+    mean_B, finite_B = _averages(B, W_B, (columns or Columns()).averages)
+    return mean_A, mean_B, finite_A & finite_B
 
 
 def average(tensors: Sequence[Factors], weights: Sequence[float]) -> tuple[list[Tensor], Tensor]:

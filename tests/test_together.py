@@ -1,0 +1,290 @@
+"""Alignment in Gram space against dense float64 arithmetic, one adapter at a time."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import fedrot_kernels as fk
+from fedrot_kernels import consensus as consensus_module
+from fedrot_kernels import least_error, reference
+from fedrot_kernels.gram import Grams
+from fedrot_kernels.together import STRENGTHS
+
+from .spectra import orthogonal
+
+SHAPES = [(4, 33, 20), (4, 9, 64), (1, 7, 5), (8, 40, 24)]
+WEIGHTS = torch.tensor([3.0, 1.0, 2.0, 0.0, 5.0], dtype=torch.float64)
+SHARES = WEIGHTS / WEIGHTS.sum()
+N = len(WEIGHTS)
+MODES = [
+    {"target": "reference", "on": "A"},
+    {"target": "reference", "on": "AB", "strength": None},
+    {"target": "consensus"},
+    {"target": "consensus", "on": "B", "strength": 0.5, "group": "O"},
+    {"target": "error"},
+    {"target": "error", "group": "O"},
+    {"target": "error", "group": "GL"},
+]
+every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(map(str, mode.values())))
+
+
+def clients(seed=0, drift=0.5, dtype=torch.float64, shapes=SHAPES, turned=True):
+    """Per adapter A (N, r, d_in), B (N, d_out, r) and a reference: clients near it, each in a basis of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    A, B, A_ref, B_ref = [], [], [], []
+    for r, d_in, d_out in shapes:
+        a, b, *drifts = (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            for shape in ((r, d_in), (d_out, r), (N, r, d_in), (N, d_out, r))
+        )
+        Q = orthogonal(N, r, generator)
+        Q[..., 0] *= torch.linalg.det(Q).sign()[:, None]
+        Q = Q if turned else torch.eye(r, dtype=torch.float64).expand(N, -1, -1)
+        A.append((Q.mT @ (a + drift * drifts[0])).to(dtype))
+        B.append(((b + drift * drifts[1]) @ Q).to(dtype))
+        A_ref.append(a.to(dtype))
+        B_ref.append(b.to(dtype))
+    return A, B, A_ref, B_ref
+
+
+def lost(A, B, G, H):
+    """‖Σ wᵢBᵢAᵢ − B̄Ā‖_F of one adapter, by its definition."""
+    w = SHARES[:, None, None]
+    return torch.linalg.norm((w * B @ A).sum(0) - (w * B @ G).sum(0) @ (w * H @ A).sum(0))
+
+
+def spread(A, B, R):
+    """What generalised Procrustes lowers: Σ wᵢ‖RᵢᵀFᵢ − F̄‖², both factors scaled to one size."""
+    w, total = SHARES[:, None, None], 0.0
+    for F in (A, B.mT):
+        F = R.mT @ F / (w * F.square()).sum().sqrt()
+        total += (w * (F - (w * F).sum(0)).square()).sum()
+    return total
+
+
+@pytest.mark.parametrize("uses", [0, 10**6], ids=["factors", "Gram matrices"])
+def test_the_error_of_any_matrices_is_that_of_the_definition(uses):
+    A, B, *_ = clients()
+    same_rank = [0, 1]
+    generator = torch.Generator().manual_seed(1)
+    G = torch.eye(4) + 0.3 * torch.randn(2, N, 4, 4, dtype=torch.float64, generator=generator)
+    H = torch.linalg.inv(G)
+    grams = Grams([A[i] for i in same_rank], [B[i] for i in same_rank], SHARES, uses)
+    assert (grams.A.K is None) == (grams.B.K is None) == (uses == 0)
+    found = (grams.at(G, H).error * grams.size).sqrt()
+    update = (grams.update * grams.size).sqrt()
+    for k, i in enumerate(same_rank):
+        torch.testing.assert_close(
+            update[k], torch.linalg.norm((SHARES[:, None, None] * B[i] @ A[i]).sum(0)), rtol=1e-12, atol=0
+        )
+        torch.testing.assert_close(found[k], lost(A[i], B[i], G[k], H[k]), rtol=1e-12, atol=0)
+
+
+def test_one_factor_by_its_gram_matrix_and_the_other_by_itself():
+    (A,), (B,), *_ = clients(shapes=[(4, 2000, 4)])
+    grams = Grams([A], [B], SHARES, 3)
+    assert grams.A.K is not None and grams.B.K is None
+    eye = torch.eye(4, dtype=torch.float64).expand(1, N, -1, -1)
+    found = (torch.stack([grams.update, grams.at(eye, eye).error]) * grams.size).sqrt().flatten()
+    expected = torch.stack([torch.linalg.norm((SHARES[:, None, None] * B @ A).sum(0)), lost(A, B, eye[0], eye[0])])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_the_gradient_is_that_of_the_definition():
+    (A,), (B,), *_ = clients(shapes=[(4, 33, 20)])
+    generator = torch.Generator().manual_seed(2)
+    G = torch.eye(4) + 0.3 * torch.randn(N, 4, 4, dtype=torch.float64, generator=generator)
+    grams = Grams([A], [B], SHARES, 10**6)
+    Z = least_error._gradient(grams, G[None], torch.linalg.inv(G)[None], grams.at(G[None], torch.linalg.inv(G)[None]))[0]
+    X = torch.zeros_like(G, requires_grad=True)
+    moved = G @ (torch.eye(4) + X)
+    (lost(A, B, moved, torch.linalg.inv(moved)) ** 2).backward()
+    torch.testing.assert_close(
+        -2 * SHARES[:, None, None] * Z * grams.size, X.grad, rtol=1e-10, atol=1e-10 * float(X.grad.max())
+    )
+
+
+def test_no_step_of_the_consensus_raises_the_spread():
+    (A,), (B,), *_ = clients(shapes=[(8, 40, 24)])
+    grams = Grams([A], [B], SHARES, 10**6)
+    R = torch.eye(8, dtype=torch.float64).expand(1, N, -1, -1)
+    spreads = [spread(A, B, R[0])]
+    for _ in range(12):
+        R = consensus_module.consensus(grams, R, special=True, noise=0, steps=1)
+        spreads.append(spread(A, B, R[0]))
+    assert all(after <= before + 1e-12 for before, after in pairwise(spreads))
+    assert spreads[-1] < 0.7 * spreads[0]
+    best = torch.stack([reference.special_orthogonal(M) for M in _towards_mean(A, B, R[0])])
+    # A fixed point: every client is as close as it can come to the others' mean.
+    assert spread(A, B, best) > spreads[-1] - 1e-3 * spreads[0]
+
+
+def _towards_mean(A, B, R):
+    w, M = SHARES[:, None, None], 0
+    for F in (A, B.mT):
+        F = F / (w * F.square()).sum().sqrt()
+        M = M + F @ (w * R.mT @ F).sum(0).T
+    return M
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_means_matrices_and_errors_belong_together(mode, dtype):
+    A, B, A_ref, B_ref = clients(dtype=dtype)
+    found = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **mode)
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    eps, w = torch.finfo(working).eps, SHARES[:, None, None]
+    assert bool(found.finite) and found.residual.shape == (len(A), N)
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        a, b, G, H = (x.double() for x in (a, b, found.G[i], found.H[i]))
+        assert found.G[i].dtype == found.H[i].dtype == working and found.A[i].dtype == found.B[i].dtype == dtype
+        r = G.shape[-1]
+        condition = float((torch.linalg.matrix_norm(G) * torch.linalg.matrix_norm(H)).max()) / r
+        assert float((H @ G - torch.eye(r)).abs().max()) <= 8 * r * condition * eps
+        if mode.get("group") == "GL":
+            assert condition <= least_error.LARGEST_CONDITION * (1 + 1e-5)
+        else:
+            torch.testing.assert_close(H, G.mT, rtol=0, atol=0)
+            signs = torch.linalg.det(G).sign()
+            assert bool((signs == 1).all()) or mode.get("group") == "O"
+        for mean, expected in ((found.A[i], (w * H @ a).sum(0)), (found.B[i], (w * b @ G).sum(0))):
+            bound = (torch.finfo(dtype).eps / 2 + 4 * N * r * eps) * condition * float(expected.abs().max())
+            assert float((mean.double() - expected).abs().max()) <= bound
+        norm = torch.linalg.norm((w * b @ a).sum(0))
+        torch.testing.assert_close(found.update_norm[i], norm, rtol=1e-12, atol=0)
+        # G and H are rounded to the working dtype after the error has been told, its square to that of the squared update.
+        error = lost(a, b, G, H)
+        bound = 4 * r * condition * eps * float(norm) + 8 * torch.finfo(torch.float64).eps * float(norm**2 / error)
+        torch.testing.assert_close(found.error[i], error, rtol=0, atol=bound)
+
+
+@every_mode
+def test_it_does_not_depend_on_scale_and_repeats_to_the_bit(mode):
+    A, B, A_ref, B_ref = clients()
+    first = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **mode)
+    again = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **mode)
+    scaled = [[1e-20 * x for x in A], [1e25 * x for x in B], WEIGHTS * 1e9]
+    refs = {"A_ref": [1e-20 * x for x in A_ref], "B_ref": [1e25 * x for x in B_ref]}
+    other = fk.align_together(*scaled, **refs, **mode)
+    for i in range(len(A)):
+        assert torch.equal(first.A[i], again.A[i]) and torch.equal(first.B[i], again.B[i])
+        # What decides between two steps is a comparison of rounded errors, so that descents may part by more than rounding.
+        tolerance = 1e-3 if mode["target"] == "error" else 1e-6
+        torch.testing.assert_close(
+            other.error[i], 1e5 * first.error[i], rtol=tolerance, atol=1e-9 * float(first.update_norm[i])
+        )
+
+
+def test_clients_that_differ_by_rotations_only_lose_nothing():
+    for mode in ({"target": "consensus"}, {"target": "error"}, {"target": "error", "group": "GL"}):
+        A, B, A_ref, B_ref = clients(drift=0)
+        found = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **mode)
+        for i in range(len(A)):
+            # Finally rotated towards the reference, which they all are.
+            torch.testing.assert_close(found.A[i], A_ref[i], rtol=0, atol=1e-9)
+            torch.testing.assert_close(found.B[i], B_ref[i], rtol=0, atol=1e-9)
+
+
+def test_errors_fall_from_consensus_to_rotations_to_invertible_matrices():
+    A, B, A_ref, B_ref = clients(drift=1.0, shapes=[(8, 40, 24), (8, 30, 50), (4, 20, 20)])
+    options = {"A_ref": A_ref, "B_ref": B_ref}
+    plain = torch.stack(
+        [lost(a, b, eye, eye) for a, b in zip(A, B, strict=True) for eye in [torch.eye(a.shape[1]).double()]]
+    )
+    together = fk.align_together(A, B, WEIGHTS, **options, target="consensus").error
+    rotations = fk.align_together(A, B, WEIGHTS, **options, target="error").error
+    matrices = fk.align_together(A, B, WEIGHTS, **options, target="error", group="GL").error
+    assert bool((rotations <= torch.minimum(together, plain)).all())
+    assert float((rotations / together).mean()) < 0.97
+    assert float((matrices / rotations).mean()) < 0.95
+
+
+def test_rotations_of_least_error_are_a_minimum():
+    """Among rotations nearby, drawn at random, none is better."""
+    (A,), (B,), *_ = clients(shapes=[(4, 33, 20)], turned=False)
+    grams = Grams([A], [B], SHARES, 10**6)
+    R = torch.eye(4, dtype=torch.float64).expand(1, N, -1, -1)
+    for _ in range(8):
+        R = least_error.least_error_rotations(grams, R)
+    least = float(lost(A, B, R[0], R[0].mT))
+    generator = torch.Generator().manual_seed(0)
+    for size in (0.3, 0.03, 0.003):
+        for _ in range(50):
+            X = size * torch.randn(N, 4, 4, dtype=torch.float64, generator=generator)
+            near = R[0] @ torch.linalg.matrix_exp(X - X.mT)
+            assert float(lost(A, B, near, near.mT)) > least * (1 - 1e-9)
+
+
+def test_where_clients_agree_already_least_error_begins_with_them_as_they_came():
+    A, B, A_ref, B_ref = clients(drift=0.01, turned=False)
+    found = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref)
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        eye = torch.eye(a.shape[1], dtype=torch.float64)
+        # Squared errors are told to the rounding of the squared update.
+        rounding = 1e-15 * float(found.update_norm[i]) ** 2
+        assert float(found.error[i]) ** 2 <= float(lost(a, b, eye, eye)) ** 2 + rounding
+
+
+@pytest.mark.parametrize("on", ["A", "AB"])
+def test_the_strength_chosen_is_that_of_the_least_error(on):
+    A, B, A_ref, B_ref = clients(drift=0.8)
+    options = {"A_ref": A_ref, "B_ref": B_ref, "target": "reference", "on": on}
+    by_strength = torch.stack([fk.align_together(A, B, WEIGHTS, **options, strength=s).error for s in STRENGTHS])
+    found = fk.align_together(A, B, WEIGHTS, **options, strength=None)
+    assert found.strengths.unique().numel() > 1, "adapters that all choose alike would not tell that each has its own"
+    for i, strength in enumerate(found.strengths.tolist()):
+        errors = by_strength[:, i]
+        torch.testing.assert_close(found.error[i], errors[STRENGTHS.index(strength)], rtol=1e-9, atol=0)
+        good = [s for s, e in zip(STRENGTHS, errors.tolist(), strict=True) if e <= 1.01 * float(errors.min())]
+        assert strength == min(good, key=lambda s: (abs(s - 0.5), s))
+        prior = [0.0] * len(A)
+        assert fk.align_together(A, B, WEIGHTS, **options, strength=None, prior=prior).strengths[i] == min(good)
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m.get("strength", 1) == 1], ids=lambda m: " ".join(m.values()))
+def test_the_result_follows_the_basis_of_the_reference(mode):
+    """A reference in another basis gives the same means in that basis; half a rotation depends on where the client stands."""
+    A, B, A_ref, B_ref = clients(drift=0.2)
+    Q = [orthogonal(1, a.shape[0], torch.Generator().manual_seed(i))[0] for i, a in enumerate(A_ref)]
+    Q = [
+        q * torch.linalg.det(q).sign()
+        if q.shape[0] % 2
+        else torch.eye(len(q), dtype=q.dtype)
+        if torch.linalg.det(q) < 0
+        else q
+        for q in Q
+    ]
+    here = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **mode)
+    turned = {
+        "A_ref": [q.T @ a for q, a in zip(Q, A_ref, strict=True)],
+        "B_ref": [b @ q for q, b in zip(Q, B_ref, strict=True)],
+    }
+    there = fk.align_together(A, B, WEIGHTS, **turned, **mode)
+    for i, q in enumerate(Q):
+        # Not to rounding: what begins in another basis ends its steps elsewhere on the way to the same place.
+        distance = torch.linalg.norm(there.A[i] - q.T @ here.A[i]) / torch.linalg.norm(here.A[i])
+        assert float(distance) < 0.02
+
+
+def test_what_is_zero_or_not_finite():
+    A, B, A_ref, B_ref = clients()
+    nothing = [torch.zeros_like(b) for b in B], [torch.zeros_like(b) for b in B_ref]
+    for mode in MODES:
+        found = fk.align_together(A, nothing[0], WEIGHTS, A_ref=A_ref, B_ref=nothing[1], **mode)
+        assert bool(found.finite) and not found.error.any() and not found.update_norm.any()
+        assert all(not b.any() for b in found.B)
+        B_bad = [b.clone() for b in B]
+        B_bad[1][2, 0, 0] = torch.inf
+        found = fk.align_together(A, B_bad, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **mode)
+        assert not bool(found.finite)
+        assert all(bool(found.A[i].isfinite().all() and found.B[i].isfinite().all()) for i in (0, 2, 3))
+
+
+def test_options_that_do_not_go_together():
+    A, B, A_ref, B_ref = clients()
+    for options in ({"target": "consensus", "group": "GL"}, {"group": "GL", "strength": 0.5}, {"strength": 2.0}):
+        with pytest.raises(ValueError, match="strength"):
+            fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **options)
+    with pytest.raises(ValueError, match="adapter 1: A_ref"):
+        fk.align_together(A, B, WEIGHTS, A_ref=[A_ref[0], A_ref[0], *A_ref[2:]], B_ref=B_ref)
