@@ -270,14 +270,15 @@ def test_runs_share_data_and_model_where_they_can():
 @pytest.mark.parametrize("name", describe_presets())
 def test_every_preset_is_runs(name):
     options = load_preset(name)
-    if name.startswith("text-"):
+    if name.startswith(("text-", "beyond-text")):
         options |= {"model": "encoder", "dataset": "train.tsv"}
     if name == "table5-code":
         options["execute_generated_code"] = True
     runs, notes = Comparison.of(options).runs()
     assert len({run.config.seed for run in runs}) == 3
     assert {run.config.method for run in runs} == set(options["methods"])
-    assert not notes
+    frozen = [method for method in options["methods"] if METHODS[method].needs_shared_start]
+    assert [note.split()[0] for note in notes] == (frozen if "independent" in options["starts"] else [])
 
 
 def test_presets_follow_the_paper():

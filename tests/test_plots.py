@@ -60,6 +60,21 @@ def test_the_comparison_draws_means_by_round_in_a_column_per_start(png):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedit", "fedrot"]
 
 
+def test_more_than_three_starts_go_below_each_other(png):
+    starts = [f"clients {n}, shared" for n in range(5)]
+    table = rows(["fedit"], starts)
+    table["relative_error"] *= table["start"].map(starts.index) + 1.0  # the last is the largest
+    axes = np.reshape(plot_comparison(table, png).axes, (2, 2, 3))  # bands, score above error, columns
+    for number, start in enumerate(starts):
+        for axis, measure in zip(axes[number // 3, :, number % 3], ("accuracy", "relative_error"), strict=True):
+            np.testing.assert_allclose(lines(axis)["fedit"][1], mean_by(table, "round", measure, start=start)[1])
+            assert axis.get_ylim() == axes[0, 0 if measure == "accuracy" else 1, 0].get_ylim()
+        assert axes[number // 3, 0, number % 3].get_title() == f"{start} start"
+    assert axes[0, 1, 0].get_ylim()[1] >= table.groupby(["start", "round"])["relative_error"].mean().max()
+    assert [axis.get_visible() for axis in axes[1].flat] == [True, True, False] * 2
+    assert [axis.get_xlabel() for axis in axes[:, 1].flat] == ["", "", "round", "round", "round", ""]
+
+
 def test_the_band_is_a_standard_deviation_over_seeds(png):
     table = rows(["fedit"], ["shared"])
     axis = plot_comparison(table, png).axes[0]

@@ -17,8 +17,9 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, s
 
 from ..methods import METHODS
 from .compare import compare
-from .comparison import LISTS, Comparison, drop_field, has_field
+from .comparison import Comparison
 from .config import SimulationConfig, Start
+from .fields import LISTS, drop_field, has_field
 from .layers import overlay, split_options, without
 from .plots import SCORES, shown_score
 from .presets import describe_presets, load_preset
@@ -26,7 +27,8 @@ from .run import CONFIG, CURVES, FOLDED_MODEL, simulate
 
 _SITUATIONS = {
     "shared": "all clients start from one adapter, and are rotated towards it.",
-    "independent": "each client starts from an adapter of its own; the first round is rotated towards the largest client's.",
+    "independent": "each client starts from an adapter of its own; the first round is rotated towards the largest "
+    "client's, by consensus towards each other.",
 }
 
 _VARY = (
@@ -34,12 +36,16 @@ _VARY = (
     "In YAML, vary: {clients: [3, 10, 50], lora.r: [2, 4, 8]}."
 )
 _PER_METHOD = "Fields that a method has otherwise: --per_method.rolora.lr 0.001. In YAML, per_method: {rolora: {lr: 0.001}}."
+_VARIANTS = (
+    "Settings of a method (fedrot, unless one says otherwise) to run beside the methods, by names of your own: "
+    "--variants.both.align_on joint. In YAML, variants: {both: {align_on: joint}}."
+)
 
 
 def main(command: str, argv: list[str]) -> int:
     """Run one of the two commands. Returns the exit status."""
-    # Options may be written with dashes too: --local-steps is --local_steps.
-    argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
+    # Options may be written with dashes too: --local-steps is --local_steps. Names of variants keep theirs.
+    argv = [re.sub(r"^--(?!variants\.)[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     try:
         args = _parse(command, argv)
         if args is None:
@@ -82,7 +88,9 @@ def _parse(command: str, argv: list[str]) -> Namespace | None:
     options = load_preset(preset) if preset else {}
     options = overlay(options, _read(file) if file else {})
     options = without(overlay(options, given), fields)
-    return parser.parse_args([*(["--config", yaml.safe_dump(options)] if options else []), *rest])
+    if "vary" in options:  # in the order that the names of folders have
+        options["vary"] = dict(sorted(options["vary"].items()))
+    return parser.parse_args([*(["--config", yaml.safe_dump(options, sort_keys=False)] if options else []), *rest])
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -131,6 +139,7 @@ def make_parser(command: str) -> ArgumentParser:
         parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Each gets a run of each.")
         parser.add_argument("--vary", type=dict[str, list[Any]], default={}, help=_VARY)
         parser.add_argument("--per_method", type=dict[str, dict[str, Any]], default={}, help=_PER_METHOD)
+        parser.add_argument("--variants", type=dict[str, dict[str, Any]], default={}, help=_VARIANTS)
     parser.add_class_arguments(SimulationConfig, skip=set() if simulating else set(LISTS))
     return parser
 
@@ -162,7 +171,7 @@ def _compare(args: Namespace, folder: Path) -> None:
     for name in args.vary:
         if has_field(fields, name):  # a default, which the varied values replace
             fields = drop_field(fields, name)
-    own = {name: args[name] for name in (*LISTS.values(), "vary", "per_method")}
+    own = {name: args[name] for name in (*LISTS.values(), "vary", "per_method", "variants")}
     table = compare(Comparison.of({**fields, **own}), folder, resume=args.resume is not None)
     print(f"\n{table}\n")
     for start in args.starts:

@@ -11,27 +11,18 @@ from .comparison import Comparison, Run
 from .config import SimulationConfig
 from .plots import plot_comparison, plot_geometry, plot_sweep
 from .run import BASE_MODEL, CONFIG, CURVES, simulate
-from .tables import as_markdown, as_text, comparison_tables, repeat_unvaried, with_labels
+from .tables import as_markdown, as_text, comparison_tables, repeat_unvaried, rounds_tables, with_labels
 from .tasks import Task, load_task
 
-RESULTS, TABLE, MARKDOWN, SWEEP, GEOMETRY = "results.csv", "table.txt", "table.md", "sweep.png", "geometry.png"
+RESULTS, TABLE, MARKDOWN, ROUNDS = "results.csv", "table.txt", "table.md", "rounds.md"
+SWEEP, GEOMETRY = "sweep.png", "geometry.png"
 
 # Runs that differ in these alone share the data and the base model.
 _NOT_OF_THE_TASK = {
     *("lora", "partition", "dirichlet_alpha", "clients", "clients_per_round", "clients_per_pass", "rounds", "local_steps"),
-    *(
-        "batch_size",
-        "optimizer",
-        "lr",
-        "momentum",
-        "weight_decay",
-        "max_grad_norm",
-        "start",
-        "method",
-        "align_on",
-        "strength",
-    ),
-    *("group", "on_invalid", "server_optimizer", "server_lr", "eval_every", "eval_batch_size", "seed", "device"),
+    *("batch_size", "optimizer", "lr", "momentum", "weight_decay", "max_grad_norm", "start", "seed", "device"),
+    *("method", "align_on", "strength", "group", "reference", "on_invalid", "server_optimizer", "server_lr"),
+    *("eval_every", "eval_batch_size"),
 }
 
 
@@ -75,6 +66,7 @@ def compare(comparison: Comparison, folder: Path, *, resume: bool = False, progr
     found = comparison_tables(rows, list(comparison.vary))
     (folder / TABLE).write_text((text := as_text(found, notes)) + "\n", "utf-8")
     (folder / MARKDOWN).write_text(as_markdown(found, notes) + "\n", "utf-8")
+    (folder / ROUNDS).write_text(as_markdown(rounds_tables(rows, list(comparison.vary)), notes) + "\n", "utf-8")
     return text
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ..aggregator import OnInvalid
-from ..alignment import Alignment, AlignOn, RotationGroup
+from ..aggregator import OnInvalid, Towards
+from ..alignment import Alignment, AlignOn, RotationGroup, Strength
 from ..methods import METHODS, get_method
 from ..server_optimizer import ServerOptimizerName
 
@@ -116,12 +116,16 @@ class SimulationConfig:
 
     method: str = "fedrot"
     """The aggregation method."""
+    reference: Towards = "global"
+    """What clients are rotated towards: the global adapter that they started from, or each other."""
     align_on: AlignOn = "alternate"
-    """The factor to align: odd rounds A and even rounds B, always one of them, or both."""
-    strength: float = 0.5
-    """λ: 0 does not rotate, 1 rotates fully."""
+    """The factor to align: odd rounds A and even rounds B, always one of them, or both; or error, to make the aggregation
+    error least."""
+    strength: Strength | None = None
+    """λ: 0 does not rotate, 1 rotates fully; auto chooses it by the predicted error. If not set, 0.5, and 1 with reference
+    consensus and align_on error."""
     group: RotationGroup = "SO"
-    """Rotations only, or reflections too."""
+    """Rotations only, or reflections too (O), or with align_on error invertible matrices (GL)."""
     on_invalid: OnInvalid = "raise"
     """What to do with a client whose factors hold NaN or Inf."""
 
@@ -143,7 +147,9 @@ class SimulationConfig:
     """A torch device; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        get_method(self.method, Alignment(self.align_on, self.strength, self.group))
+        alignment = Alignment(self.align_on, self.strength, self.group, self.reference == "consensus")
+        get_method(self.method, alignment)
+        self.strength = alignment.strength
         if METHODS[self.method].needs_shared_start and self.start != "shared":
             raise ValueError(f"{self.method} freezes a factor that all clients have in common: it needs a shared start")
         if self.server_optimizer != "none" and not METHODS[self.method].keeps_basis:

@@ -1,7 +1,7 @@
 """The options of a comparison, laid over each other: preset, YAML file, command line.
 
 What is said later replaces what was said before, in whatever way it was said: ``clients: 50`` laid over
-``vary: {clients: [3, 10]}`` is 50 clients, for every method.
+``vary: {clients: [3, 10]}`` is 50 clients, for every method. Variants keep what they set: it is what they are.
 """
 
 import copy
@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import get_loader
 
-from .comparison import LISTS, drop_field, has_field
+from .fields import LISTS, drop_field, has_field
 
 Options = dict[str, Any]
 
@@ -25,10 +25,12 @@ def overlay(lower: Options, upper: Options) -> Options:
     """
     upper = copy.deepcopy(upper)
     vary, per_method = upper.pop("vary", None) or {}, upper.pop("per_method", None) or {}
+    variants = upper.pop("variants", None) or {}
     if not isinstance(vary, dict):
         raise ValueError(f"vary must map fields to lists of values, got {vary!r}")
-    if not isinstance(per_method, dict) or not all(isinstance(own, dict) for own in per_method.values()):
-        raise ValueError(f"per_method must map methods to fields with values, got {per_method!r}")
+    for option, of, fields in (("per_method", "methods", per_method), ("variants", "names", variants)):
+        if not isinstance(fields, dict) or not all(isinstance(own, dict) for own in fields.values()):
+            raise ValueError(f"{option} must map {of} to fields with values, got {fields!r}")
     for name, plural in LISTS.items():
         if name in upper:
             upper.setdefault(plural, [upper.pop(name)])
@@ -40,9 +42,10 @@ def overlay(lower: Options, upper: Options) -> Options:
     result |= upper
     if vary:
         result["vary"] = result.get("vary", {}) | vary
-    for method, own in per_method.items():
-        result["per_method"] = result.get("per_method", {})
-        result["per_method"][method] = result["per_method"].get(method, {}) | own
+    for option, fields in (("per_method", per_method), ("variants", variants)):
+        for name, own in fields.items():
+            result[option] = result.get(option, {})
+            result[option][name] = result[option].get(name, {}) | own
     return result
 
 
@@ -61,8 +64,9 @@ def split_options(argv: list[str]) -> tuple[Options, list[str], list[str]]:
     """Take from a command line what lies over each other before the parser sees the rest.
 
     Returns:
-        The layer of ``--vary FIELDS``, ``--vary.FIELD VALUES…`` and ``--per_method.METHOD.FIELD VALUE``, with ``preset`` and
-        ``config`` if given; the other arguments; and the fields that they set.
+        The layer of ``--vary FIELDS``, ``--vary.FIELD VALUES…``, ``--per_method.METHOD.FIELD VALUE``,
+        ``--variants.NAME FIELDS`` and ``--variants.NAME.FIELD VALUE``, with ``preset`` and ``config`` if given; the other
+        arguments; and the fields that they set.
     """
     layer: Options = {}
     rest: list[str] = []
@@ -79,7 +83,11 @@ def split_options(argv: list[str]) -> tuple[Options, list[str], list[str]]:
             method, _, field = field.partition(".")
             # Names of methods have dashes, those of fields have underscores.
             layer = overlay(layer, {"per_method": {method.replace("_", "-"): {field: loaded[0]}}})
-        elif first in ("vary", "per_method") and not field and len(loaded) == 1:
+        elif first == "variants" and field and len(loaded) == 1:
+            variant, _, field = field.partition(".")
+            own = {field.replace("-", "_"): loaded[0]} if field else loaded[0]
+            layer = overlay(layer, {"variants": {variant: own}})
+        elif first in ("vary", "per_method", "variants") and not field and len(loaded) == 1:
             layer = overlay(layer, {first: loaded[0]})
         else:
             rest += tokens

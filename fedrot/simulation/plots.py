@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,7 +47,7 @@ def plot_run(metrics: list[dict[str, Any]], config: SimulationConfig, path: Path
 
 
 def plot_comparison(rows: pd.DataFrame, path: Path) -> Figure:
-    """The score and the relative error by round: a line per method, a column per start.
+    """The score and the relative error by round: a line per method, panels per start.
 
     Lines are means over seeds, in a band of one standard deviation.
 
@@ -109,7 +109,7 @@ def plot_geometry(rows: pd.DataFrame, path: Path) -> Figure:
         rows = rows.assign(method=rows["method"] + ", " + rows["start"] + " start")
     error = pd.to_numeric(rows["aggregation_error"]).where(rows["error_bound"] > 0)  # the others' is rounding
     rows = rows.assign(x=rows["round"] + 1, aggregation_error=error, ratio=error / rows["error_bound"])
-    figure, axes = _panels(len(_GEOMETRY) + 1, 2, sharey="none")
+    figure, axes = _panels(len(_GEOMETRY) + 1, 2, height=2.2)
     for method, style in _styles(rows).items():
         group, thin = rows[rows["method"] == method], _thin(style)
         for column, factor in enumerate("AB"):
@@ -134,25 +134,39 @@ Draw = Callable[[Axes, pd.DataFrame, str, Style], None]
 
 
 def _by_start(rows: pd.DataFrame, score: str, draw: Draw) -> tuple[Figure, np.ndarray]:
-    """The score above the relative error, a column per start, drawn against column x, or the round."""
+    """The score above the relative error, a column per start, drawn against column x, or the round.
+
+    More than three starts go below each other, so that a page's width shows them.
+    """
     starts, styles = list(dict.fromkeys(rows["start"])), _styles(rows)
-    figure, axes = _panels(2, len(starts), sharey="row")
+    bands = -(-len(starts) // 3)
+    columns = -(-len(starts) // bands)
+    figure, axes = _panels(2 * bands, columns, height=2.6)
     if "x" not in rows:
         rows = rows.assign(x=rows["round"] + 1)
-    for column, start in enumerate(starts):
-        for axis, measure in zip(axes[:, column], (score, "relative_error"), strict=True):
-            for method, group in rows[rows["start"] == start].groupby("method", sort=False):
+    for number, (above, below) in enumerate(axes.reshape(bands, 2, columns).swapaxes(1, 2).reshape(-1, 2)):
+        if number >= len(starts):
+            above.set_visible(False)
+            below.set_visible(False)
+            continue
+        if number:
+            above.sharey(axes[0, 0])
+            below.sharey(axes[1, 0])
+        for axis, measure in ((above, score), (below, "relative_error")):
+            for method, group in rows[rows["start"] == starts[number]].groupby("method", sort=False):
                 draw(axis, group, measure, styles[method])
-        axes[0, column].set_title(f"{start} start")
-    axes[0, 0].set_ylabel(SCORES[score])
-    axes[1, 0].set_ylabel("relative aggregation error")
+            axis.tick_params(labelleft=number % columns == 0)
+        above.set_title(f"{starts[number]} start")
+        if number % columns == 0:
+            above.set_ylabel(SCORES[score])
+            below.set_ylabel("relative aggregation error")
     axes[1, 0].set_ylim(bottom=0)
     return figure, axes
 
 
-def _panels(rows: int, columns: int, sharey: Literal["row", "none"]) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(max(7, 5 * columns), 0.5 + (2.6 if rows < 4 else 2.2) * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=True, sharey=sharey, squeeze=False)
+def _panels(rows: int, columns: int, height: float) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(max(7, 5 * columns), 0.5 + height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=True, squeeze=False)
 
 
 def _styles(rows: pd.DataFrame) -> dict[str, Style]:
@@ -220,8 +234,10 @@ def _finish(figure: Figure, axes: np.ndarray, x: str, path: Path) -> Figure:
     """Grid, one legend below the panels, and the file."""
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel(x)
+    for column in axes.T:
+        lowest = [axis for axis in column if axis.get_visible()][-1]
+        lowest.set_xlabel(x)
+        lowest.tick_params(labelbottom=True)
     shown = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     widest = max(map(len, shown), default=0)
     columns = max(1, min(len(shown), int(figure.get_figwidth() / (0.7 + 0.075 * widest))))

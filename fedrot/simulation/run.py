@@ -78,8 +78,9 @@ def simulate(
     server = Server(clients, config)
     server.check()  # what cannot be aggregated, or not be encoded, is refused before anything is written
     task.collate(task.train, np.arange(1), clients.device)
-    if resume and (saved := yaml.safe_load((folder / CONFIG).read_text("utf-8"))) != asdict(config):
-        changed = [name for name, value in asdict(config).items() if saved.get(name) != value]
+    # What an earlier version did not save had its default.
+    saved = asdict(SimulationConfig()) | yaml.safe_load((folder / CONFIG).read_text("utf-8")) if resume else asdict(config)
+    if changed := [name for name, value in asdict(config).items() if saved[name] != value]:
         raise ValueError(f"{folder} was run with another {', '.join(changed)}; resume it as it was, or start another run")
     if not resume:
         folder.mkdir(parents=True)

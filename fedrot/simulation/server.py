@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..aggregator import FedRotAggregator
+from ..aggregator import FedRotAggregator, towards
 from ..folding import fold
 from ..keys import factor_of
 from ..methods import METHODS
@@ -41,7 +41,7 @@ class Server:
     def _make_aggregator(self) -> FedRotAggregator:
         config = self.config
         return FedRotAggregator(
-            self.state,
+            **towards(config.reference, self.state),
             method=config.method,
             align_on=config.align_on,
             round=self.rounds_done,
@@ -124,6 +124,8 @@ class Server:
             parts["optimizer"] = self._optimizer.state_dict()
         if self._folds:
             parts["base"] = self._base_weights()
+        strengths = self._aggregator.strengths
+        parts["strengths"] = {module: torch.tensor(x, dtype=torch.float64) for module, x in strengths.items()}
         return {f"{part}/{name}": x for part, state in parts.items() for name, x in state.items()}
 
     def restore(self, tensors: dict[str, Tensor], rounds_done: int) -> None:
@@ -138,8 +140,10 @@ class Server:
         base = self._base_weights()
         for name, x in parts.pop("base", {}).items():
             base[name].copy_(x)
+        strengths = {module: float(x) for module, x in parts.pop("strengths", {}).items()}
         self._personal = {int(part.removeprefix("personal-")): state for part, state in parts.items()}
         self._aggregator = self._make_aggregator()
+        self._aggregator.strengths = strengths
 
     def _base_weights(self) -> State:
         with torch.no_grad():

@@ -42,6 +42,25 @@ def comparison_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd
     return {"": pd.DataFrame(columns)}
 
 
+def rounds_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Title → table of the score and of the relative aggregation error by round: of rounds 1, 2, 3, 5, 10, 20, 30, 50, 100 …
+    those that were evaluated, and the last.
+
+    Args:
+        rows, varied: as for ``comparison_tables``.
+    """
+    score = shown_score(rows)
+    rows = with_labels(rows.dropna(subset=[score]), ["strength"])
+    for field in varied:
+        rows = repeat_unvaried(rows, field)
+    rows = rows.assign(round=rows["round"] + 1)
+    shown = {digit * 10**power for power in range(6) for digit in (1, 2, 3, 5)} | {rows["round"].max()}
+    rows = rows[rows["round"].isin(shown)]
+    groups = ["start", *varied, "method", "round"]
+    measures = {score: SCORES[score], "relative_error": "relative error"}
+    return {f"{name} by round": _means(rows, measure, groups).unstack("round") for measure, name in measures.items()}
+
+
 def with_labels(rows: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame:
     """The rows, with the values of these fields in their method's name; of strength, where it plays a part."""
     for field in fields:

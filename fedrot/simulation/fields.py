@@ -1,0 +1,86 @@
+"""Fields of a configuration by name, such as clients, or lora.r within lora: their types, and mappings of some of them."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+from peft import LoraConfig
+
+from .config import SimulationConfig
+
+# What has a list of its own in a comparison.
+LISTS = {"method": "methods", "strength": "strengths", "start": "starts", "seed": "seeds"}
+
+
+def typed(name: str, value: Any) -> Any:
+    """The value as the field has it; a number that is written as text becomes one."""
+    return get_field(parse(set_fields({}, {name: value})), name)
+
+
+def parse(common: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, with the types that they are declared with, and the defaults of others."""
+    parsed = _parse_as(SimulationConfig, common, "")
+    _parse_as(LoraConfig, parsed["lora"], "lora: ")
+    return parsed
+
+
+def _parse_as(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return vars(_parser(kind).parse_object(values))
+    except ArgumentError as error:
+        raise ValueError(where + " ".join(str(error).split())) from error
+
+
+@cache
+def _parser(kind: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def check_field(name: str) -> None:
+    if name in LISTS:
+        raise ValueError(f"{name} has a list of its own in a comparison: {LISTS[name]}")
+    if name.startswith("lora."):
+        return  # PEFT knows its options
+    if name not in (known := [f.name for f in fields(SimulationConfig)]):
+        raise ValueError(
+            f"there is no field {name!r} to set or vary; the fields are lora.r and so on, and {', '.join(known)}"
+        )
+
+
+def get_field(common: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, such as clients, or lora.r within lora."""
+    outer, _, inner = name.partition(".")
+    return common[outer][inner] if inner else common[outer]
+
+
+def has_field(common: Mapping[str, Any], name: str) -> bool:
+    """Whether the field is set."""
+    outer, _, inner = name.partition(".")
+    return outer in common and (not inner or inner in common[outer])
+
+
+def set_fields(common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, some changed."""
+    result = dict(common)
+    for name, value in changes.items():
+        outer, _, inner = name.partition(".")
+        result[outer] = {**result.get(outer, {}), inner: value} if inner else value
+    return result
+
+
+def drop_field(common: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields, this one and those within it left out."""
+    outer, _, inner = name.partition(".")
+    if not inner:
+        return {other: value for other, value in common.items() if not overlap(outer, other)}
+    kept = {other: value for other, value in common.items() if other != name}
+    return kept | {outer: drop_field(kept[outer], inner)} if outer in kept else kept
+
+
+def overlap(name: str, other: str) -> bool:
+    """Whether two fields are one, or one is within the other."""
+    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
