@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -39,7 +40,7 @@ class Candidate:
 
 
 def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
-    """Name → candidate, all aligning on A with the same strength in SO(r), or averaging plainly."""
+    """Name → candidate: aligning on A with one strength in SO(r), aligning all clients together, or averaging plainly."""
     workload, weights, reference = inputs.workload, inputs.weights, inputs.reference
     example = next(iter(reference.values()))
     aligned, averaged = workload.aligned_bytes(example.dtype), workload.averaged_bytes(example.dtype)
@@ -56,6 +57,13 @@ def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
     def average(layout) -> Candidate:
         tensors = [*layout[0], *layout[1]]
         return Candidate(lambda: fk.average(tensors, shares), averaged, False, True)
+
+    B_ref = [reference[a.keys[1]] for a in workload.adapters]
+
+    def align_together(**options) -> Candidate:
+        A, B = separate
+        call = partial(fk.align_together, A, B, weights, A_ref=A_ref, B_ref=B_ref, **options)
+        return Candidate(call, workload.together_bytes(example.dtype), aligns=True)
 
     def aggregate(method: str, moved: int) -> Candidate:
         def call() -> object:
@@ -84,6 +92,10 @@ def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
         "align_average, separate": align_average(separate),
         "align_average, slabs": align_average(slabs),
         "align_average, stacked": align_average(stacked),
+        "strength auto, separate": align_together(target="reference", on="A", strength=None),
+        "consensus, separate": align_together(target="consensus"),
+        "least error, separate": align_together(target="error"),
+        "least error GL, separate": align_together(target="error", group="GL"),
         "average, separate": average(separate),
         "average, slabs": average(slabs),
         "average, stacked": average(stacked),

@@ -55,6 +55,11 @@ class Workload:
         A, B = self.elements
         return (self.clients * (2 * A + B) + A + (A + B)) * dtype.itemsize
 
+    def together_bytes(self, dtype: torch.dtype) -> int:
+        """The bytes that must move to align all clients together and average: every factor read twice, the reference once,
+        the output written once."""
+        return (2 * self.clients + 2) * self.update_bytes(dtype)
+
     def averaged_bytes(self, dtype: torch.dtype) -> int:
         """The bytes that must move to average without aligning: every factor read once, the output written once."""
         return (self.clients + 1) * self.update_bytes(dtype)

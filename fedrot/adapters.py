@@ -32,11 +32,13 @@ class Batch:
 
     def A(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(G, r, d_in), copied together."""
-        return torch.stack([tensors[a.key_A].detach().reshape(a.rank, a.d_in) for a in self.adapters])
+        a = self.adapters[0]
+        return torch.stack([tensors[a.key_A] for a in self.adapters]).detach().view(-1, a.rank, a.d_in)
 
     def B(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(G, d_out, r), copied together."""
-        return torch.stack([tensors[a.key_B].detach().reshape(a.d_out, a.rank) for a in self.adapters])
+        a = self.adapters[0]
+        return torch.stack([tensors[a.key_B] for a in self.adapters]).detach().view(-1, a.d_out, a.rank)
 
 
 class Layout:
@@ -62,10 +64,7 @@ class Layout:
 
     def check(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
         """Raise UpdateError unless these are the same keys, shapes and dtypes as this layout's, which ``first`` has."""
-        if missing := [key for key in self.specs if key not in specs]:
-            raise UpdateError(f"{client} lacks {_listed(missing)}, which {first} has; all clients must send the same keys")
-        if extra := [key for key in specs if key not in self.specs]:
-            raise UpdateError(f"{client} has {_listed(extra)}, which {first} lacks; all clients must send the same keys")
+        self.check_keys(specs, client, first)
         for key, mine in self.specs.items():
             theirs = specs[key]
             if theirs.shape != mine.shape:
@@ -77,6 +76,13 @@ class Layout:
                 raise UpdateError(
                     f"{client}, {key}: {theirs.dtype}, but {first} has {mine.dtype}; convert the updates to one dtype"
                 )
+
+    def check_keys(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
+        """Raise UpdateError unless these are the same keys as this layout's, which ``first`` has."""
+        if missing := [key for key in self.specs if key not in specs]:
+            raise UpdateError(f"{client} lacks {_listed(missing)}, which {first} has; all clients must send the same keys")
+        if extra := [key for key in specs if key not in self.specs]:
+            raise UpdateError(f"{client} has {_listed(extra)}, which {first} lacks; all clients must send the same keys")
 
     def check_reference(self, specs: Mapping[str, TensorSpec], name: str, first: str) -> None:
         """Raise UpdateError unless the reference has these adapters in these shapes. Its plain tensors do not matter."""
@@ -109,9 +115,10 @@ def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:
         if parsed.factor == "A":
             adapters.append(_adapter(parsed.module, key, spec, parsed.partner, specs[parsed.partner], client))
     if not adapters:
+        instead = "; average virtual tokens as they are" if "prompt_embeddings" in specs else ""
         raise UpdateError(
             f"{client} has no lora_A/lora_B pair among its {len(specs)} keys{_example(specs)}; only LoRA adapters can be "
-            "aligned, as peft.get_peft_model_state_dict(model) returns them"
+            f"aligned, as peft.get_peft_model_state_dict(model) returns them{instead}"
         )
     return adapters
 

@@ -1,12 +1,12 @@
 """Aggregating the updates of one round."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fedrot_kernels import Backend
 
 from .aggregator import FedRotAggregator, OnInvalid
-from .alignment import AlignOn, RotationGroup
+from .alignment import AlignOn, RotationGroup, Strength
 from .result import AggregationResult
 from .updates import UpdateLike
 
@@ -14,12 +14,13 @@ from .updates import UpdateLike
 def aggregate(
     updates: Sequence[UpdateLike],
     weights: Sequence[float] | None = None,
-    reference: UpdateLike | None = None,
+    reference: UpdateLike | Literal["consensus"] | None = None,
     *,
+    previous: UpdateLike | None = None,
     method: str = "fedrot",
     align_on: AlignOn = "alternate",
     round: int = 0,
-    strength: float = 0.5,
+    strength: Strength | None = None,
     group: RotationGroup = "SO",
     on_invalid: OnInvalid = "raise",
     backend: Backend = "auto",
@@ -39,20 +40,31 @@ def aggregate(
 
     Args:
         updates: for every client a PEFT state dict (as from ``peft.get_peft_model_state_dict`` or with the adapter's name
-            in the keys) or a PEFT folder. float16, bfloat16, float32 or float64; all clients alike.
+            in the keys), a PEFT folder, or a pair of a state dict and its LoRA configuration. float16, bfloat16, float32 or
+            float64; all clients alike, but for their ranks and scalings in "fedrot" (see ``padding``), "flexlora", "flora"
+            and "fedex-lora", which then need their configurations.
         weights: a non-negative number per update, such as its example count; None for equal weights.
         reference: the global adapter that the clients started from, in either form. None takes the update of the largest
-            weight (the first of several), for clients without a common start.
+            weight (the first of several; of the largest ranks, where they differ), for clients without a common start. The
+            word "consensus" rotates the clients towards each other instead (generalised Procrustes), by both factors unless
+            ``align_on`` is one of them.
+        previous: with the reference "consensus", the global adapter that the clients started from, if there is one: the
+            result is finally rotated towards it, so that its basis stays from round to round. None takes the update of the
+            largest weight.
         method: a name in ``fedrot.METHODS``.
-        align_on: the factor to align: "A", "B", "alternate" (odd rounds A, even rounds B) or "joint".
+        align_on: the factor to align: "A", "B", "alternate" (odd rounds A, even rounds B) or "joint". "error": no distance
+            to the reference, but the aggregation error itself is made least; the reference, or ``previous``, fixes the basis
+            of the result.
         round: the round's number, from 0: decides what "alternate" aligns, what RoLoRA trained and what is drawn at random.
-        strength: λ; 0 is FedIT, bit for bit, 1 the full Procrustes rotation.
-        group: "SO" (rotations) or "O" (reflections too).
+        strength: λ; 0 is FedIT, bit for bit, 1 the full Procrustes rotation. "auto" chooses one for every adapter, the λ of
+            the least aggregation error. None is the paper's 0.5, and 1 with "consensus" and "error".
+        group: "SO" (rotations) or "O" (reflections too); with "error" also "GL", invertible matrices (experimental).
         on_invalid: "raise" on NaN or Inf in an update, or "drop" that client and report it.
         backend: "triton", "torch", or "auto": Triton for tensors on a GPU, as far as it takes their dtype and rank.
         report_error: False leaves the aggregation error out of the report, which then costs next to nothing.
         configs: the LoRA configuration of state dicts, a ``peft.LoraConfig`` for all or one each: needed where s of
-            ΔW = s·B·A plays a part (FLoRA, FedEx-LoRA, and FlexLoRA of unequal ranks or scalings). Folders have theirs.
+            ΔW = s·B·A plays a part (FLoRA, FedEx-LoRA, and FedRot and FlexLoRA of unequal ranks or scalings). Folders have
+            theirs.
         seed: of the random rotations, and of what FLoRA draws anew.
 
     Returns:
@@ -64,6 +76,7 @@ def aggregate(
     """
     aggregator = FedRotAggregator(
         reference,
+        previous=previous,
         method=method,
         align_on=align_on,
         round=round,

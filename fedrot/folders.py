@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from .keys import TensorSpec, describe, parse_key
 WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "aggregation.json"
 _MAX_CONFIG_BYTES = 1 << 20
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+DTYPES_SAVED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # What scales B·A: adapters that differ here do not mean the same by the same factors.
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+# Virtual tokens have places; a mixture of two is another prompt, not the same one in another basis.
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 _REFUSED = {
     "target_parameters": "LoRA on the parameters of a mixture of experts stacks one adapter per expert in each factor",
     "use_bdlora": "block-diagonal factors",
@@ -78,14 +80,14 @@ class AdapterFolder(Mapping[str, Tensor]):
     def _spec(self, key: str) -> TensorSpec:
         view = self._file.get_slice(key)
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES_SAVED:
             raise UpdateError(
                 f"{self.client}, {key}: {dtype}, shape {shape}; only float16, bfloat16, float32 and float64 tensors can be "
                 "averaged"
             )
         if parse_key(key)[0] != key:
             raise UpdateError(f"{self.client}, {key}: not a key that save_pretrained writes; that is {parse_key(key)[0]}")
-        return TensorSpec(shape, _DTYPES[dtype])
+        return TensorSpec(shape, DTYPES_SAVED[dtype])
 
     def __getitem__(self, key: str) -> Tensor:
         return self._file.get_tensor(key)
@@ -97,21 +99,39 @@ class AdapterFolder(Mapping[str, Tensor]):
         return len(self.specs)
 
 
+def plain_config(config: Any) -> dict[str, Any]:
+    """A ``peft.LoraConfig``, or what it holds, as adapter_config.json has it: lists for sets, strings for enumerations."""
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    return json.loads(json.dumps(dict(values), default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)))
+
+
 def check_lora(config: Any, name: str) -> None:
     """Raise UpdateError unless this is the configuration of a LoRA adapter that can be rotated."""
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type != "LORA":
-        raise UpdateError(f"{name} describes peft_type {peft_type!r}; only LORA adapters have frames to align")
+        instead = ": average the prompt_embeddings as they are" if peft_type in _PROMPTS else ""
+        raise UpdateError(f"{name} describes peft_type {peft_type!r}; only LORA adapters have frames to align{instead}")
     for field, why in _REFUSED.items():
         if config.get(field):
             raise UpdateError(f"{name} sets {field} ({why}), which cannot be rotated")
 
 
-def check_scaling(config: dict[str, Any] | None, name: str, other: dict[str, Any] | None, other_name: str) -> None:
+def same_scaling(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the same factors mean the same update under both configurations."""
+    return all((config.get(field) or None) == (other.get(field) or None) for field in _SCALING)
+
+
+def check_scaling(
+    config: dict[str, Any] | None,
+    name: str,
+    other: dict[str, Any] | None,
+    other_name: str,
+    fields: Sequence[str] = _SCALING,
+) -> None:
     """Raise UpdateError unless the same factors mean the same update under both configurations, if there are two."""
     if config is None or other is None:
         return
-    for field in _SCALING:
+    for field in fields:
         mine, theirs = config.get(field), other.get(field)
         if (mine or None) != (theirs or None):
             raise UpdateError(

@@ -24,12 +24,12 @@ from fedrot_kernels import Backend
 
 from .adapters import Layout
 from .admission import admit, in_order, one_line
-from .aggregator import FedRotAggregator, OnInvalid
-from .alignment import AlignOn, RotationGroup
+from .aggregator import FedRotAggregator, OnInvalid, Towards, towards
+from .alignment import AlignOn, RotationGroup, Strength
 from .errors import UpdateError
 from .result import AggregationResult
 from .server_optimizer import ServerOptimizer
-from .updates import Update, check_update, check_weight, open_update
+from .updates import StateDict, Update, check_update, check_weight, open_update
 
 _OPTIONS = ("method", "align_on", "strength", "group", "on_invalid", "backend", "report_error", "seed", "server_optimizer")
 _CLIENT, _UNKNOWN = "client_name", AppConstants.CLIENT_UNKNOWN
@@ -66,6 +66,7 @@ class FedRotModelAggregator(ModelAggregator):
     Args:
         method, align_on, strength, group, backend, report_error, seed: as in ``fedrot.aggregate``; not methods that change
             base weights or leave clients a factor of their own.
+        reference: rotate clients towards what they were sent ("global"), or towards each other ("consensus").
         on_invalid: "drop" wrong answers, or "raise" UpdateError at the end of their round, which ends the job.
         server_optimizer: as in ``fedrot.FedRotAggregator``; its state ends with the job.
         weighted_by: what ``FLModel.meta`` calls the client's weight, its number of steps or examples; None weighs all alike.
@@ -77,8 +78,9 @@ class FedRotModelAggregator(ModelAggregator):
     def __init__(
         self,
         method: str = "fedrot",
+        reference: Towards = "global",
         align_on: AlignOn = "alternate",
-        strength: float = 0.5,
+        strength: Strength | None = None,
         group: RotationGroup = "SO",
         on_invalid: OnInvalid = "drop",
         backend: Backend = "auto",
@@ -89,10 +91,11 @@ class FedRotModelAggregator(ModelAggregator):
     ):
         super().__init__()
         # NVFlare writes a component into a job's configuration by its attributes that are called like arguments.
-        self.method, self.align_on, self.strength, self.group = method, align_on, strength, group
+        self.method, self.reference = method, reference
+        self.align_on, self.strength, self.group = align_on, strength, group
         self.on_invalid, self.backend, self.report_error, self.seed = on_invalid, backend, report_error, seed
         self.server_optimizer, self.weighted_by = server_optimizer, weighted_by
-        self._method = FedRotAggregator(**self._options()).method
+        self._method = self._aggregator(None, 0).method
         if self._method.folds or self._method.returns() != ("A", "B"):
             raise ValueError(
                 f"{method} does not exchange whole adapters and nothing else, as NVFlare does; take another method"
@@ -101,9 +104,11 @@ class FedRotModelAggregator(ModelAggregator):
         self._sent: FLModel | None = None
         self._answers: dict[str, _Answer] = {}
         self._dropped: dict[str, str] = {}
+        self._strengths: dict[str, float] = {}  # of the last round, where they are chosen
 
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _OPTIONS}
+    def _aggregator(self, sent: StateDict | None, round: int) -> FedRotAggregator:
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return FedRotAggregator(**towards(self.reference, sent), round=round, **options)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Keep what clients are sent."""
@@ -158,8 +163,10 @@ class FedRotModelAggregator(ModelAggregator):
         names = sorted(self._answers, key=in_order)
         answers = [self._answers[name] for name in names]
         weights = [answer.weight for answer in answers]
-        aggregator = FedRotAggregator(reference.tensors, round=round, **self._options())
+        aggregator = self._aggregator(reference.tensors, round)
+        aggregator.strengths = self._strengths
         result = aggregator.aggregate([answer.update for answer in answers], weights, names=names)
+        self._strengths = aggregator.strengths
         report = replace(result.report, dropped=self._dropped)
         self.result = replace(result, report=report)
         errors = {"aggregation_error": report.error, "relative_error": report.relative_error}

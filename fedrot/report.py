@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot_kernels import full_precision
+from fedrot_kernels import full_precision, polar
 
 from .adapters import Layout
 from .diagnostics import aggregation_error, rotation_angle
@@ -25,9 +25,12 @@ class AdapterReport:
         module: the adapted module.
         rank: r.
         error: the aggregation error ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F after rotation (scaling left out); None where it was not asked
-            for, and in a stream, which has not kept the factors it would be computed from.
+            for.
         update_norm: ‖Σ wᵢBᵢAᵢ‖_F, or None likewise.
-        angles: by how many degrees each client used was rotated.
+        angles: by how many degrees each client used was rotated (of an invertible matrix its orthogonal factor).
+        strength: λ, where it was chosen (``strength="auto"``), or None.
+        deviations: the standard deviations of ``error`` and ``update_norm`` where they are estimated, in a stream, which has
+            not kept the factors they would be computed from; None where they are exact.
     """
 
     module: str
@@ -35,6 +38,8 @@ class AdapterReport:
     error: float | None
     update_norm: float | None
     angles: tuple[float, ...]
+    strength: float | None = None
+    deviations: tuple[float, float] | None = None
 
     @property
     def relative_error(self) -> float | None:
@@ -53,6 +58,7 @@ class Report:
         weights: their weights, summing to 1.
         dropped: client → why it was left out.
         adapters: one report each.
+        deviation: the standard deviation of ``error`` where it is estimated; None where it is exact.
     """
 
     method: str
@@ -61,6 +67,7 @@ class Report:
     weights: tuple[float, ...]
     dropped: dict[str, str]
     adapters: tuple[AdapterReport, ...]
+    deviation: float | None = None
 
     @property
     def error(self) -> float | None:
@@ -97,6 +104,8 @@ class Report:
             f"{_number(self.relative_error, '9.4f')} {self.angle:>10.1f}°"
         )
         lines.append(f"{self.method}, round {self.round}, {len(self.clients)} clients averaged")
+        if self.deviation is not None:
+            lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} of all adapters")
         lines += [f"dropped {client}: {why}" for client, why in self.dropped.items()]
         return "\n".join(lines)
 
@@ -114,9 +123,13 @@ def adapter_reports(
         with_error: whether to measure the aggregation error and the update norm.
     """
     if averages.errors is not None or not averages.A:
-        given = averages.errors or [(None, None)] * len(layout.adapters)
-        still = (0.0,) * len(shares)
-        return tuple(AdapterReport(a.module, a.rank, *pair, still) for a, pair in zip(layout.adapters, given, strict=True))
+        errors = averages.errors or [(None, None)] * len(layout.adapters)
+        angles = [[0.0] * len(shares)] * len(errors) if averages.R is None else _angles(averages.R)
+        strengths: Sequence[float | None] = averages.strengths or [None] * len(errors)
+        return tuple(
+            AdapterReport(a.module, a.rank, *pair, tuple(of_clients), strength)
+            for a, pair, of_clients, strength in zip(layout.adapters, errors, angles, strengths, strict=True)
+        )
     device = averages.A[0][0].device
     groups: dict[tuple, list[int]] = {}
     for i, a in enumerate(layout.adapters):
@@ -147,6 +160,12 @@ def adapter_reports(
         measured = (error, norm) if with_error else (None, None)
         reports[i] = AdapterReport(a.module, a.rank, measured[0], measured[1], tuple(angles))
     return tuple(reports[i] for i in range(len(layout.adapters)))
+
+
+def _angles(R: Sequence[Tensor]) -> list[list[float]]:
+    """Per adapter the clients' angles, those of the orthogonal factors; R per adapter (N, r, r)."""
+    own = ((of_clients, of_clients.any(-1, keepdim=True)) for of_clients in R)  # not the rows that padded clients lack
+    return torch.stack([rotation_angle(polar(of_clients) * rows).double() for of_clients, rows in own]).tolist()
 
 
 def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -26,11 +26,13 @@ class Averages:
         mean: canonical key → mean, in the updates' shapes and dtypes, each with storage of its own.
         A, B: per adapter of the layout the N clients' factors as matrices, which may share memory with the updates; empty
             where the errors are given.
-        R: per adapter (N, r, r), or None if nothing was rotated.
+        R: per adapter (N, r, r) what the clients' B were multiplied by, rotations but for the group GL; None if nothing was.
         residual: (L, N) ‖RᵀR − I‖_max, or None.
         sound: whether every mean is finite and every rotation is one.
         base: key → factor, A (K, d_in, …) and B (d_out, K, …), of B·A to be added to the base weights, or None.
-        errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, where a method measured them itself.
+        errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, where a method measured them itself; None where it was
+            not to.
+        strengths: per adapter λ, where it was chosen.
     """
 
     mean: dict[str, Tensor]
@@ -41,6 +43,7 @@ class Averages:
     sound: bool
     base: dict[str, Tensor] | None = None
     errors: Sequence[tuple[float | None, float | None]] | None = None
+    strengths: Sequence[float] | None = None
 
 
 def average_round(
@@ -55,7 +58,7 @@ def average_round(
     """Align on the given factors (none: as they come) and average. One synchronisation with a device."""
     given = [[client.tensors[client.keys_given[key]] for key in layout.specs] for client in clients]
     tensors = dict(zip(layout.specs, zip(*given, strict=True), strict=True))
-    A, B = ([_matrices(tensors[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
+    A, B = ([matrices(tensors[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
     keys = layout.plain if on else tuple(layout.specs)
     mean: dict[str, Tensor] = {}
     checks: list[Tensor] = []
@@ -73,7 +76,7 @@ def average_round(
             weights,
             A_ref=A_ref if "A" in on else None,
             B_ref=B_ref if "B" in on else None,
-            strength=alignment.strength,
+            strength=alignment.fixed_strength,
             special=alignment.group == "SO",
             backend=backend,
         )
@@ -107,8 +110,9 @@ def stream_round(round: "Round", prepare: Callable) -> Averages:
     return Averages(state_dict, A, B, rotated, None, is_finite(list(state_dict.values())))
 
 
-def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return list(tensors) if tensors[0].dim() == 2 else [_matrix(x) for x in tensors]
+def matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Factors as matrices, those of convolutions too."""
+    return list(tensors) if all(x.dim() == 2 for x in tensors) else [_matrix(x) for x in tensors]
 
 
 def _matrix(x: Tensor) -> Tensor:

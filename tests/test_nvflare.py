@@ -31,6 +31,7 @@ from nvflare.client.config import ExchangeFormat
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import ScriptRunner
 
+from fedrot.aggregator import towards
 from fedrot.nvflare import FedRotModelAggregator
 
 SITES, STEPS = ("site-1", "site-2", "site-10"), (3, 1, 2)
@@ -140,9 +141,12 @@ def test_simulator(tmp_path, monkeypatch):
     assert f"rotation_angle {report.angle:.4g}, clients 2, dropped 1" in log
 
 
+@pytest.mark.parametrize("options", [{"strength": 1.0}, {"reference": "consensus", "strength": "auto"}], ids=str)
 @pytest.mark.parametrize("convert", [dict, as_arrays])
-def test_rounds(start, updates, convert):
-    aggregator, by_hand = FedRotModelAggregator(strength=1.0), fedrot.FedRotAggregator(start, strength=1.0, round=3)
+def test_rounds(start, updates, convert, options):
+    of_start = towards(options.get("reference", "global"), start)
+    aggregator = FedRotModelAggregator(**options)
+    by_hand = fedrot.FedRotAggregator(**{**options, **of_start}, round=3)
     model = convert(start)
     for round in (3, 4):  # aligned on A, then on B
         out = run_round(aggregator, model, [convert(u) for u in updates], round)

@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, Context, Error, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
-from ..alignment import Alignment, AlignOn, RotationGroup, align
+from ..alignment import Alignment, AlignOn, RotationGroup, align, check_single
 from ..errors import UpdateError
 from .arrays import from_arrays, to_arrays
 from .settings import ROUND, settings_of
@@ -36,11 +36,12 @@ class AlignMod:
         self,
         *,
         align_on: AlignOn = "alternate",
-        strength: float = 0.5,
+        strength: float | None = None,
         group: RotationGroup = "SO",
         keys: Sequence[str] | None = None,
     ):
         self.alignment = Alignment(align_on, strength, group)
+        check_single(self.alignment)
         self.keys = None if keys is None else list(keys)
 
     def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
@@ -63,7 +64,7 @@ class AlignMod:
                 self._named(reference, "the message"),
                 align_on=self.alignment.align_on,
                 round=round,
-                strength=self.alignment.strength,
+                strength=self.alignment.fixed_strength,
                 group=self.alignment.group,
             )
         except UpdateError as error:

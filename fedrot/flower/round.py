@@ -1,17 +1,17 @@
 """A round's answers, and their aggregate: whoever spoils it is dropped, as long as enough are left."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp.exception import AggregationError
 
 from ..admission import largest_entry, one_line
-from ..aggregator import FedRotAggregator
+from ..aggregator import FedRotAggregator, towards
 from ..errors import UpdateError
 from ..result import AggregationResult
-from ..updates import Update
+from ..updates import StateDict, Update
 from .replies import Asked, Reply
 
 _log = logging.getLogger("flwr")
@@ -37,8 +37,26 @@ def open_all(
     return good, dropped
 
 
+def aggregator_of(options: Mapping[str, Any], adapter: StateDict | None, round: int) -> FedRotAggregator:
+    """The aggregator of one round, of clients that were sent an adapter.
+
+    Args:
+        options: of the strategy.
+        adapter: what clients were sent.
+        round: from 0.
+    """
+    others = {name: value for name, value in options.items() if name != "reference"}
+    return FedRotAggregator(**towards(options["reference"], adapter), round=round, **others)
+
+
 def aggregate_replies(
-    good: list[Reply], dropped: dict[str, str], reference: Update, round: int, least: int, options: dict[str, Any]
+    good: list[Reply],
+    dropped: dict[str, str],
+    reference: Update,
+    round: int,
+    least: int,
+    options: Mapping[str, Any],
+    strengths: dict[str, float],
 ) -> AggregationResult:
     """The aggregate of a round's good answers.
 
@@ -48,7 +66,8 @@ def aggregate_replies(
         reference: what clients were sent.
         round: from 0.
         least: how many answers with examples there must be.
-        options: of ``fedrot.FedRotAggregator``.
+        options: of the strategy.
+        strengths: module → λ of the last round, where it is chosen.
 
     Raises:
         AggregationError: fewer are left.
@@ -57,7 +76,8 @@ def aggregate_replies(
     while sum(reply.weight > 0 for reply in good) >= least:
         updates = [reply.update for reply in good if reply.update is not None]
         try:
-            aggregator = FedRotAggregator(dict(reference), round=round, **options)
+            aggregator = aggregator_of(options, dict(reference), round)
+            aggregator.strengths = strengths
             return aggregator.aggregate(updates, [reply.weight for reply in good])
         except UpdateError as error:  # each is sound by itself
             if options["on_invalid"] == "raise":

@@ -15,8 +15,8 @@ from flwr.serverapp.strategy import FedAvg, Result
 from fedrot_kernels import Backend
 
 from ..adapters import Layout
-from ..aggregator import FedRotAggregator, OnInvalid
-from ..alignment import AlignOn, RotationGroup
+from ..aggregator import OnInvalid, Towards
+from ..alignment import AlignOn, RotationGroup, Strength
 from ..folders import check_lora
 from ..folding import base_config, fold_update
 from ..keys import factor_of
@@ -28,7 +28,7 @@ from .arrays import from_arrays, to_arrays
 from .metrics import average_metrics, measures
 from .replies import Asked, Reply, open_evaluation_reply, open_training_reply
 from .restart import Progress, State, check_no_checkpoint, load_progress, save_progress
-from .round import aggregate_replies, log_dropped, open_all
+from .round import aggregate_replies, aggregator_of, log_dropped, open_all
 from .settings import tell
 
 _log = logging.getLogger("flwr")
@@ -51,6 +51,7 @@ class FedRot(FedAvg):
     Args:
         method, align_on, strength, group, backend, report_error, seed: as in ``fedrot.aggregate``, where rounds count
             from 0, and from 1 here: the first round aligns B.
+        reference: rotate clients towards what they were sent ("global"), or towards each other ("consensus").
         on_invalid: "drop" wrong answers, or "raise" UpdateError on the first.
         configs: the ``peft.LoraConfig`` of all clients, which FLoRA and FedEx-LoRA need; ranks do not differ here. These
             methods send every change of the base weights so far with every message.
@@ -73,8 +74,9 @@ class FedRot(FedAvg):
         self,
         *,
         method: str = "fedrot",
+        reference: Towards = "global",
         align_on: AlignOn = "alternate",
-        strength: float = 0.5,
+        strength: Strength | None = None,
         group: RotationGroup = "SO",
         on_invalid: OnInvalid = "drop",
         backend: Backend = "auto",
@@ -91,6 +93,7 @@ class FedRot(FedAvg):
         super().__init__(**fedavg)
         self._options: dict[str, Any] = {
             "method": method,
+            "reference": reference,
             "align_on": align_on,
             "strength": strength,
             "group": group,
@@ -101,7 +104,7 @@ class FedRot(FedAvg):
             "seed": seed,
             "server_optimizer": server_optimizer,
         }
-        self.method = FedRotAggregator(**self._options).method
+        self.method = aggregator_of(self._options, None, 0).method
         self._personal = "".join(f for f in "AB" if f not in self.method.returns())
         if self._personal:  # of which the server knows nothing
             self._options["report_error"] = False
@@ -127,6 +130,7 @@ class FedRot(FedAvg):
         self.result: AggregationResult | None = None
         self.train_metrics, self.evaluate_metrics = MetricRecord(), MetricRecord()
         self.base_updates: list[State] = []
+        self._strengths: dict[str, float] = {}
         self._rounds_before = 0
         self._expected: Update | None = None
         # Of the round under way.
@@ -209,14 +213,17 @@ class FedRot(FedAvg):
             return open_training_reply(name, message, self.weighted_by_key, expected, self.method, round - 1, reference)
 
         good, dropped = open_all(self._asked, replies, open_reply, self.on_invalid)
-        result = aggregate_replies(good, dropped, reference, round - 1, self.min_train_replies, self._options)
+        result = aggregate_replies(
+            good, dropped, reference, round - 1, self.min_train_replies, self._options, self._strengths
+        )
         log_dropped(f"round {round}", dropped)
         self.result = replace(result, report=replace(result.report, dropped=dropped))
+        self._strengths = {a.module: a.strength for a in result.report.adapters if a.strength is not None}
         if result.base_update is not None:
             self.base_updates.append(result.base_update)
         if self.checkpoint is not None:
             optimizer = self.server_optimizer.state_dict() if self.server_optimizer is not None else {}
-            progress = Progress(result.state_dict, optimizer, self.base_updates, round)
+            progress = Progress(result.state_dict, optimizer, self.base_updates, self._strengths, round)
             save_progress(self.checkpoint, progress, self._identity())
         ours = measures(self.result.report)
         metrics = average_metrics(good, self.weighted_by_key, self.train_metrics_aggr_fn, ours)
@@ -271,14 +278,16 @@ class FedRot(FedAvg):
         check_update(adapter, expected, Layout(expected.specs, expected.name))
         if self.server_optimizer is not None:
             self.server_optimizer.load_state_dict(saved.optimizer)
-        self.base_updates, self._rounds_before = saved.base_updates, saved.rounds_done
+        self.base_updates, self._strengths = saved.base_updates, saved.strengths
+        self._rounds_before = saved.rounds_done
         _log.info("resuming after round %d; Flower counts the rounds that are left", saved.rounds_done)
         return arrays, saved.rounds_done
 
     def _identity(self) -> dict[str, Any]:
         """The options with which a checkpoint must be resumed."""
         optimizer = self.server_optimizer
-        options = {name: self._options[name] for name in ("method", "align_on", "strength", "group", "seed")}
+        options = {name: self._options[name] for name in ("method", "reference", "align_on", "group", "seed")}
+        options["strength"] = self.method.alignment.strength
         return options | {"server_optimizer": None if optimizer is None else [optimizer.name, optimizer.lr]}
 
     def _whole(self, sent: Update) -> Update:

@@ -1,7 +1,7 @@
 """What a method decides: which factors clients train and share, and how a round's updates become one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +30,7 @@ class Round:
         weights: one per client, non-negative, not all zero; only their ratios matter.
         reference: the adapter that the clients started from, or what stands in for it.
         scalings: of clients and result; None where they play no part, or no LoRA configuration was given.
+        strengths: module → λ of the last round, where it is chosen.
         backend: of the kernels.
         report_error: whether the aggregation error is asked for.
     """
@@ -41,6 +42,7 @@ class Round:
     weights: Sequence[float]
     reference: Update
     scalings: Scalings | None
+    strengths: Mapping[str, float]
     backend: fk.Backend
     report_error: bool
 
@@ -59,6 +61,7 @@ class Method(ABC):
         needs_shared_start: whether clients must begin with the same adapter.
         needs_all: whether all updates are needed at once, so that they cannot be added one by one.
         unequal_ranks: whether clients' ranks and scalings may differ.
+        pads: whether clients are then padded to the ranks and the scaling of the reference.
         keeps_basis: whether each result is a mean in the basis of the last, towards which a server optimizer can step.
         folds: whether a part of the result is to be added to the base weights.
         cannot_merge: endings of keys that clients' updates may not have.
@@ -72,8 +75,9 @@ class Method(ABC):
     exact: ClassVar[str]
     rotates: ClassVar[bool] = False
     needs_shared_start: ClassVar[bool] = False
-    needs_all: ClassVar[bool] = False
+    needs_all: bool = False
     unequal_ranks: ClassVar[bool] = False
+    pads: ClassVar[bool] = False
     keeps_basis: ClassVar[bool] = True
     folds: ClassVar[bool] = False
     cannot_merge: ClassVar[tuple[str, ...]] = ()

@@ -1,17 +1,24 @@
 """FedRot-LoRA (arXiv 2602.23638): rotate every client's factors towards a common reference, then average."""
 
-from ..round import average_round
+from ..mutual import align_mutually
+from ..round import average_round, stream_round
 from .base import Method
 
 
 class FedRot(Method):
-    """Rotates towards the reference as its ``Alignment`` says; at strength 0 not at all, which is FedIT to the bit."""
+    """Rotates as its ``Alignment`` says, towards the reference or each other; at strength 0 not at all: FedIT to the bit."""
 
     name = "fedrot"
     paper = "arXiv 2602.23638"
     cost = "N r² d + N r³"
     exact = "when the clients' updates differ by rotations only (λ = 1)"
     rotates = True
+    unequal_ranks = True
+    pads = True
+
+    def __init__(self, alignment, seed=0):
+        super().__init__(alignment, seed)
+        self.needs_all = bool(alignment.mutual and alignment.strength)
 
     def _on(self, round):
         return self.alignment.factors(round) if self.alignment.strength else ()
@@ -20,7 +27,11 @@ class FedRot(Method):
         return bool(self._on(round))
 
     def aggregate(self, round):
+        if self.needs_all:
+            return align_mutually(round, self.alignment)
         on = self._on(round.number)
+        if on and any(client.ranks for client in round.clients):
+            return stream_round(round, self.prepare)
         return average_round(round.layout, round.clients, round.weights, round.reference, on, self.alignment, round.backend)
 
     def prepare(self, round, client, index, layout, reference):

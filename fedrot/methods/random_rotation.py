@@ -18,6 +18,11 @@ class RandomRotation(Method):
     rotates = True
     keeps_basis = False
 
+    def __init__(self, alignment, seed=0):
+        if alignment.mutual:
+            raise ValueError("random-rotation needs a strength that is a number, and no consensus or least error")
+        super().__init__(alignment, seed)
+
     def aggregate(self, round):
         return stream_round(round, self.prepare)
 
@@ -27,6 +32,6 @@ class RandomRotation(Method):
         for batch in layout.batches:
             a = batch.adapters[0]
             M = torch.randn(len(batch.adapters), a.rank, a.rank, generator=numbers, dtype=torch.float64)
-            R, _ = fk.procrustes(M, strength=self.alignment.strength, special=self.alignment.group == "SO")
+            R, _ = fk.procrustes(M, strength=self.alignment.fixed_strength, special=self.alignment.group == "SO")
             rotations.append(R.to(client.device, a.dtype if a.dtype == torch.float64 else torch.float32))
         return client, rotations

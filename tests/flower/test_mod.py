@@ -119,3 +119,6 @@ def test_options_are_checked():
         AlignMod(strength=2.0)
     with pytest.raises(ValueError, match="align_on"):
         AlignMod(align_on="consensus")
+    for option in ({"align_on": "error"}, {"strength": "auto"}):
+        with pytest.raises(ValueError, match="all clients"):
+            AlignMod(**option)

@@ -9,6 +9,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from fedrot import METHODS, FedRotAggregator, ServerOptimizer, UpdateError, fold
+from fedrot.aggregator import towards
 from fedrot.flower import FedRot, from_arrays, to_arrays
 from fedrot.keys import factor_of
 
@@ -30,7 +31,8 @@ def start_of(kind):
 def in_process(kind, rounds=ROUNDS, **options):
     """Every round's start and result of the aggregator alone, with the same training, and the folded model."""
     optimizer = options.pop("server_optimizer", None)
-    aggregator = FedRotAggregator(start_of(kind), server_optimizer=optimizer, **options)
+    start = towards(options.pop("reference", "global"), start_of(kind))
+    aggregator = FedRotAggregator(**start, server_optimizer=optimizer, **options)
     model, state, own = fresh_model(kind), start_of(kind), {}
     results = []
     for round in range(rounds):
@@ -62,6 +64,8 @@ def configs(kind):
 
 
 def options_of(method, kind):
+    if method == "auto":
+        return {"strength": "auto"}
     return {"method": method, "configs": configs(kind)} if METHODS[method].unequal_ranks else {"method": method}
 
 
@@ -102,6 +106,9 @@ def test_a_personal_factor_is_not_sent():
     [
         {"strength": 1.0, "align_on": "joint", "group": "O"},
         {"align_on": "A"},
+        {"reference": "consensus"},
+        {"strength": "auto"},
+        {"align_on": "error", "group": "GL"},
         {"report_error": False},
         {"server_optimizer": ("adam", 0.1)},
         {"server_optimizer": ("momentum", 0.5)},
@@ -132,10 +139,11 @@ def test_the_order_of_arrival_does_not_matter():
     assert all(torch.equal(x, other[key]) for other in states[1:] for key, x in states[0].items())
 
 
-@pytest.mark.parametrize("method", ["fedrot", "flora", "rolora"])
+@pytest.mark.parametrize("method", ["fedrot", "auto", "flora", "rolora"])
 @pytest.mark.parametrize("optimizer", [None, "adam"])
 def test_a_restart_at_round_n_ends_with_the_same_bits(method, optimizer, tmp_path):
-    if optimizer and not METHODS[method].keeps_basis:
+    folds = method == "flora"
+    if optimizer and folds:
         return
 
     def strategy(**options):
@@ -156,7 +164,7 @@ def test_a_restart_at_round_n_ends_with_the_same_bits(method, optimizer, tmp_pat
     assert seen == [3, 4]
     assert list(result.train_metrics_clientapp) == list(result.evaluate_metrics_serverapp) == [3, 4]
     assert all(torch.equal(x, from_arrays(whole.arrays)[key]) for key, x in from_arrays(result.arrays).items())
-    assert len(resumed.base_updates) == (4 if METHODS[method].folds else 0)
+    assert len(resumed.base_updates) == (4 if folds else 0)
     done, _ = on_flower(KIND, rounds=4, strategy=strategy(checkpoint=tmp_path / "run", resume=True))
     assert all(torch.equal(x, from_arrays(whole.arrays)[key]) for key, x in from_arrays(done.arrays).items())
 
