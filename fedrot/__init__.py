@@ -6,22 +6,28 @@ from .alignment import align
 from .errors import UpdateError
 from .folders import read_adapter, write_adapter
 from .folding import fold
+from .merging import merge
 from .methods import METHODS
+from .partial import Partial
 from .report import AdapterReport, Report
 from .result import AggregationResult
 from .server_optimizer import ServerOptimizer
+from .truncation import truncate
 
 __all__ = [
     "METHODS",
     "AdapterReport",
     "AggregationResult",
     "FedRotAggregator",
+    "Partial",
     "Report",
     "ServerOptimizer",
     "UpdateError",
     "aggregate",
     "align",
     "fold",
+    "merge",
     "read_adapter",
+    "truncate",
     "write_adapter",
 ]

@@ -1,21 +1,27 @@
 """A server's aggregation over rounds, of all updates at once or as they arrive."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from fedrot_kernels import Backend
 
 from .adapters import Layout
-from .alignment import Alignment, AlignOn, RotationGroup, check_range, check_rotations
+from .alignment import Alignment, AlignOn, RotationGroup, Strength, check_range, check_rotations
 from .averaging import shares_of
 from .errors import UpdateError
 from .folding import base_config
 from .frozen import as_sent, check_frozen
 from .methods import Round, get_method
+from .padding import check_padded, common_layout, open_wide_reference, padded, rounded, scalings_if_unlike, widest
+from .partial import Partial, check_mergeable
 from .report import Report, adapter_reports
 from .result import AggregationResult
 from .round import Averages
-from .scaling import Scalings, scalings, widest_layout, with_configs
+from .scaling import Scalings, check_biases, scalings, widest_layout, with_configs
 from .server_optimizer import ServerOptimizer
 from .stream import Stream
 from .updates import (
@@ -33,35 +39,41 @@ from .updates import (
 )
 
 OnInvalid = Literal["raise", "drop"]
+Towards = Literal["global", "consensus"]
 
 
 class FedRotAggregator:
     """A server's aggregation over rounds. It keeps the reference (its own last result) and the round.
 
     Either ``aggregate`` a round's updates at once, or ``add`` them as they arrive and ``finish``: then memory does not
-    grow with the number of clients, and the report has no aggregation error.
+    grow with the number of clients but for their names, weights and angles, and the report estimates the aggregation error.
+    Servers that share a round's clients each ``add`` theirs; one of them ``merge``s what the others have so far
+    (``partial``), in any tree.
 
     Args:
         reference: the adapter that the clients start from; None if they have none in common yet, in which case the first
-            round must be aggregated at once.
+            round must be aggregated at once. "consensus" rotates clients towards each other, see ``aggregate``.
+        previous: with the reference "consensus", the adapter that the clients of the first round start from, if any.
         method, align_on, round, strength, group, on_invalid, backend, report_error, configs, seed: as in ``aggregate``;
-            backend, report_error and configs are for rounds aggregated at once.
+            backend is for rounds aggregated at once. In a stream, seed also draws the sketch that estimates the error.
         server_optimizer: steps from the reference towards each round's mean; None takes the mean itself, as does a first
             round without a reference.
 
     Attributes:
         reference: the adapter that the clients of the next round start from.
         round: the number of the next round.
+        strengths: module → λ of the last round with ``strength="auto"``, which the next prefers; set it after a restart.
     """
 
     def __init__(
         self,
-        reference: UpdateLike | None = None,
+        reference: UpdateLike | Literal["consensus"] | None = None,
         *,
+        previous: UpdateLike | None = None,
         method: str = "fedrot",
         align_on: AlignOn = "alternate",
         round: int = 0,
-        strength: float = 0.5,
+        strength: Strength | None = None,
         group: RotationGroup = "SO",
         on_invalid: OnInvalid = "raise",
         backend: Backend = "auto",
@@ -70,7 +82,10 @@ class FedRotAggregator:
         seed: int = 0,
         server_optimizer: ServerOptimizer | None = None,
     ):
-        self.method = get_method(method, Alignment(align_on, strength, group), seed)
+        consensus = isinstance(reference, str) and reference == "consensus"
+        if previous is not None and not consensus:
+            raise ValueError('previous goes with reference="consensus"; otherwise that adapter is the reference')
+        self.method = get_method(method, Alignment(align_on, strength, group, consensus), seed)
         if server_optimizer is not None and not self.method.keeps_basis:
             raise ValueError(
                 f"{method}'s result is no mean in the basis of the last one, towards which a server optimizer could step; "
@@ -81,8 +96,9 @@ class FedRotAggregator:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
         if not hasattr(round, "__index__") or isinstance(round, bool) or round < 0:
             raise ValueError(f"round must be a whole number from 0, got {round!r}")
-        self.reference = reference
+        self.reference = previous if consensus else reference
         self.round = int(round)
+        self.strengths: dict[str, float] = {}
         self.on_invalid = on_invalid
         self.backend = backend
         self.report_error = report_error
@@ -103,13 +119,13 @@ class FedRotAggregator:
             raise RuntimeError("updates were added one by one; finish() that round first")
         clients = with_configs(open_updates(updates, names), self.configs)
         numbers = {client.name: number for number, client in enumerate(clients)}
-        layout = self._layout(clients)
+        given, layout = self._start(clients, self._layout(clients))
         values = check_weights(weights, clients)
         dropped = dict[str, str]()
-        if self.method.needs_all:  # whose algebra does not survive NaN
+        if self.method.needs_all or self._pads(clients, layout, given):  # whose algebra does not survive NaN
             clients, values = self._valid(clients, values, dropped)
-            layout = self._layout(clients) if dropped else layout
-        given = None if self.reference is None else self._open_reference(clients[0], layout)
+            if dropped:
+                given, layout = self._start(clients, self._layout(clients))
         averages = self._average(layout, clients, numbers, values, given)
         if not averages.sound:  # only then look for what is wrong
             kept, kept_values = self._valid(clients, values, dropped)
@@ -127,7 +143,9 @@ class FedRotAggregator:
         return self._close(clients, layout, given, averages, report, check=not averages.sound)
 
     def _layout(self, clients: list[Update]) -> Layout:
-        if not self.method.unequal_ranks:
+        if self.method.pads:
+            layout = common_layout(clients)
+        elif not self.method.unequal_ranks:
             layout = check_updates(clients)
         else:
             for client in clients[1:]:
@@ -136,8 +154,24 @@ class FedRotAggregator:
         self.method.check(layout)
         return layout
 
-    def _scalings(self, clients: Sequence[Update], layout: Layout) -> Scalings | None:
-        return scalings(clients, layout) if self.method.unequal_ranks else None
+    def _scalings(self, clients: Sequence[Update], layout: Layout, reference: Update | None) -> Scalings | None:
+        if self.method.pads:
+            return scalings_if_unlike(clients, layout, reference)
+        s = scalings(clients, layout) if self.method.unequal_ranks else None
+        if s is not None:
+            check_biases(layout, s)
+        return s
+
+    def _pads(self, clients: Sequence[Update], layout: Layout, reference: Update | None) -> bool:
+        return self.method.pads and self._scalings(clients, layout, reference) is not None
+
+    def _start(self, clients: Sequence[Update], layout: Layout) -> tuple[Update | None, Layout]:
+        """What the clients started from, if that is known, and their layout in its ranks."""
+        if self.reference is None:
+            return None, layout
+        if self.method.pads:
+            return open_wide_reference(self.reference, self._config, clients, layout)
+        return self._open_reference(clients[0], layout), layout
 
     def _open_reference(self, first: Update, layout: Layout) -> Update:
         assert self.reference is not None
@@ -161,9 +195,12 @@ class FedRotAggregator:
         weights: list[float],
         reference: Update | None,
     ) -> Averages:
-        """The averages, towards the reference given, or else the client of the largest weight."""
+        """The averages, towards the reference given, or else the client of the largest weight, among the widest."""
+        s = self._scalings(clients, layout, reference)
+        if pads := self.method.pads and s is not None:
+            clients = [padded(c, layout, of_c, s.of_result) for c, of_c in zip(clients, s.of_clients, strict=True)]
         if reference is None:
-            reference = clients[max(range(len(clients)), key=weights.__getitem__)]
+            reference = widest(clients, weights, layout)
         round = Round(
             self.round,
             layout,
@@ -171,47 +208,99 @@ class FedRotAggregator:
             [numbers[client.name] for client in clients],
             weights,
             reference,
-            self._scalings(clients, layout),
+            s,
+            self.strengths,
             self.backend,
             self.report_error,
         )
-        return self.method.aggregate(round)
+        averages = self.method.aggregate(round)
+        pads = pads or any(client.ranks is not None for client in clients)
+        return rounded(averages, layout, clients) if pads else averages
 
     def _frozen(self, layout: Layout) -> frozenset[str]:
         """The keys of factors that no client trained in this round."""
         trained = self.method.trains(self.round)
         return frozenset(key for keys in layout.factor_keys for key, f in zip(keys, "AB", strict=True) if f not in trained)
 
-    def add(self, update: UpdateLike, weight: float = 1.0) -> None:
+    def add(self, update: UpdateLike, weight: float = 1.0, name: str | None = None) -> None:
         """Add one client's update to the round; nothing of it is kept but its share of the sums.
+
+        Args:
+            update: as in ``aggregate``.
+            weight: non-negative, such as its example count.
+            name: what errors and the report call the client, unlike any other of the round; None for client 0, client 1, …
 
         Raises:
             UpdateError: as in ``aggregate``; the round goes on as if the update had not been added.
         """
-        if self.method.needs_all:
-            raise ValueError(f"{self.method.name} needs all updates of a round at once: aggregate(updates)")
+        self._check_streams()
+        if name is not None and not (isinstance(name, str) and name):
+            raise ValueError(f"name must be a text, got {name!r}")
         round = self._under_way
-        client = open_update(update, f"client {round.seen if round else 0}")
+        client = open_update(update, name or f"client {round.seen if round else 0}", round.first if round else None)
+        if round is not None and (client.name in round.weights or client.name in round.dropped):
+            raise UpdateError(f"{client.name} is in this round already; give every client a name of its own")
         if self.configs is not None:
             client = with_configs([client], self.configs)[0]
         weight = check_weight(weight, client)
         if round is None:
-            layout = Layout(client.specs, client.name)
-            self.method.check(layout)
-            if self.reference is None and self.method.needs_reference(self.round):
-                raise UpdateError(
-                    "updates that are added one by one need a reference; pass the adapter that the clients started from, "
-                    "or aggregate(updates) the first round at once"
-                )
-            target = None if self.reference is None else self._open_reference(client, layout)
-            round = Stream(client, layout, target)
-        check_update(client, round.first, round.layout)
+            round = self._begin(client)
+        if self.method.pads:
+            check_padded(client, round.first, round.layout, (round.reference or round.first).name)
+        else:
+            check_update(client, round.first, round.layout)
         if self._is_valid(client, round.dropped):
-            if not round.clients:  # what others must not have trained either
-                start = round.reference or client
-                round.frozen = {k: as_sent(start[k], round.layout.specs[k]) for k in self._frozen(round.layout)}
+            if not round.weights:
+                round.frozen = self._untrained(round, client)
             check_frozen(client, round.frozen, round.frozen, self.method.name)
-            round.add(client, weight, *self.method.prepare(self.round, client, round.seen, round.layout, round.reference))
+            if self.method.pads and (s := self._scalings([round.first, client], round.layout, round.reference)):
+                client = padded(client, round.layout, s.of_clients[1], s.of_result)
+            prepared = self.method.prepare(self.round, client, round.seen, round.layout, round.reference)
+            round.add(client.name, weight, *prepared)
+        self._under_way = round
+
+    def partial(self, name: str | None = None) -> Partial:
+        """Take the updates added so far out of the round, for another server's ``merge`` and through it for its next.
+
+        This aggregator's reference and round stay: set both when the round's result is there, and its server optimizer
+        plays no part.
+
+        Args:
+            name: put before the names of its clients, "north/client 0", so that those of several servers differ.
+
+        Raises:
+            UpdateError: none was added.
+        """
+        self._check_merges()
+        if name is not None and not (isinstance(name, str) and name):
+            raise ValueError(f"name must be a text, got {name!r}")
+        round, self._under_way = self._under_way, None
+        if round is None:
+            raise UpdateError("no updates: add at least one before partial()")
+        return Partial.of(round, self._alike(round), name)
+
+    def merge(self, partial: Partial | str | os.PathLike) -> None:
+        """Add the clients that another server has added: to rounding the same as adding them here, whatever the tree.
+
+        The same merges in the same order give the same bits. If either side does not measure errors, none is reported.
+
+        Args:
+            partial: what its ``partial()`` returned, or the file that was saved of it. It stays as it is.
+
+        Raises:
+            UpdateError: another round, method, reference or options; other keys, shapes or dtypes; a client that is here
+                already; a damaged file. The round goes on as if nothing had been merged.
+        """
+        self._check_merges()
+        if not isinstance(partial, Partial):
+            partial = Partial.load(partial)
+        theirs = partial.first
+        round = self._under_way or self._begin(theirs)
+        check_mergeable(partial, self._alike(round), round)
+        if partial.stream.weights:
+            expected = round.frozen if round.weights else self._untrained(round, theirs)
+            check_frozen(theirs, expected, expected, self.method.name)
+        round.merge(partial.stream)
         self._under_way = round
 
     def finish(self) -> AggregationResult:
@@ -223,12 +312,47 @@ class FedRotAggregator:
         round, self._under_way = self._under_way, None
         if round is None:
             raise UpdateError("no updates: add at least one before finish()")
-        if not any(round.weights):
+        if not any(round.weights.values()):
             raise _nothing_left(round.dropped)
-        clients, shares = tuple(round.clients), shares_of(round.weights)
-        report = Report(self.method.name, self.round, clients, shares, round.dropped, round.adapter_reports())
+        shares = shares_of(tuple(round.weights.values()))
+        report = Report(self.method.name, self.round, tuple(round.weights), shares, round.dropped, *round.adapter_reports())
         averages = Averages(round.mean.state_dict() | round.frozen, [], [], None, None, False)
         return self._close([round.first], round.layout, round.reference, averages, report, check=True)
+
+    def _check_streams(self) -> None:
+        if self.method.needs_all:
+            raise ValueError(f"{self.method.name} needs all updates of a round at once: aggregate(updates)")
+
+    def _check_merges(self) -> None:
+        self._check_streams()
+        if not self.method.keeps_basis:
+            raise ValueError(
+                f"{self.method.name} draws for every client by its number in the round, which two servers would give twice: "
+                "add all clients to one aggregator"
+            )
+
+    def _begin(self, first: Update) -> Stream:
+        """A round of updates that are added one by one, of which this is the first."""
+        layout = Layout(first.specs, first.name)
+        self.method.check(layout)
+        if self.reference is None and self.method.needs_reference(self.round):
+            raise UpdateError(
+                "updates that are added one by one need a reference; pass the adapter that the clients started from, "
+                "or aggregate(updates) the first round at once"
+            )
+        target, layout = self._start([first], layout)
+        return Stream(first, layout, target, self.method.seed if self.report_error else None)
+
+    def _untrained(self, round: Stream, first: Update) -> dict[str, Tensor]:
+        """The factors that no client of the round trains: what all must have started from."""
+        start = round.reference or first
+        return {key: as_sent(start[key], round.layout.specs[key]) for key in self._frozen(round.layout)}
+
+    def _alike(self, round: Stream) -> dict[str, Any]:
+        """What servers that merge their clients must have alike."""
+        reference = round.reference_digest if self.method.needs_reference(self.round) else None
+        options = {"method": self.method.name, "round": self.round, **asdict(self.method.alignment)}
+        return options | {"seed": self.method.seed, "reference": reference}
 
     def _is_valid(self, client: Update, dropped: dict[str, str]) -> bool:
         found = not_finite(client)
@@ -264,11 +388,12 @@ class FedRotAggregator:
         state_dict = {given: mean[key] for key, given in first.keys_given.items() if key in mean}
         if check or self.server_optimizer is not None:
             check_range(state_dict | (averages.base or {}), "the average,")
-        s = self._scalings(clients, layout)
+        s = self._scalings(clients, layout, reference)
         chosen = s.config if s else first.config
         self._config = (reference.config if reference is not None else None) or self._config or chosen
         self.reference, self.round = state_dict, self.round + 1
-        config = chosen if self.method.unequal_ranks else self._config
+        self.strengths = {a.module: a.strength for a in report.adapters if a.strength is not None}
+        config = chosen if self.method.unequal_ranks and not self.method.pads else self._config
         return AggregationResult(
             state_dict,
             report,
@@ -277,6 +402,13 @@ class FedRotAggregator:
             None if averages.base is None else base_config(averages.base, config or {}),
             tuple(first.keys_given[key] for key in layout.specs if key in personal),
         )
+
+
+def towards(reference: Towards, adapter: UpdateLike | None) -> dict[str, Any]:
+    """The options of ``FedRotAggregator`` for clients that start from an adapter: towards it, or each other."""
+    if reference not in get_args(Towards):
+        raise ValueError(f"reference must be one of {', '.join(get_args(Towards))}, got {reference!r}")
+    return {"reference": "consensus", "previous": adapter} if reference == "consensus" else {"reference": adapter}
 
 
 def _nothing_left(dropped: dict[str, str]) -> UpdateError:

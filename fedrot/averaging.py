@@ -1,6 +1,7 @@
 """The weighted, rotated mean of updates, client by client: memory does not grow with their number."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from fedrot_kernels import full_precision, rotate_add_
 from .adapters import Layout
 from .updates import StateDict
 
+if TYPE_CHECKING:
+    from .sketch import Sketch
+
 _LARGEST_WEIGHT = 2.0**40  # in units; the first client's weight is one
 
 
@@ -17,61 +21,90 @@ class RunningMean:
     """Σ wᵢ RᵢᵀAᵢ / Σ wᵢ and Σ wᵢ BᵢRᵢ / Σ wᵢ of every adapter, Σ wᵢ xᵢ / Σ wᵢ of every plain tensor.
 
     Sums are kept in float32 (float64 for float64) and rounded once, in ``state_dict``.
+
+    Attributes:
+        unit: what weights are measured in, so that any magnitude fits the sums' dtype; 0 before the first.
+        total_weight: Σ wᵢ, in units.
+        batches: of every batch of the layout Σ wᵢ RᵢᵀAᵢ (G, r, d_in) and Σ wᵢ BᵢRᵢ (G, d_out, r).
+        sums: canonical key → sum, those of factors as matrices in the memory of ``batches``.
     """
 
     def __init__(self, layout: Layout, device: torch.device):
         self.layout = layout
-        self.total_weight = 0.0
-        self._unit = 0.0  # what weights are measured in, so that any magnitude fits the sums' dtype
-        self._batches: list[tuple[Tensor, Tensor]] = []
-        self._sums: dict[str, Tensor] = {}
+        self.unit = self.total_weight = 0.0
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.sums: dict[str, Tensor] = {}
         for batch in layout.batches:
             first, G = batch.adapters[0], len(batch.adapters)
-            dtype = _sum_dtype(first.dtype)
+            dtype = sum_dtype(first.dtype)
             A = torch.zeros(G, first.rank, first.d_in, dtype=dtype, device=device)
             B = torch.zeros(G, first.d_out, first.rank, dtype=dtype, device=device)
-            self._batches.append((A, B))
+            self.batches.append((A, B))
             for i, a in enumerate(batch.adapters):
-                self._sums[a.key_A], self._sums[a.key_B] = A[i], B[i]
+                self.sums[a.key_A], self.sums[a.key_B] = A[i], B[i]
         for key in layout.plain:
             spec = layout.specs[key]
-            self._sums[key] = torch.zeros(spec.shape, dtype=_sum_dtype(spec.dtype), device=device)
+            self.sums[key] = torch.zeros(spec.shape, dtype=sum_dtype(spec.dtype), device=device)
 
     @full_precision
-    def add(self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None) -> None:
+    def add(
+        self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None, sketch: "Sketch | None" = None
+    ) -> None:
         """Add one client, already checked.
 
         Args:
             update: canonical key → tensor.
             weight: non-negative; only its ratio to the other weights matters.
             rotations: for every batch of the layout R (G, r, r), or None for no rotation.
+            sketch: of the same clients, to which this one is added too.
         """
         if weight == 0:
             return
         self._keep_in_range(weight)
-        weight = weight / self._unit
+        weight = weight / self.unit
         self.total_weight += weight
-        unrotated = tuple(self._sums) if rotations is None else self.layout.plain
-        if rotations is not None:
-            for batch, (A, B), R in zip(self.layout.batches, self._batches, rotations, strict=True):
-                rotate_add_(A, batch.A(update), R, weight)
-                rotate_add_(B.mT, batch.B(update).mT, R, weight)
-        for key in unrotated:
-            total, x = self._sums[key], update[key]
+        for g, (batch, (sum_A, sum_B)) in enumerate(zip(self.layout.batches, self.batches, strict=True)):
+            A, B, R = batch.A(update), batch.B(update), rotations[g] if rotations is not None else None
+            if R is None:
+                sum_A.add_(A, alpha=weight)
+                sum_B.add_(B, alpha=weight)
+            else:
+                rotate_add_(sum_A, A, R, weight)
+                rotate_add_(sum_B.mT, B.mT, R, weight)
+            if sketch is not None:
+                sketch.add(g, A, B, R, weight / self.total_weight)
+        for key in self.layout.plain:
+            total, x = self.sums[key], update[key]
             total.add_(x if x.shape == total.shape else x.reshape(total.shape), alpha=weight)
 
+    @torch.no_grad()
+    def merge(self, other: "RunningMean") -> float:
+        """Add the clients of another mean of the same keys and shapes.
+
+        Returns:
+            Their share of the weights of all.
+        """
+        if not other.total_weight:
+            return 0.0
+        self._keep_in_range(other.unit)
+        scale = other.unit / self.unit
+        for key, total in self.sums.items():
+            total.add_(other.sums[key].to(total.device), alpha=scale)
+        self.total_weight += other.total_weight * scale
+        return other.total_weight * scale / self.total_weight
+
     def _keep_in_range(self, weight: float) -> None:
-        if weight > self._unit * _LARGEST_WEIGHT:
-            for total in self._sums.values():
-                total.mul_(self._unit / weight)
-            self.total_weight *= self._unit / weight
-            self._unit = weight
+        if weight > self.unit * _LARGEST_WEIGHT:
+            for total in self.sums.values():
+                total.mul_(self.unit / weight)
+            self.total_weight *= self.unit / weight
+            self.unit = weight
 
     def state_dict(self) -> dict[str, Tensor]:
         """The mean under canonical keys, in the updates' shapes and dtypes, every tensor with storage of its own."""
         mean = {}
         for key, spec in self.layout.specs.items():
-            x = (self._sums[key] / self.total_weight).to(spec.dtype)
+            x = (self.sums[key] / self.total_weight).to(spec.dtype)
             mean[key] = x.reshape(spec.shape)
         return mean
 
@@ -84,5 +117,6 @@ def shares_of(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(w / total for w in relative)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That sums of tensors are kept in: float64 for float64, or else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -10,6 +10,7 @@ from .aggregation import aggregate
 from .aggregator import OnInvalid
 from .alignment import AlignOn, RotationGroup
 from .folders import check_new, new_folder, read_adapter, write_adapter
+from .merging import MergeMethod, merge
 from .methods import METHODS, methods_table
 from .result import AggregationResult
 
@@ -40,13 +41,23 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in _SIMULATOR.items():
         commands.add_parser(name, help=text)
 
-    merge = commands.add_parser("aggregate", help="merge the adapters of one round into one")
-    _add_adapters(merge)
-    merge.add_argument("--method", default="fedrot", choices=METHODS, help="the aggregation method (default: %(default)s)")
-    merge.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
-    merge.add_argument("--seed", type=int, default=0, help="of methods that draw at random (default: %(default)s)")
-    merge.add_argument("--on-invalid", default="raise", choices=get_args(OnInvalid), help="what to do with NaN or Inf")
-    merge.set_defaults(run=_aggregate)
+    average = commands.add_parser("aggregate", help="merge the adapters of one round into one")
+    _add_adapters(average)
+    average.add_argument("--method", default="fedrot", choices=METHODS, help="the aggregation method (default: %(default)s)")
+    average.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
+    average.add_argument("--seed", type=int, default=0, help="of methods that draw at random (default: %(default)s)")
+    average.add_argument("--on-invalid", default="raise", choices=get_args(OnInvalid), help="what to do with NaN or Inf")
+    average.set_defaults(run=_aggregate)
+
+    merging = commands.add_parser("merge", help="merge adapters that were trained independently into one")
+    merging.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders of one base, of any ranks and modules")
+    merging.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
+    merging.add_argument("--rank", type=int, metavar="R", help="of the merged adapter (default: the adapters' largest)")
+    merging.add_argument("--alpha", type=float, metavar="α", help="its lora_alpha (default: the widest adapter's scaling)")
+    merging.add_argument("--method", default="fedrot", choices=get_args(MergeMethod), help="default: %(default)s")
+    merging.add_argument("--group", default="SO", choices=get_args(RotationGroup), help="default: %(default)s")
+    merging.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
+    merging.set_defaults(run=_merge)
 
     inspect = commands.add_parser("inspect", help="what averaging adapters would lose, as they are and rotated")
     _add_adapters(inspect)
@@ -112,6 +123,19 @@ def _aggregate(args: argparse.Namespace) -> None:
     else:
         write_adapter(args.output, result.state_dict, result.config, report)
         print(f"written to {args.output}")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    check_new(args.output)
+    result = merge(args.folders, args.weights, rank=args.rank, alpha=args.alpha, method=args.method, group=args.group)
+    assert result.config is not None
+    bases = [str(read_adapter(folder)[1].get("base_model_name_or_path")) for folder in args.folders]
+    if len(set(bases)) > 1:  # which need not mean anything: paths differ between machines
+        print(f"note: the adapters name the base models {', '.join(sorted(set(bases)))}", file=sys.stderr)
+    options = {name: value for name, value in vars(args).items() if name != "run"}
+    print(result.report)
+    write_adapter(args.output, result.state_dict, result.config, {"options": options, **result.report.as_dict()})
+    print(f"written to {args.output}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

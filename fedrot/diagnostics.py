@@ -1,7 +1,5 @@
 """What averaging factors loses and how far clients were rotated."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -68,14 +66,15 @@ def rotation_angle(R: Tensor) -> Tensor:
     It is the angle by which turning every direction would move the frame as far as R does (in the root mean square).
 
     Args:
-        R: (..., r, r), orthogonal.
+        R: (..., r, r), orthogonal; of a client of smaller rank rᵢ a partial isometry, its other rows zero: then I and r
+            stand for their first rᵢ rows.
 
     Returns:
         (...), float32 or float64.
     """
-    r = R.shape[-1]
-    chord = torch.linalg.matrix_norm(R - torch.eye(r, dtype=R.dtype, device=R.device))
-    return torch.rad2deg(2 * torch.asin((chord / (2 * math.sqrt(r))).clamp(max=1)))
+    own = R.any(-1, keepdim=True).to(R.dtype)
+    chord = torch.linalg.matrix_norm(R - own * torch.eye(R.shape[-1], dtype=R.dtype, device=R.device))
+    return torch.rad2deg(2 * torch.asin((chord / (2 * own.sum((-1, -2)).clamp(min=1).sqrt())).clamp(max=1)))
 
 
 @full_precision

@@ -1,6 +1,5 @@
 """Clients of unequal ranks and scalings: the layout that holds them all, and s of ΔW = s·B·A as PEFT defines it."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from .adapters import Layout
 from .errors import UpdateError
-from .folders import check_lora
+from .folders import check_lora, plain_config
 from .keys import parse_factor
 from .updates import Update
 
@@ -41,7 +40,7 @@ def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
         configs: a ``peft.LoraConfig`` or the content of an adapter_config.json, for all clients or one each; or None.
 
     Raises:
-        UpdateError: not one per client, not of LoRA, or for a folder, which has its own.
+        UpdateError: not one per client, not of LoRA, or for an update that came with its own.
     """
     if configs is None:
         return list(clients)
@@ -49,18 +48,12 @@ def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
     given = [configs] * len(clients) if one else list(configs)
     if len(given) != len(clients):
         raise UpdateError(f"{len(given)} configs for {len(clients)} updates; pass one for all, or one per update")
-    if folder := next((client.name for client in clients if client.config is not None), None):
-        raise UpdateError(f"{folder} is a folder and has its configuration; configs are for state dicts")
+    if whose := next((client.name for client in clients if client.config is not None), None):
+        raise UpdateError(f"{whose} came with its configuration; configs are for bare state dicts")
     opened = {id(config): plain_config(config) for config in given}
     for client, config in zip(clients, given, strict=True):
         check_lora(opened[id(config)], f"{client.name}: its entry of configs")
     return [replace(client, config=opened[id(config)]) for client, config in zip(clients, given, strict=True)]
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """As adapter_config.json has it: lists for sets, strings for enumerations."""
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    return json.loads(json.dumps(dict(values), default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)))
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int, client: str) -> float:
@@ -75,26 +68,42 @@ def scaling(config: Mapping[str, Any], module: str, rank: int, client: str) -> f
     Raises:
         UpdateError: an α that is not a positive number, or a pattern that is none.
     """
-    name = module.removeprefix(PREFIX)
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise UpdateError(f"{client}: alpha_pattern is {patterns!r}; expected a mapping of modules to α")
-    # PEFT: a pattern is a regular expression for the end of the module's name, and the first that fits counts.
-    found = (alpha for end, alpha in patterns.items() if _ends_with(name, end, client))
-    alpha = next(found, config.get("lora_alpha", 8))
+    alpha = _of_module(config, "alpha_pattern", "lora_alpha", module, client)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise UpdateError(f"{client}, {module}: lora_alpha is {alpha!r}; expected a positive number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _ends_with(name: str, pattern: str, client: str) -> bool:
+def rank_of(config: Mapping[str, Any], module: str, client: str) -> int:
+    """r of one module under a configuration, as ``scaling`` reads it.
+
+    Raises:
+        UpdateError: an r that is not a positive whole number, or a pattern that is none.
+    """
+    r = _of_module(config, "rank_pattern", "r", module, client)
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise UpdateError(f"{client}, {module}: r is {r!r}; expected a positive whole number")
+    return r
+
+
+def _of_module(config: Mapping[str, Any], field: str, otherwise: str, module: str, client: str) -> Any:
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, Mapping):
+        raise UpdateError(f"{client}: {field} is {patterns!r}; expected a mapping of modules to numbers")
+    name = module.removeprefix(PREFIX)
+    # PEFT: a pattern is a regular expression for the end of the module's name, and the first that fits counts.
+    found = (value for end, value in patterns.items() if _ends_with(name, end, field, client))
+    return next(found, config.get(otherwise, 8))
+
+
+def _ends_with(name: str, pattern: str, field: str, client: str) -> bool:
     risky = _QUANTIFIED_GROUP.search(pattern) or len(_UNBOUNDED.findall(pattern)) > _MOST or len(pattern) > 1000
     try:
         if risky:
             raise re.error("could take forever to match")
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error as error:
-        raise UpdateError(f"{client}: alpha_pattern has {pattern[:80]!r} ({error}); name modules plainly") from error
+        raise UpdateError(f"{client}: {field} has {pattern[:80]!r} ({error}); name modules plainly") from error
 
 
 def widest_layout(clients: Sequence[Update]) -> Layout:
@@ -123,33 +132,62 @@ def widest_layout(clients: Sequence[Update]) -> Layout:
     return layout
 
 
-def scalings(clients: Sequence[Update], layout: Layout) -> Scalings | None:
+def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] | None = None) -> Scalings | None:
     """The scalings of clients and of their result; None if no client has a configuration.
 
-    The result has the configuration of the first client whose ranks are the layout's, or one that spells ranks out.
+    Args:
+        clients: of the layout, but for ranks.
+        layout: of the result.
+        config: the result's configuration, if that is settled. Else it has that of the first client whose ranks are the
+            layout's, or one that spells ranks out.
 
     Raises:
         UpdateError: ranks differ and a client has no configuration, without which its B·A has no scale.
     """
-    unequal = any(client.specs[key].shape != layout.specs[key].shape for client in clients for key in layout.specs)
-    if lacking := next((client.name for client in clients if client.config is None), None):
-        if unequal or any(client.config is not None for client in clients):
+    if lacking := next((client for client in clients if client.config is None), None):
+        unequal = ((c, key) for c in clients for key in layout.specs if c.specs[key].shape != layout.specs[key].shape)
+        if other := next(unequal, None):
+            client, key = other
             raise UpdateError(
-                f"{lacking} has no LoRA configuration, and ranks or scalings may differ; pass folders, or configs=[…]"
+                f"{client.name}, {key}: shape {client.specs[key].shape}, but the result has {layout.specs[key].shape}, and "
+                f"{lacking.name} has no LoRA configuration, without which a smaller rank has no scaling; pass folders, "
+                "configs=[…], or (state dict, configuration)"
+            )
+        if any(client.config is not None for client in clients):
+            raise UpdateError(
+                f"{lacking.name} has no LoRA configuration, and ranks or scalings may differ; pass folders, or configs=[…]"
             )
         return None
     of_clients = []
     for client in clients:
         ranks = {a.module: client.specs[a.key_A].shape[0] for a in layout.adapters}
+        check_ranks(client, layout)
         of_clients.append({m: scaling(client.config or {}, m, r, client.name) for m, r in ranks.items()})
-    widest = next((c for c in clients if all(c.specs[k].shape == spec.shape for k, spec in layout.specs.items())), None)
-    config = dict((widest or clients[0]).config or {}) | ({} if widest else _spelt_out(clients, layout, of_clients))
+    if config is None:
+        widest = next((c for c in clients if all(c.specs[k].shape == spec.shape for k, spec in layout.specs.items())), None)
+        config = dict((widest or clients[0]).config or {}) | ({} if widest else _spelt_out(clients, layout, of_clients))
     of_result = {a.module: scaling(config, a.module, a.rank, "the result") for a in layout.adapters}
-    if any(s != of_result for s in of_clients) and (
+    return Scalings(config, of_result, of_clients)
+
+
+def check_ranks(client: Update, layout: Layout) -> None:
+    """Raise UpdateError unless a client's tensors have the ranks that its configuration says."""
+    config = client.config or {}
+    for a in layout.adapters if "r" in config else ():
+        shape, told = client.specs[a.key_A].shape, rank_of(config, a.module, client.name)
+        if shape[0] != told:
+            raise UpdateError(
+                f"{client.name}, {a.key_A}: shape {shape}, but its LoRA configuration says rank {told}; pass the "
+                "configuration that it was trained with"
+            )
+
+
+def check_biases(layout: Layout, scalings: Scalings) -> None:
+    """Raise UpdateError if clients of unequal scalings have biases of lora_B, which scale as B does."""
+    if any(s != scalings.of_result for s in scalings.of_clients) and (
         bias := next((k for k in layout.plain if k.endswith(".lora_B.bias")), None)
     ):
         raise UpdateError(f"{bias}: clients of unequal scaling cannot average this tensor; use one LoRA configuration")
-    return Scalings(config, of_result, of_clients)
 
 
 def _spelt_out(clients: Sequence[Update], layout: Layout, of_clients: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -157,7 +195,14 @@ def _spelt_out(clients: Sequence[Update], layout: Layout, of_clients: Sequence[d
     rslora = bool((clients[0].config or {}).get("use_rslora"))
     ranks, alphas = {}, {}
     for a in layout.adapters:
-        s = next(s[a.module] for c, s in zip(clients, of_clients, strict=True) if c.specs[a.key_A].shape[0] == a.rank)
+        s = next(
+            (s[a.module] for c, s in zip(clients, of_clients, strict=True) if c.specs[a.key_A].shape[0] == a.rank), None
+        )
+        if s is None:
+            raise UpdateError(
+                f"the reference has no LoRA configuration, and no client its rank {a.rank} in {a.key_A}: its scaling is "
+                "unknown; pass it as a folder, or as (state dict, configuration)"
+            )
         name = whole_name(a.module)
         ranks[name], alphas[name] = a.rank, s * (math.sqrt(a.rank) if rslora else a.rank)
     return {"r": max(ranks.values()), "rank_pattern": ranks, "alpha_pattern": alphas}

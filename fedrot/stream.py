@@ -1,11 +1,18 @@
 """What is kept of a round's updates while they are added one by one."""
 
+import math
+from array import array
+from functools import cached_property
+from hashlib import sha256
+
+import torch
 from torch import Tensor
 
 from .adapters import Layout
 from .averaging import RunningMean
-from .diagnostics import rotation_angle
+from .diagnostics import product_norm, rotation_angle
 from .report import AdapterReport
+from .sketch import Sketch, mean_and_deviation
 from .updates import StateDict, Update
 
 
@@ -16,35 +23,92 @@ class Stream:
         first: the first client, whose keys and shapes the others must have.
         layout: of its update.
         reference: what clients are aligned to, or None.
+        seed: of the sketch that estimates the aggregation error, or None for no sketch.
+
+    Attributes:
+        weights: client → weight, in the order they came.
+        dropped: client → why it was left out.
+        frozen: key → the factor that no client trained.
+        angles: in degrees, of every client those of all adapters, in the order of the layout's batches.
     """
 
-    def __init__(
-        self,
-        first: Update,
-        layout: Layout,
-        reference: Update | None,
-    ):
+    def __init__(self, first: Update, layout: Layout, reference: Update | None, seed: int | None):
         self.first, self.layout, self.reference = first.without_tensors(), layout, reference
         self.frozen: dict[str, Tensor] = {}
         self.dropped: dict[str, str] = {}
-        self.clients: list[str] = []
-        self.weights: list[float] = []
-        self.angles: dict[str, list[float]] = {a.key_A: [] for a in layout.adapters}
+        self.weights: dict[str, float] = {}
+        self.angles = array("d")
         self.mean = RunningMean(layout, first.device)
+        self.sketch = None if seed is None else Sketch(layout, first.device, seed)
 
     @property
     def seen(self) -> int:
-        return len(self.clients) + len(self.dropped)
+        return len(self.weights) + len(self.dropped)
 
-    def add(self, client: Update, weight: float, tensors: StateDict, rotations: list[Tensor] | None) -> None:
-        self.mean.add(tensors, weight, rotations)
-        self.clients.append(client.name)
-        self.weights.append(weight)
-        for g, batch in enumerate(self.layout.batches):
-            angles = rotation_angle(rotations[g]).tolist() if rotations else [0.0] * len(batch.adapters)
-            for a, angle in zip(batch.adapters, angles, strict=True):
-                self.angles[a.key_A].append(angle)
+    @cached_property
+    def reference_digest(self) -> str:
+        """By which servers tell that they aligned to the same bits."""
+        digest = sha256()
+        for key in sorted(key for keys in self.layout.factor_keys for key in keys):
+            assert self.reference is not None
+            x = self.reference[key].detach().cpu().contiguous()
+            digest.update(f"{key} {x.dtype} {tuple(x.shape)} ".encode())
+            digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
-    def adapter_reports(self) -> tuple[AdapterReport, ...]:
-        """Of every adapter, without the error: the factors it is computed from have not been kept."""
-        return tuple(AdapterReport(a.module, a.rank, None, None, tuple(self.angles[a.key_A])) for a in self.layout.adapters)
+    def add(self, name: str, weight: float, tensors: StateDict, rotations: list[Tensor] | None) -> None:
+        """Add a client that has been checked, as ``Method.prepare`` made it."""
+        self.mean.add(tensors, weight, rotations, self.sketch)
+        self.weights[name] = weight
+        if rotations is None:
+            self.angles.extend([0.0] * len(self.layout.adapters))
+        for R in rotations or ():
+            self.angles.extend(rotation_angle(R).tolist())
+
+    def merge(self, other: "Stream") -> None:
+        """Add another stream's clients, which have been checked. The other stays as it is."""
+        share = self.mean.merge(other.mean)
+        if self.sketch is not None and other.sketch is not None:
+            self.sketch.merge(other.sketch.parts(), share)
+        else:
+            self.sketch = None
+        self.weights |= other.weights
+        self.dropped |= other.dropped
+        self.frozen = self.frozen or {key: x.to(self.first.device, copy=True) for key, x in other.frozen.items()}
+        table = other.angle_table([a.key_A for batch in self.layout.batches for a in batch.adapters])
+        self.angles.frombytes(table.numpy().tobytes())
+
+    def angle_table(self, keys: list[str]) -> Tensor:
+        """(N, L) in float64: a row per client, a column per adapter, in the order of these keys of A."""
+        if not self.angles:
+            return torch.empty(len(self.weights), len(keys), dtype=torch.float64)
+        columns = {a.key_A: i for i, a in enumerate(a for batch in self.layout.batches for a in batch.adapters)}
+        table = torch.frombuffer(self.angles, dtype=torch.float64).view(len(self.weights), -1)
+        return table[:, [columns[key] for key in keys]]
+
+    def adapter_reports(self) -> tuple[tuple[AdapterReport, ...], float | None]:
+        """Of every adapter, errors estimated; and the standard deviation of the whole model's estimated error, if any."""
+        angles = self.angle_table([key_A for key_A, _ in self.layout.factor_keys]).T.tolist()
+        pairs = list(zip(self.layout.adapters, map(tuple, angles), strict=True))
+        if self.sketch is None:
+            return tuple(AdapterReport(a.module, a.rank, None, None, of_clients) for a, of_clients in pairs), None
+        of_means: dict[str, float] = {}
+        for batch, sums in zip(self.layout.batches, self.mean.batches, strict=True):
+            A, B = (x.double() / self.mean.total_weight for x in sums)
+            of_means |= zip((a.key_A for a in batch.adapters), product_norm(B, A).tolist(), strict=True)
+        reports = []
+        squares = self.sketch.squares()
+        for a, of_clients in pairs:
+            lost, added = (mean_and_deviation(x) for x in squares[a.key_A])
+            error, of_error = _root(*lost)
+            norm, of_norm = _root(of_means[a.key_A] ** 2 + added[0], added[1])
+            reports.append(AdapterReport(a.module, a.rank, error, norm, of_clients, deviations=(of_error, of_norm)))
+        whole = torch.stack([lost for lost, _ in squares.values()]).sum(0)
+        return tuple(reports), _root(*mean_and_deviation(whole))[1]
+
+
+def _root(square: float, deviation: float) -> tuple[float, float]:
+    """The root of an estimate and the root's standard deviation."""
+    if not square > 0:
+        return 0.0, math.sqrt(deviation)
+    return math.sqrt(square), deviation / (2 * math.sqrt(square))

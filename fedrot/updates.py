@@ -14,11 +14,11 @@ from torch.nn import Parameter
 
 from .adapters import Layout
 from .errors import UpdateError
-from .folders import AdapterFolder, check_scaling
+from .folders import AdapterFolder, check_lora, check_scaling, plain_config
 from .keys import TensorSpec, describe
 
 StateDict = Mapping[str, Tensor]
-UpdateLike = StateDict | str | os.PathLike
+UpdateLike = StateDict | str | os.PathLike | tuple[StateDict, Any]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Update(Mapping[str, Tensor]):
         tensors: the caller's state dict, or the folder.
         device: where all tensors are.
         config: the folder's adapter_config.json, or what the caller gave in its place, or None.
+        ranks: key of A → rank, where the client's tensors were padded with zeros to others' ranks; else None.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Update(Mapping[str, Tensor]):
     tensors: StateDict
     device: torch.device
     config: dict[str, Any] | None = None
+    ranks: dict[str, int] | None = None
 
     @cached_property
     def looks(self) -> tuple[list, ...]:
@@ -48,7 +50,10 @@ class Update(Mapping[str, Tensor]):
 
     def without_tensors(self) -> "Update":
         """What later updates are checked against, without keeping this one's memory."""
-        return replace(self, tensors={})
+        kept = replace(self, tensors={})
+        if type(self.tensors) is dict:
+            kept.__dict__["looks"] = self.looks
+        return kept
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[self.keys_given[key]]
@@ -64,7 +69,7 @@ def open_update(update: UpdateLike, name: str, first: Update | None = None) -> U
     """A state dict or PEFT folder as an Update. Reads no tensor of a folder yet.
 
     Args:
-        update: the state dict or folder.
+        update: the state dict or folder, or a pair of a state dict and its LoRA configuration.
         name: how errors call the client.
         first: a client opened before. What looks just like it is opened without parsing a key.
     """
@@ -76,7 +81,11 @@ def open_update(update: UpdateLike, name: str, first: Update | None = None) -> U
         and (looks := _looks(update))
         and looks == first.looks
     ):
-        return replace(first, name=name, tensors=update)
+        return replace(first, name=name, tensors=update, config=None)
+    if isinstance(update, tuple) and len(update) == 2 and (isinstance(update[1], Mapping) or hasattr(update[1], "to_dict")):
+        state_dict, config = update[0], plain_config(update[1])
+        check_lora(config, f"{name}: its configuration")
+        return replace(open_update(state_dict, name, first), config=config)
     if isinstance(update, Mapping):
         specs, keys_given = describe(update, name)
         devices = {x.device: key for key, x in update.items()}
@@ -143,11 +152,16 @@ def check_device(update: Update, first: Update) -> None:
 def open_reference(reference: UpdateLike, first: Update, layout: Layout) -> Update:
     """The reference as an Update with the adapters of the layout, all finite."""
     opened = open_update(reference, "the reference", first)
+    return check_reference(opened, first, layout, finite=opened is reference)
+
+
+def check_reference(opened: Update, first: Update, layout: Layout, *, finite: bool) -> Update:
+    """A reference that was opened, checked, and moved to the clients' device; ``finite``: it is known to be."""
     if opened.specs is not first.specs:
         layout.check_reference(opened.specs, opened.name, first.name)
     check_scaling(opened.config, opened.name, first.config, first.name)
     factors = [key for a in layout.adapters for key in (a.key_A, a.key_B)]
-    if opened is not reference and (found := not_finite(opened, factors)):  # a client is looked at as one
+    if not finite and (found := not_finite(opened, factors)):  # a client is looked at as one
         raise UpdateError(f"{opened.name}, {found}; pass the adapter that the clients started from")
     if opened.device != first.device:
         moved = {given: opened[key].to(first.device) for key, given in opened.keys_given.items()}

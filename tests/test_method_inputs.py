@@ -51,7 +51,7 @@ def test_a_client_with_nan_is_refused_or_dropped(updates, method):
     assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
 
 
-@pytest.mark.parametrize("method", ["fedit", "fedrot", "lora-fair"])
+@pytest.mark.parametrize("method", ["fedit", "random-rotation", "lora-fair"])
 def test_unequal_ranks_are_refused_where_no_definition_covers_them(unequal, method):
     with refused("client 1", "shape", "ranks"):
         fedrot.aggregate(unequal, method=method, configs=[lora_config(k) for k in UNEQUAL])

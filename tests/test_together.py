@@ -244,17 +244,9 @@ def test_the_strength_chosen_is_that_of_the_least_error(on):
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m.get("strength", 1) == 1], ids=lambda m: " ".join(m.values()))
 def test_the_result_follows_the_basis_of_the_reference(mode):
-    """A reference in another basis gives the same means in that basis; half a rotation depends on where the client stands."""
+    """A reference in another basis gives the same means in that basis (half a rotation depends on where clients stand)."""
     A, B, A_ref, B_ref = clients(drift=0.2)
-    Q = [orthogonal(1, a.shape[0], torch.Generator().manual_seed(i))[0] for i, a in enumerate(A_ref)]
-    Q = [
-        q * torch.linalg.det(q).sign()
-        if q.shape[0] % 2
-        else torch.eye(len(q), dtype=q.dtype)
-        if torch.linalg.det(q) < 0
-        else q
-        for q in Q
-    ]
+    Q = [fk.special_orthogonal(q, q) for a in A_ref for q in orthogonal(1, len(a), torch.Generator().manual_seed(len(a)))]
     here = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **mode)
     turned = {
         "A_ref": [q.T @ a for q, a in zip(Q, A_ref, strict=True)],

@@ -1,0 +1,107 @@
+"""A part of a round's clients, summed: what one server sends to another that merges it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import UpdateError
+from .partial_file import read_stream, write_stream
+from .stream import Stream
+from .updates import Update, check_update
+
+_LONGEST = 200  # characters of another server's options in an error
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """The clients that a ``FedRotAggregator`` has added, for another's ``merge``: see ``FedRotAggregator.partial``.
+
+    It takes as much memory, and a file as much space, as one update in float32 (float64 for float64), and in float64 for
+    each adapter of rank r k² + 2 k r numbers (k = 32), unless errors are not reported, and one for each of its clients.
+
+    Attributes:
+        name: how errors call it.
+        options: what servers that merge their clients must have alike.
+        stream: the sums.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    stream: Stream
+
+    @classmethod
+    def of(cls, stream: Stream, options: Mapping[str, Any], name: str | None) -> "Partial":
+        """A stream that is added to no more. With a name, its clients' names begin with it."""
+        config = stream.reference.config if stream.reference is not None else None
+        stream.first = replace(stream.first, specs=stream.layout.specs, config=config or stream.first.config)
+        stream.reference = None
+        if name is not None:
+            stream.weights = {f"{name}/{client}": weight for client, weight in stream.weights.items()}
+            stream.dropped = {f"{name}/{client}": why for client, why in stream.dropped.items()}
+        return cls(name or "the partial aggregation", options, stream)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The clients that were added."""
+        return tuple(self.stream.weights)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Their weights, as they were given."""
+        return tuple(self.stream.weights.values())
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Client → why it was left out."""
+        return dict(self.stream.dropped)
+
+    @property
+    def first(self) -> Update:
+        """What all its clients have alike, of their tensors those that none of them trained."""
+        first = self.stream.first
+        frozen = {first.keys_given[key]: x for key, x in self.stream.frozen.items()}
+        return replace(first, name=self.name, tensors=frozen)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, whole or not at all.
+
+        Raises:
+            FileExistsError: the path exists.
+        """
+        write_stream(path, self.stream, self.options)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Partial":
+        """Read what ``save`` wrote, called by its path in errors. Every shape and dtype is checked before memory is taken.
+
+        Raises:
+            UpdateError: no such file, a truncated one, or one that contradicts itself.
+        """
+        return cls(str(os.fspath(path)), *reversed(read_stream(path)))
+
+
+def check_mergeable(partial: Partial, options: Mapping[str, Any], round: Stream) -> None:
+    """Raise UpdateError unless a partial aggregation can be added to a round with these options."""
+    for field in [*options, *(partial.options.keys() - options.keys())]:
+        theirs, mine = partial.options.get(field), options.get(field)
+        if theirs != mine and field == "reference":
+            raise UpdateError(
+                f"{partial.name}: its clients were aligned to another reference than the one here; give all servers of a "
+                "round the adapter that the clients started from, bit for bit"
+            )
+        if theirs != mine:
+            raise UpdateError(
+                f"{partial.name} has {field} = {str(theirs)[:_LONGEST]}, but this aggregator {mine}; partial aggregations "
+                "of one round need the same options"
+            )
+    config = round.reference.config if round.reference is not None else None
+    here = replace(round.first, specs=round.layout.specs, config=config or round.first.config)
+    check_update(replace(partial.first, device=here.device), here, round.layout)
+    taken = round.weights.keys() | round.dropped.keys()
+    for client in (*partial.stream.weights, *partial.stream.dropped):
+        if client in taken:
+            raise UpdateError(
+                f"{partial.name}: its {client} is here already; has it been merged before? If not, give clients names of "
+                "their own, with add(…, name=…), or those of their servers, with partial(name=…)"
+            )

@@ -1,0 +1,186 @@
+"""Partial aggregations in files. What another server sent is data, never code, and is checked before it takes memory."""
+
+import json
+import math
+import os
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .adapters import Layout
+from .averaging import sum_dtype
+from .errors import UpdateError
+from .folders import DTYPES_SAVED, check_lora, check_new
+from .keys import TensorSpec, parse_key
+from .sketch import part_shapes
+from .stream import Stream
+from .updates import Update, is_finite
+
+_HEADER, _VERSION = "fedrot-partial", 1
+_NAMES = {dtype: name for name, dtype in DTYPES_SAVED.items()}
+_LONGEST = 200  # characters of a file's own words in an error
+
+
+def write_stream(path: str | os.PathLike, stream: Stream, options: Mapping[str, Any]) -> None:
+    """Write one safetensors file, whole or not at all.
+
+    Raises:
+        FileExistsError: the path exists.
+    """
+    check_new(path)
+    path, first = Path(path), stream.first
+    header = {
+        "version": _VERSION,
+        "options": dict(options),
+        "tensors": [
+            [key, first.keys_given[key], list(spec.shape), _NAMES[spec.dtype]] for key, spec in stream.layout.specs.items()
+        ],
+        "config": first.config,
+        "clients": list(stream.weights),
+        "dropped": stream.dropped,
+        "frozen": list(stream.frozen),
+        "unit": stream.mean.unit,
+        "total_weight": stream.mean.total_weight,
+        "sketch": stream.sketch is not None,
+    }
+    # Copies: the format refuses tensors that share memory.
+    tensors = {name: x.detach().cpu().clone().contiguous() for name, x in _tensors(stream).items()}
+    tensors["weights"] = torch.tensor([*stream.weights.values()], dtype=torch.float64)
+    tensors["angles"] = stream.angle_table([key_A for key_A, _ in stream.layout.factor_keys]).contiguous()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_stream(path: str | os.PathLike) -> tuple[Stream, dict[str, Any]]:
+    """A stream and its options. Every name, shape and dtype is checked before a tensor is read.
+
+    Raises:
+        UpdateError: not a file of ``write_stream``, a truncated one, or one that contradicts itself.
+    """
+    name = str(os.fspath(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _header(name, file.metadata())
+            specs, keys_given = _specs(name, header["tensors"])
+            if header["config"] is not None:
+                check_lora(header["config"], f"{name}: its configuration")
+            layout = Layout(specs, name)
+            _check_tensors(name, file, _expected(name, layout, header))
+            first = Update(name, specs, keys_given, {}, torch.device("cpu"), header["config"])
+            return _read(name, file, header, Stream(first, layout, None, 0 if header["sketch"] else None)), header["options"]
+    except (SafetensorError, OSError) as error:
+        raise UpdateError(f"{name} is not a whole safetensors file ({error}); send it again") from error
+
+
+def _read(name: str, file: Any, header: Mapping[str, Any], stream: Stream) -> Stream:
+    layout = stream.layout
+    stream.frozen = {key: torch.empty(layout.specs[key].shape, dtype=layout.specs[key].dtype) for key in header["frozen"]}
+    stream.dropped = header["dropped"]
+    stream.mean.unit, stream.mean.total_weight = header["unit"], header["total_weight"]
+    tables = {key: file.get_tensor(key) for key in ("weights", "angles")}
+    for key, x in (tables | _tensors(stream)).items():
+        if not is_finite([x if key in tables else x.copy_(file.get_tensor(key))]):
+            raise UpdateError(f"{name}, {key} {tuple(x.shape)} holds NaN or Inf")
+    weights, unit, total = tables["weights"], stream.mean.unit, stream.mean.total_weight
+    told = float(weights.sum() if not unit else (weights / unit).sum())
+    if bool((weights < 0).any()) or not math.isclose(told, total, rel_tol=1e-9):
+        raise UpdateError(f"{name}: its weights sum to {told:.6g} units, but its total is {total:.6g}; send it again")
+    stream.weights = dict(zip(header["clients"], weights.tolist(), strict=True))
+    columns = {key_A: i for i, (key_A, _) in enumerate(layout.factor_keys)}
+    in_batches = tables["angles"][:, [columns[a.key_A] for batch in layout.batches for a in batch.adapters]]
+    stream.angles = array("d", in_batches.contiguous().numpy().tobytes())
+    return stream
+
+
+def _tensors(stream: Stream) -> dict[str, Tensor]:
+    """The sums of a stream by their names in a file, in its memory."""
+    tensors = {f"sum/{key}": x for key, x in stream.mean.sums.items()}
+    tensors |= {f"frozen/{key}": x for key, x in stream.frozen.items()}
+    if stream.sketch is not None:
+        tensors |= {f"sketch/{n}/{key}": x for key, of in stream.sketch.parts().items() for n, x in of.items()}
+    return tensors
+
+
+def _expected(name: str, layout: Layout, header: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """What a file with this header holds."""
+    N, double = len(header["clients"]), torch.float64
+    found = {"weights": TensorSpec((N,), double), "angles": TensorSpec((N, len(layout.adapters)), double)}
+    for a in layout.adapters:
+        found[f"sum/{a.key_A}"] = TensorSpec((a.rank, a.d_in), sum_dtype(a.dtype))
+        found[f"sum/{a.key_B}"] = TensorSpec((a.d_out, a.rank), sum_dtype(a.dtype))
+        if header["sketch"]:
+            found |= {f"sketch/{n}/{a.key_A}": TensorSpec(shape, double) for n, shape in part_shapes(a).items()}
+    for key in layout.plain:
+        found[f"sum/{key}"] = TensorSpec(layout.specs[key].shape, sum_dtype(layout.specs[key].dtype))
+    for key in header["frozen"]:
+        if not any(key in keys for keys in layout.factor_keys):
+            raise UpdateError(f"{name}: its header has {key[:_LONGEST]} frozen, which is no factor of it; send it again")
+        found[f"frozen/{key}"] = layout.specs[key]
+    return found
+
+
+def _check_tensors(name: str, file: Any, expected: Mapping[str, TensorSpec]) -> None:
+    if unlike := sorted(set(file.keys()) ^ expected.keys()):
+        what = "is missing" if unlike[0] in expected else "is none of what its header describes"
+        raise UpdateError(f"{name}: {unlike[0][:_LONGEST]} {what}; send it again")
+    for key, spec in expected.items():
+        view = file.get_slice(key)
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        if (shape, DTYPES_SAVED.get(dtype)) != (spec.shape, spec.dtype):
+            raise UpdateError(
+                f"{name}, {key}: shape {shape} of {dtype}, but by its header {spec.shape} of {_NAMES[spec.dtype]}; send it "
+                "again"
+            )
+
+
+def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(_HEADER)
+    if text is None:
+        raise UpdateError(f"{name} is a safetensors file, but no partial aggregation; send what Partial.save wrote")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UpdateError(f"{name}: its header is not JSON ({error}); send it again") from error
+    if not isinstance(header, dict) or header.get("version") != _VERSION:
+        raise UpdateError(f"{name}: not of version {_VERSION}; use the same version of fedrot on all servers")
+    kinds: dict[str, Any] = {"options": dict, "tensors": list, "config": dict | None, "clients": list, "dropped": dict}
+    kinds |= {"frozen": list, "unit": float, "total_weight": float, "sketch": bool}
+    wrong = next((field for field, kind in kinds.items() if not isinstance(header.get(field), kind)), None)
+    if wrong is None:
+        names = (*header["clients"], *header["dropped"])
+        good = {
+            "clients": all(isinstance(x, str) for x in names) and len(set(names)) == len(names),
+            "dropped": all(isinstance(x, str) for x in header["dropped"].values()),
+            "frozen": all(isinstance(x, str) for x in header["frozen"]),
+            "unit": 0 <= header["unit"] < math.inf,
+            "total_weight": 0 <= header["total_weight"] < math.inf,
+        }
+        wrong = next((field for field, fine in good.items() if not fine), None)
+    if wrong is not None:
+        raise UpdateError(f"{name}: {wrong} in its header is not what Partial.save writes; send it again")
+    return header
+
+
+def _specs(name: str, tensors: list) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """Canonical key → spec, and canonical key → the caller's key."""
+    specs, keys_given = dict[str, TensorSpec](), dict[str, str]()
+    for entry in tensors:
+        try:
+            key, given, shape, dtype = entry
+            good = parse_key(given)[0] == key and key not in specs and all(type(n) is int and n >= 0 for n in shape)
+            specs[key], keys_given[key] = TensorSpec(tuple(shape), DTYPES_SAVED[dtype]), given
+        except (TypeError, ValueError, KeyError):
+            good = False
+        if not good:
+            raise UpdateError(f"{name}: its header has a tensor {str(entry)[:_LONGEST]}; send it again")
+    return specs, keys_given

@@ -1,0 +1,133 @@
+"""A global adapter in the ranks and the scaling of one client: what a client of smaller rank downloads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, Layout
+from .alignment import check_range
+from .errors import UpdateError
+from .folders import check_lora, plain_config
+from .scaling import rank_of, scaling
+from .updates import Update, UpdateLike, not_finite, open_update
+
+
+def truncate(adapter: UpdateLike, to: Any) -> dict[str, Tensor]:
+    """The best approximation of an adapter in the ranks of another LoRA configuration.
+
+    A_k = WᵀA and B_k = s/s_k · U Uᵀ B W, where U (d_out × k) has the largest left singular vectors of B A, and W (r × k,
+    orthonormal) the row space of UᵀB: s_k B_k A_k is the best approximation of s B A of rank k. Where B A has fewer than k
+    directions, as in a fresh adapter, W is completed as close as possible to the first coordinates, with columns of zero in
+    B_k, so that they can be trained (B = 0 gives A_k = A[:k], and A = 0 B_k = B[:, :k]). Of all bases of these rows W is the
+    one nearest [I 0]ᵀ: the basis changes as little as possible. An adapter whose rank and scaling stay is returned to the
+    bit. Computed in float64, rounded once.
+
+    Args:
+        adapter: a PEFT folder, or a pair of a state dict and its LoRA configuration; where ``to`` is a number, a state dict.
+        to: the client's ``peft.LoraConfig`` or the content of its adapter_config.json (r, rank_pattern, lora_alpha,
+            alpha_pattern and use_rslora count); or a rank, for every adapter of a larger one, the scaling s unchanged.
+
+    Returns:
+        A state dict of the adapter's keys and dtypes, every tensor with storage of its own; plain tensors as they came.
+
+    Raises:
+        UpdateError: a rank larger than the adapter's, or no configuration that says its scaling; NaN or Inf in a factor.
+    """
+    whole = open_update(adapter, "the adapter")
+    layout = Layout(whole.specs, whole.name)
+    if found := not_finite(whole, [key for keys in layout.factor_keys for key in keys]):
+        raise UpdateError(f"{whole.name}, {found}")
+    ranks, ratios = _by_rank(layout, to) if isinstance(to, int) else _by_config(whole, layout, to)
+    state_dict = {key: x.detach().clone() for key, x in whole.items()}
+    for batch in layout.batches:
+        by_rank: dict[int, list[Adapter]] = {}
+        for a in batch.adapters:
+            by_rank.setdefault(ranks[a.module], []).append(a)
+        for k, adapters in by_rank.items():
+            _truncate(adapters, k, whole, ratios, state_dict)
+    for a in layout.adapters:
+        if (bias := f"{a.module}.lora_B.bias") in state_dict and ratios[a.module] != 1:
+            state_dict[bias] = (state_dict[bias].double() * ratios[a.module]).to(state_dict[bias].dtype)
+    result = {given: state_dict[key] for key, given in whole.keys_given.items()}
+    check_range(result, f"{whole.name}, truncated,")
+    return result
+
+
+def _by_rank(layout: Layout, k: int) -> tuple[dict[str, int], dict[str, float]]:
+    if isinstance(k, bool) or k < 1:
+        raise UpdateError(f"a rank is a whole number from 1, got {k!r}")
+    return {a.module: min(k, a.rank) for a in layout.adapters}, dict.fromkeys((a.module for a in layout.adapters), 1.0)
+
+
+def _by_config(whole: Update, layout: Layout, to: Any) -> tuple[dict[str, int], dict[str, float]]:
+    """module → k, and module → s/s_k."""
+    if not isinstance(to, Mapping) and not hasattr(to, "to_dict"):
+        raise UpdateError(f"expected a rank or a LoRA configuration to truncate to, got {type(to).__name__}")
+    config = plain_config(to)
+    check_lora(config, "the configuration to truncate to")
+    if whole.config is None:
+        raise UpdateError(
+            f"{whole.name} has no LoRA configuration, without which its scaling is unknown; pass a folder, or (state dict, "
+            "configuration)"
+        )
+    ranks, ratios = {}, {}
+    for a in layout.adapters:
+        k = rank_of(config, a.module, "the configuration to truncate to")
+        if k > a.rank:
+            raise UpdateError(
+                f"{a.key_A}: rank {k} in the configuration to truncate to, but {whole.name} has "
+                f"{whole.specs[a.key_A].shape}; no client's rank may exceed the global adapter's"
+            )
+        s, s_k = scaling(whole.config, a.module, a.rank, whole.name), scaling(config, a.module, k, "the configuration")
+        ranks[a.module], ratios[a.module] = k, s / s_k
+    return ranks, ratios
+
+
+def _truncate(
+    adapters: Sequence[Adapter], k: int, whole: Update, ratios: Mapping[str, float], state_dict: dict[str, Tensor]
+) -> None:
+    """Put adapters of one shape in rank k, with B times s/s_k, in a state dict."""
+    s = [ratios[a.module] for a in adapters]
+    A, B = (torch.stack([whole[key].detach().double().flatten(1) for key in keys]) for keys in zip(
+        *((a.key_A, a.key_B) for a in adapters), strict=True
+    ))  # fmt: skip
+    if k < adapters[0].rank:
+        A, B = truncated(A, B, k)
+    elif all(ratio == 1 for ratio in s):
+        return
+    B = B * torch.tensor(s, dtype=B.dtype, device=B.device)[:, None, None]
+    for i, a in enumerate(adapters):
+        shape_A, shape_B = (k, *whole.specs[a.key_A].shape[1:]), (a.d_out, k, *whole.specs[a.key_B].shape[2:])
+        state_dict[a.key_A] = A[i].to(a.dtype, copy=True).reshape(shape_A)
+        state_dict[a.key_B] = B[i].to(a.dtype, copy=True).reshape(shape_B)
+
+
+def truncated(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """WᵀA (G, k, d_in) and U Uᵀ B W (G, d_out, k) of ``truncate``.
+
+    Args:
+        A, B: (G, r, d_in) and (G, d_out, r), float64.
+        k: less than r.
+    """
+    r, dtype, device = A.shape[1], A.dtype, A.device
+    R_A = torch.linalg.qr(A.mT, mode="r").R
+    Q_B, R_B = torch.linalg.qr(B)
+    U, sigma, _ = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    noise = max(A.shape[2], B.shape[1]) * torch.finfo(dtype).eps * sigma[:, :1]
+    U = U[:, :, :k] * (sigma[:, None, :k] > noise[:, :, None])
+    C = U.mT @ R_B
+    _, size, Vt = torch.linalg.svd(C, full_matrices=False)
+    # Rows of zero in U, as many as directions lack, are those of zero in C.
+    V = Vt.mT * (torch.arange(size.shape[1], device=device) < (sigma[:, :k] > noise).sum(1, keepdim=True))[:, None]
+    P = V @ V.mT
+    # The eigenvectors of the largest eigenvalues: those of 2 are the row space, then what is nearest the first coordinates
+    # (if there is nothing to approximate, those coordinates to the bit).
+    E = torch.eye(r, k, dtype=dtype, device=device)
+    rest = E - P @ E
+    W = torch.linalg.eigh(2 * P + rest @ rest.mT).eigenvectors[:, :, -k:]
+    X, _, Yt = torch.linalg.svd(W.mT @ E)
+    W = W @ (X @ Yt)
+    empty = (A == 0).all(2, keepdim=True).all(1, keepdim=True)
+    return W.mT @ A, torch.where(empty, B[:, :, :k], Q_B @ (U @ (C @ W)))

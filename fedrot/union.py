@@ -1,0 +1,153 @@
+"""Adapters from different LoRA configurations of one base model: what they have together, and how one adapter has it."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import Layout
+from .errors import UpdateError
+from .folders import plain_config
+from .keys import TensorSpec, parse_factor
+from .scaling import PREFIX, check_ranks, scaling, whole_name
+from .updates import Update, check_device, not_finite
+
+# Initialisations that leave the base weights as they are; of others, an adapter is the difference to another base.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Settings by which the same factors mean something else.
+_ALIKE = (
+    "fan_in_fan_out",
+    "bias",
+    "lora_bias",
+    "use_qalora",
+    "qalora_group_size",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+)
+# What an exact list of modules replaces.
+_WHICH_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def check_plain(adapter: Update, first: Update) -> None:
+    """Raise UpdateError unless the adapter is a plain s·B·A, all finite, that means the same as the first's."""
+    config, name = adapter.config, adapter.name
+    if config is None:
+        raise UpdateError(f"{name} has no LoRA configuration, which says its scaling; pass a folder or (state dict, config)")
+    if config.get("use_dora"):
+        raise UpdateError(f"{name}: DoRA normalises W + s·B·A, so that its updates do not add up; merge LoRA adapters")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise UpdateError(
+            f"{name}: init_lora_weights {start!r} changes the base weights, and s·B·A is not its update; convert it to a "
+            "plain adapter (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    assert first.config is not None
+    for field in _ALIKE:
+        if (config.get(field) or None) != (first.config.get(field) or None):
+            raise UpdateError(
+                f"{name} has {field} = {config.get(field)!r}, but {first.name} has {first.config.get(field)!r}; they must "
+                "agree to be merged"
+            )
+    check_device(adapter, first)
+    check_ranks(adapter, Layout(adapter.specs, name))
+    if found := not_finite(adapter):
+        raise UpdateError(f"{name}, {found}; leave it out")
+
+
+def without_base(adapters: Sequence[Update]) -> tuple[list[Update], dict[str, Tensor]]:
+    """The adapters without base weights that PEFT saved with them (embeddings), and those, on which they must agree."""
+    base: dict[str, Tensor] = {}
+    bare = []
+    for adapter in adapters:
+        keys = [key for key in adapter.specs if key.endswith(".base_layer.weight")]
+        for key in keys:
+            x = adapter[key].detach()
+            if not torch.equal(base.setdefault(key, x.clone()), x):
+                raise UpdateError(f"{adapter.name}, {key} {tuple(x.shape)}: the adapters' base weights differ here")
+        specs = {key: spec for key, spec in adapter.specs.items() if key not in keys}
+        bare.append(replace(adapter, specs=specs) if keys else adapter)
+    return bare, base
+
+
+def union_layout(adapters: Sequence[Update], rank: int) -> Layout:
+    """The layout of all their modules, in the largest of their ranks and the given one, and in the widest dtypes.
+
+    Raises:
+        UpdateError: shapes that differ in more than ranks, or a tensor that is no factor and that not all have.
+    """
+    specs: dict[str, TensorSpec] = {}
+    whose: dict[str, Update] = {}
+    for adapter in adapters:
+        for key, spec in adapter.specs.items():
+            parsed = parse_factor(key)
+            axis = None if parsed is None else "AB".index(parsed.factor)
+            other = whose.setdefault(key, adapter)
+            if _but(spec.shape, axis) != _but(other.specs[key].shape, axis):
+                raise UpdateError(
+                    f"{adapter.name}, {key}: shape {spec.shape}, but {other.name} has {other.specs[key].shape}; adapters of "
+                    "one base model can be merged"
+                )
+            known = specs.get(key, spec)
+            shape = list(spec.shape)
+            if axis is not None:
+                shape[axis] = max(known.shape[axis], spec.shape[axis], rank)
+            specs[key] = TensorSpec(tuple(shape), torch.promote_types(known.dtype, spec.dtype))
+    for key in specs:
+        lacking = next((adapter for adapter in adapters if key not in adapter.specs), None)
+        if lacking and parse_factor(key) is None and not key.endswith(".lora_B.bias"):
+            raise UpdateError(
+                f"{lacking.name} lacks {key}, which {whose[key].name} has; tensors that are no LoRA factors (heads, saved "
+                "modules) can be merged if all adapters have them, or none: leave them out, or add the base model's"
+            )
+    return Layout(specs, "the merged adapter")
+
+
+def _but(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+
+
+def own_scaling(adapter: Update, layout: Layout) -> dict[str, float]:
+    """module → s, of the modules that an adapter has."""
+    mine = [a for a in layout.adapters if a.key_A in adapter.specs]
+    return {a.module: scaling(adapter.config or {}, a.module, adapter.specs[a.key_A].shape[0], adapter.name) for a in mine}
+
+
+def union_config(adapters: Sequence[Update], layout: Layout, s: Mapping[str, float]) -> dict[str, Any]:
+    """The adapter_config.json of one adapter with all their modules, in the layout's ranks and the scaling s: that of the
+    first adapter otherwise."""
+    config = dict(adapters[0].config or {}) | rank_fields({a.module: a.rank for a in layout.adapters}, s)
+    config |= {"use_rslora": False, "init_lora_weights": True, "target_modules": _modules(adapters, layout)}
+    if isinstance(config["target_modules"], str):
+        config |= dict.fromkeys(_WHICH_MODULES)
+    return plain_config(config)
+
+
+def _modules(adapters: Sequence[Update], layout: Layout) -> list[str] | str:
+    """The union of the adapters' target_modules, where all are lists of names; else an expression for the modules' names."""
+    configs = [adapter.config or {} for adapter in adapters]
+    lists = [x if isinstance(x := config.get("target_modules"), list) else None for config in configs]
+    if None not in lists and not any(config.get(field) for config in configs for field in _WHICH_MODULES):
+        return sorted({name for x in lists for name in x or ()})
+    return "|".join(re.escape(a.module.removeprefix(PREFIX)) for a in layout.adapters)
+
+
+def rank_fields(ranks: Mapping[str, int], s: Mapping[str, float]) -> dict[str, Any]:
+    """r and lora_alpha of most modules, and patterns for the others."""
+    alphas = {module: _number(s[module] * r) for module, r in ranks.items()}
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {whole_name(m): x for m, x in ranks.items() if x != r},
+        "alpha_pattern": {whole_name(m): x for m, x in alphas.items() if x != alpha},
+    }
+
+
+def _number(x: float) -> float:
+    """Without the rounding of s·r, which is a whole number in most configurations."""
+    return round(x) if abs(x - round(x)) <= 1e-12 * abs(x) else x

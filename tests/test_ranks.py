@@ -1,0 +1,414 @@
+"""Clients of unequal ranks and scalings in one federation: padded up to the server, truncated down to the client."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+import fedrot
+from fedrot_kernels import reference as oracle
+
+from .dense import KIND, SHARES, UNEQUAL, WEIGHTS, dense, lora_config, mean_update, modules
+from .peft_models import KINDS, client_updates, factor_keys, peft_model, save_folder
+from .refusals import refused
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Adapter 'default'"),  # PEFT takes the bias of lora_B for a broken factor
+    pytest.mark.filterwarnings("ignore:Using Rank-Stabilized"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+]
+WIDE = replace(KIND, config=KIND.config | {"r": 7, "lora_alpha": 6})
+# What the clients of other kinds set: ranks up to the reference's 5.
+OWN = [{"r": 2, "lora_alpha": 8}, {"r": 4, "lora_alpha": 3}, {"r": 5, "lora_alpha": 14}]
+SHAPES = ["convolution", "embedding", "DoRA on convolution and embedding", "LoRA bias", "GPT-2 Conv1D", "bfloat16"]
+
+
+def pairs(kinds, seed=0):
+    """A client of each kind: its update with its configuration."""
+    return [(client_updates(kind, 1, seed + i)[0], lora_config(kind)) for i, kind in enumerate(kinds)]
+
+
+def polar(M):
+    U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U @ Vh
+
+
+def partial_isometry(A, B, A_ref, B_ref, on, group, strength):
+    """R (rᵢ, r) from rectangular matrices, by SVD in float64."""
+    M_A, M_B = A @ A_ref.T, B.T @ B_ref
+    M = {"A": M_A, "B": M_B, "joint": M_A / A_ref.square().sum() + M_B / B_ref.square().sum()}[on]
+    if not M.any():  # says nothing, as B = 0 of a first round
+        return torch.eye(*M.shape, dtype=M.dtype)
+    square = M.shape[0] == M.shape[1]
+    R = oracle.special_orthogonal(M) if square and group == "SO" else polar(M)
+    return polar((1 - strength) * torch.eye(*R.shape, dtype=R.dtype) + strength * R)
+
+
+def matrices(update, keys):
+    return [update[key].double().flatten(1) for key in keys]
+
+
+def expected(clients, reference, scaling, on, group, strength, shares=SHARES):
+    """Means and the rotations, per adapter; scaling: module → sᵢ/s of every client."""
+    mean, rotations = {}, {}
+    for keys in factor_keys(reference):
+        A_ref, B_ref = matrices(reference, keys)
+        total, rotations[keys[0]] = [0, 0], []
+        for (client, _), share, s in zip(clients, shares, scaling(keys[0]), strict=True):
+            A, B = matrices(client, keys)
+            R = partial_isometry(A, s * B, A_ref, B_ref, on, group, strength)
+            total = [total[0] + share * R.T @ A, total[1] + share * s * B @ R]
+            rotations[keys[0]].append(R)
+        for key, x in zip(keys, total, strict=True):
+            mean[key] = x.reshape(reference[key].shape)
+    return mean, rotations
+
+
+def scaling_of(kinds, wide):
+    """key of A → sᵢ/s of every client, from PEFT's own layers."""
+
+    def of(key):
+        name, s = key.split(".lora_")[0], []
+        for kind in (*kinds, wide):
+            layer = dict(peft_model(kind).named_modules())[name]
+            s.append(layer.scaling["default"])
+        return [x / s[-1] for x in s[:-1]]
+
+    return of
+
+
+@pytest.mark.parametrize("group", ["SO", "O"])
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+@pytest.mark.parametrize("on", ["A", "B", "joint"])
+def test_a_client_of_smaller_rank_is_turned_by_a_partial_isometry(on, strength, group):
+    reference, clients = pairs([WIDE], seed=9)[0], pairs([*UNEQUAL[:2], WIDE])
+    result = fedrot.aggregate(clients, WEIGHTS.tolist(), reference, align_on=on, strength=strength, group=group)
+    s = scaling_of([*UNEQUAL[:2], WIDE], WIDE)
+    mean, rotations = expected(clients, reference[0], s, on, group, strength)
+    for key, x in mean.items():
+        torch.testing.assert_close(result.state_dict[key], x, rtol=0, atol=1e-9 * float(x.abs().max()))
+    for (key, of_clients), report in zip(rotations.items(), result.report.adapters, strict=True):
+        assert report.rank == len(reference[0][key])
+        chords = [(R - torch.eye(*R.shape, dtype=R.dtype)).norm() / (2 * len(R) ** 0.5) for R in of_clients]
+        assert report.angles == pytest.approx([float(2 * torch.rad2deg(torch.asin(c))) for c in chords], abs=1e-4)
+    assert result.config["r"] == 7 and result.config["lora_alpha"] == 6
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_kind_is_padded_and_its_update_stays(name):
+    kind = KINDS[name]
+    wide, *kinds = (replace(kind, config=kind.config | own) for own in ({"r": 5, "lora_alpha": 6}, *OWN))
+    reference, clients = pairs([wide], seed=9)[0], pairs(kinds)
+    result = fedrot.aggregate(clients, WEIGHTS.tolist(), reference, align_on="A", strength=0.7)
+    mean, _ = expected(clients, reference[0], scaling_of(kinds, wide), "A", "SO", 0.7)
+    s = scaling_of(kinds, wide)
+    for key, x in client_updates(kind, 1)[0].items():
+        got = result.state_dict[key]
+        assert got.dtype == x.dtype and got.shape == reference[0][key].shape
+        if key not in mean:
+            ratios = s(key) if key.endswith("lora_B.bias") else [1] * 3
+            of_clients = zip(SHARES, ratios, clients, strict=True)
+            mean[key] = sum(share * ratio * client[key].double() for share, ratio, (client, _) in of_clients)
+        # One rounding of the mean, and rotations that are those of float32.
+        bound = torch.finfo(x.dtype).eps / 2 + 3e-6
+        assert (got.double() - mean[key]).abs().max() <= bound * mean[key].abs().max(), key
+    for client in clients[:2]:  # alone, it comes back in another basis
+        alone = fedrot.aggregate([client], None, reference, align_on="A", strength=0.7).state_dict
+        for keys in factor_keys(alone):
+            (A, B), (A_padded, B_padded) = matrices(client[0], keys), matrices(alone, keys)
+            ratio = s(keys[0])[0 if client is clients[0] else 1]
+            eps = 2 * torch.finfo(kind.dtype).eps + 8 * torch.finfo(torch.float32).eps
+            assert (B_padded @ A_padded - ratio * B @ A).norm() <= eps * ratio * A.norm() * B.norm()
+            assert torch.linalg.matrix_rank(A_padded, rtol=1e-1) <= len(A) or name == "bfloat16"
+
+
+@pytest.mark.parametrize("options", [{"strength": 0.5}, {"strength": 0}, {"align_on": "joint", "group": "O", "strength": 1}])
+def test_padded_clients_one_by_one_in_any_order(options):
+    reference, clients = pairs([WIDE], seed=9)[0], pairs([*UNEQUAL[:2], WIDE])
+    whole = fedrot.aggregate(clients, WEIGHTS.tolist(), reference, **options)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        stream = fedrot.FedRotAggregator(reference, **options)
+        for i in order:
+            stream.add(clients[i], WEIGHTS.tolist()[i])
+        streamed = stream.finish()
+        assert streamed.config == whole.config
+        for key, x in whole.state_dict.items():
+            torch.testing.assert_close(streamed.state_dict[key], x, rtol=1e-12, atol=1e-12)
+        for a, b in zip(streamed.report.adapters, whole.report.adapters, strict=True):
+            assert a.angles == pytest.approx([b.angles[i] for i in order], abs=1e-6)
+    if options["strength"] == 0:
+        for key_A, _ in factor_keys(reference[0]):
+            A = sum(
+                p * nn.functional.pad(c[key_A], (0, 0, 0, 7 - len(c[key_A])))
+                for p, (c, _) in zip(SHARES, clients, strict=True)
+            )
+            torch.testing.assert_close(whole.state_dict[key_A], A, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_reference_the_widest_client_is_one():
+    clients = pairs([UNEQUAL[0], WIDE, UNEQUAL[1]])
+    result = fedrot.aggregate(clients, [5, 1, 5], strength=1)
+    same = fedrot.aggregate(clients, [5, 1, 5], clients[1], strength=1)
+    assert all(torch.equal(x, same.state_dict[key]) for key, x in result.state_dict.items())
+    assert result.config["r"] == 7 and result.report.adapters[0].angles[1] == pytest.approx(0, abs=1e-5)
+    # Of several, the one of the largest weight; none is widest everywhere, and the result spells its ranks out.
+    kinds = [replace(KIND, config=KIND.config | {"rank_pattern": p}) for p in ({"query": 6}, {"value": 6})]
+    result = fedrot.aggregate(pairs(kinds), [1, 2], strength=0)
+    merged = replace(KIND, config=KIND.config | {k: result.config[k] for k in ("r", "rank_pattern", "alpha_pattern")})
+    assert {len(x) for key, x in result.state_dict.items() if "lora_A" in key} == {6}
+    assert dense(merged, result.state_dict)
+
+
+def test_equal_ranks_of_unequal_scaling_are_scaled_and_rounded_once(tmp_path):
+    kind = KINDS["bfloat16"]
+    kinds = [replace(kind, config=kind.config | {"r": 4, "lora_alpha": alpha}) for alpha in (8, 20)]
+    folders = [save_folder(k, client_updates(k, 1, i)[0], tmp_path / str(i)) for i, k in enumerate(kinds)]
+    clients = [fedrot.read_adapter(folder) for folder in folders]
+    result = fedrot.aggregate(folders, strength=0)
+    for key, x in result.state_dict.items():
+        first, second = (client[key].double() for client, _ in clients)
+        mean = (first + second * (2.5 if "lora_B" in key else 1)) / 2
+        assert (x.double() - mean).abs().max() <= torch.finfo(x.dtype).eps / 2 * mean.abs().max()
+    assert result.config["lora_alpha"] == 8
+    # The next round's reference has the scaling of the last round's result.
+    aggregator = fedrot.FedRotAggregator(strength=0)
+    aggregator.aggregate(folders[:1])
+    second = aggregator.aggregate(folders[1:])
+    key = factor_keys(clients[1][0])[0][1]
+    assert torch.equal(second.state_dict[key], (clients[1][0][key] * 2.5).to(x.dtype)) and second.config["lora_alpha"] == 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reference": "consensus"},
+        {"align_on": "error"},
+        {"align_on": "error", "group": "GL"},
+        {"strength": "auto", "align_on": "joint"},
+    ],
+)
+def test_alignment_of_all_clients_takes_padded_ones(options):
+    clients = pairs([*UNEQUAL[:2], WIDE])
+    result = fedrot.aggregate(clients, WEIGHTS.tolist(), **options)
+    wide = replace(WIDE, config=WIDE.config)
+    mean = mean_update([*UNEQUAL[:2], WIDE], [update for update, _ in clients])
+    s = {name: s for name, (_, _, s) in modules(wide, result.state_dict).items()}
+    plain = fedrot.aggregate(clients, WEIGHTS.tolist(), strength=0).report
+    for (name, got), report, before in zip(
+        dense(wide, result.state_dict).items(), result.report.adapters, plain.adapters, strict=True
+    ):
+        error = float((mean[name] - got).norm() / s[name])
+        assert report.error == pytest.approx(error, rel=1e-5) and report.error < before.error
+        assert report.update_norm == pytest.approx(float(mean[name].norm() / s[name]), rel=1e-6)
+        assert all(0 <= angle <= 180 for angle in report.angles)
+
+
+def test_the_angles_of_padded_clients_are_those_of_their_own_rows():
+    """Clients without a weight in the consensus turn towards the only one that has, by both factors."""
+    clients = pairs([*UNEQUAL[:2], WIDE])
+    options = {"weights": [0, 0, 1], "strength": 1}
+    found = fedrot.aggregate(clients, reference="consensus", **options).report
+    expected = fedrot.aggregate(clients, reference=clients[2], align_on="joint", **options).report
+    for a, b in zip(found.adapters, expected.adapters, strict=True):
+        assert a.angles == pytest.approx(b.angles, abs=1e-4) and min(b.angles[:2]) > 20
+
+
+def test_what_cannot_be_padded_is_refused():
+    reference, (small, middle, large) = pairs([UNEQUAL[1]], seed=9)[0], pairs([*UNEQUAL[:2], WIDE])
+    key = factor_keys(small[0])[0][0]
+    stream = fedrot.FedRotAggregator(reference)
+    stream.add(small)
+    for call in (
+        lambda: fedrot.aggregate([small, large], None, reference),
+        lambda: fedrot.FedRotAggregator(reference).add(large),
+        lambda: stream.add(large),
+    ):
+        with refused("client", key, "(7, 16)", "(6, 16)", "the reference"):
+            call()
+    assert stream.finish().report.clients == ("client 0",)
+    with refused("client 1", key, "(2, 16)", "(6, 16)", "configs="):
+        fedrot.aggregate([middle[0], small[0]])
+    with refused("client 0", key, "(2, 16)", "no LoRA configuration"):
+        fedrot.FedRotAggregator(reference).add(small[0])
+    with refused("the reference has no LoRA configuration", key, "rank 6"):
+        fedrot.aggregate([small], None, reference[0])
+    with refused("client 1", key, "(2, 16)", "says rank 6"):
+        fedrot.aggregate([middle, (small[0], middle[1])])
+    with refused("the reference", key, "(6, 16)", "the update has (2, 16)"):
+        fedrot.align(small[0], reference[0])
+    with refused("client 1", "use_dora"):
+        fedrot.aggregate([middle, (small[0], {**small[1].to_dict(), "use_dora": True})])
+    with refused("tuple"):
+        fedrot.aggregate([(small[0], None)])
+
+
+def test_the_widest_client_may_be_dropped():
+    clients = pairs([*UNEQUAL[:2], WIDE])
+    broken = ({key: x * torch.nan for key, x in clients[2][0].items()}, clients[2][1])
+    options = {"strength": 0.5, "align_on": "A"}
+    result = fedrot.aggregate([*clients[:2], broken], on_invalid="drop", **options)
+    without = fedrot.aggregate(clients[:2], **options)
+    assert list(result.report.dropped) == ["client 2"] and result.config == without.config
+    assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
+    with refused("client 2", "NaN"):
+        fedrot.aggregate([*clients[:2], broken], **options)
+
+
+def best(M, k):
+    U, S, Vh = torch.linalg.svd(M)
+    return U[:, :k] * S[:k] @ Vh[:k]
+
+
+def in_rank(kind, **own):
+    return replace(kind, config={**kind.config, "rank_pattern": {}, "alpha_pattern": {}, **own})
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"r": 3, "lora_alpha": 5},
+        {"r": 1, "use_rslora": True},
+        {"r": 2, "rank_pattern": {"value": 6}, "alpha_pattern": {"query": 3}},
+    ],
+)
+def test_a_truncated_adapter_is_the_best_of_its_rank(own):
+    (update, config), small = pairs([WIDE])[0], in_rank(KIND, **own)
+    truncated = fedrot.truncate((update, config), lora_config(small))
+    before = dense(WIDE, update)
+    for name, (A, B, s) in modules(small, truncated).items():  # PEFT takes it as an adapter of that configuration
+        torch.testing.assert_close(s * B @ A, best(before[name], len(A)), rtol=1e-10, atol=1e-10)
+        W = A @ torch.linalg.pinv(update[f"{name}.lora_A.weight"])
+        eye = torch.eye(*W.shape, dtype=W.dtype)
+        torch.testing.assert_close(W @ W.T, eye[:, : len(W)], rtol=0, atol=1e-10)
+        # No other basis of these rows is closer to the first coordinates: W Jᵀ is symmetric and positive.
+        H = W @ eye.T
+        assert (H - H.T).norm() < 1e-10 and torch.linalg.eigvalsh(H).min() > -1e-10
+    for key in truncated.keys() - {key for keys in factor_keys(truncated) for key in keys}:
+        assert torch.equal(truncated[key], update[key])
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "rank and alpha pattern"])
+def test_every_kind_is_truncated_in_its_shapes(name):
+    kind, small = (in_rank(KINDS[name], r=r, lora_alpha=alpha) for r, alpha in ((4, 8), (2, 3)))
+    update = client_updates(kind, 1)[0]
+    truncated = fedrot.truncate((update, lora_config(kind)), lora_config(small))
+    loaded = client_updates(small, 1)[0]
+    assert [(k, x.shape, x.dtype) for k, x in truncated.items()] == [(k, x.shape, x.dtype) for k, x in loaded.items()]
+    (ratio,) = (1 / s for s in scaling_of([small], kind)(factor_keys(update)[0][0]))
+    for keys in factor_keys(update):
+        (A, B), (A_k, B_k) = matrices(update, keys), matrices(truncated, keys)
+        eps = 2 * torch.finfo(kind.dtype).eps  # both factors are rounded once
+        assert (B_k @ A_k - ratio * best(B @ A, 2)).norm() <= eps * ratio * B.norm() * A.norm()
+        if (bias := f"{keys[1].removesuffix('.weight')}.bias") in update:
+            torch.testing.assert_close(truncated[bias], ratio * update[bias])
+
+
+def test_where_nothing_is_to_approximate_everything_can_be_trained():
+    update = client_updates(WIDE, 1)[0]
+    keys = factor_keys(update)
+    fresh = {key: torch.zeros_like(x) if "lora_B" in key else x for key, x in update.items()}
+    truncated = fedrot.truncate(fresh, 3)
+    for key_A, key_B in keys:
+        assert torch.equal(truncated[key_A], update[key_A][:3]) and truncated[key_B].eq(0).all()
+    embedding = {key: torch.zeros_like(x) if "lora_A" in key else x for key, x in update.items()}  # PEFT draws B of those
+    truncated = fedrot.truncate(embedding, 3)
+    assert all(torch.equal(truncated[key_B], update[key_B][:, :3]) for _, key_B in keys)
+    of_two = {key: x.clone() for key, x in update.items()}
+    for _, key_B in keys:  # only the second and the fifth direction were ever trained
+        of_two[key_B][:, [0, 2, 3, 5, 6]] = 0
+    truncated = fedrot.truncate(of_two, 4)
+    for key_A, key_B in keys:
+        A, B = truncated[key_A], truncated[key_B]
+        torch.testing.assert_close(B @ A, of_two[key_B] @ of_two[key_A], rtol=1e-10, atol=1e-10)
+        W = A @ torch.linalg.pinv(update[key_A])
+        kept = W.T @ W
+        expected = torch.zeros(7, 7, dtype=W.dtype)
+        expected[[1, 4, 0, 2], [1, 4, 0, 2]] = 1  # what was trained, and of what was not the first coordinates
+        assert torch.linalg.matrix_rank(B) == 2 and (A.norm(dim=1) > 0.5).all()
+        torch.testing.assert_close(kept[[1, 4]], expected[[1, 4]], rtol=0, atol=1e-10)
+        assert kept.diagonal()[[0, 2, 3]].sum() == pytest.approx(2, abs=1e-9)
+
+
+def test_directions_that_only_one_factor_has_are_none():
+    update = client_updates(WIDE, 1)[0]
+    for key_A, _ in factor_keys(update):
+        update[key_A][[0, 2, 3, 5, 6]] = 0
+    truncated = fedrot.truncate(update, 4)
+    for key_A, key_B in factor_keys(update):
+        product = update[key_B] @ update[key_A]
+        torch.testing.assert_close(truncated[key_B] @ truncated[key_A], product, rtol=1e-10, atol=1e-10)
+        assert torch.linalg.matrix_rank(truncated[key_B]) == 2
+
+
+def test_what_stays_comes_back_to_the_bit_and_what_cannot_be_is_refused():
+    (update, config), (small, small_config) = pairs([WIDE, UNEQUAL[0]])
+    key = factor_keys(update)[0][0]
+    for to in (config, {"peft_type": "LORA", "r": 7, "lora_alpha": 6.0}, 7, 100):
+        same = fedrot.truncate((update, config), to)
+        assert list(same) == list(update) and all(torch.equal(x, update[key]) for key, x in same.items())
+        assert not {x.data_ptr() for x in same.values()} & {x.data_ptr() for x in update.values()}
+    with refused(key, "rank 7", "(2, 16)"):
+        fedrot.truncate((small, small_config), config)
+    with refused("no LoRA configuration"):
+        fedrot.truncate(update, small_config)
+    with refused("a rank", "0"):
+        fedrot.truncate(update, 0)
+    with refused("rank or a LoRA configuration", "str"):
+        fedrot.truncate(update, "2")
+    with refused("r is '2'"):
+        fedrot.truncate((update, config), {"peft_type": "LORA", "r": "2"})
+    with refused("peft_type 'IA3'"):
+        fedrot.truncate((update, config), {"peft_type": "IA3"})
+    with refused(key, "NaN"):
+        fedrot.truncate({**update, key: update[key] * torch.nan}, 2)
+
+
+def test_a_federation_of_unequal_ranks():
+    """Truncated download, PEFT's own training, padded upload, three rounds; every B·A in dense float64 on the way."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10)).double()
+
+    def adapted(r, alpha):
+        return get_peft_model(
+            base(), LoraConfig(r=r, lora_alpha=alpha, target_modules=["0", "2"]), autocast_adapter_dtype=False
+        )
+
+    def products(model):
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+        return {n: m.get_delta_weight("default").detach() for n, m in layers.items()}
+
+    globe = adapted(8, 8)
+    models = [adapted(2, 8), adapted(4, 2), adapted(8, 16)]
+    aggregator = fedrot.FedRotAggregator((get_peft_model_state_dict(globe), globe.peft_config["default"]), strength=1)
+    x, y = torch.randn(3, 30, 12).double(), torch.randint(10, (3, 30))
+    losses = []
+    for _ in range(3):
+        config = globe.peft_config["default"]
+        for i, model in enumerate(models):
+            own = model.peft_config["default"]
+            set_peft_model_state_dict(model, fedrot.truncate((get_peft_model_state_dict(globe), config), own))
+            for name, product in products(model).items():
+                torch.testing.assert_close(product, best(products(globe)[name], own.r), rtol=1e-9, atol=1e-12)
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+            for _ in range(5):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[i]), y[i]).backward()
+                optimizer.step()
+            aggregator.add((get_peft_model_state_dict(model), own), i + 1)
+        before = (get_peft_model_state_dict(globe), config)
+        result = aggregator.finish()
+        clients = [(get_peft_model_state_dict(m), m.peft_config["default"]) for m in models]
+        ratios = {key: [8 / 2, 2 / 4, 16 / 8] for key, _ in factor_keys(before[0])}
+        on = "A" if result.report.round % 2 else "B"
+        mean, _ = expected(clients, before[0], ratios.__getitem__, on, "SO", 1.0, [1 / 6, 1 / 3, 1 / 2])
+        for key, value in mean.items():
+            torch.testing.assert_close(result.state_dict[key], value, rtol=1e-7, atol=1e-9)
+        assert result.config["r"] == 8 and result.config["lora_alpha"] == 8
+        set_peft_model_state_dict(globe, result.state_dict)
+        with torch.no_grad():
+            losses.append(sum(float(nn.functional.cross_entropy(globe(x[i]), y[i])) for i in range(3)))
+    assert losses[-1] < losses[0]
