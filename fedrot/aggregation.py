@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from fedrot_kernels import Backend
 
-from .aggregator import FedRotAggregator, OnInvalid
+from .aggregator import FedRotAggregator
 from .alignment import AlignOn, RotationGroup, Strength
+from .intake import OnInvalid
 from .result import AggregationResult
 from .updates import UpdateLike
 

@@ -15,30 +15,18 @@ from .averaging import shares_of
 from .errors import UpdateError
 from .folding import base_config
 from .frozen import as_sent, check_frozen
+from .intake import Intake, OnInvalid, nothing_left
 from .methods import Round, get_method
-from .padding import check_padded, common_layout, open_wide_reference, padded, rounded, scalings_if_unlike, widest
+from .padding import padded, rounded, widest
 from .partial import Partial, check_mergeable
 from .report import Report, adapter_reports
 from .result import AggregationResult
 from .round import Averages
-from .scaling import Scalings, check_biases, scalings, widest_layout, with_configs
+from .scaling import with_configs
 from .server_optimizer import ServerOptimizer
 from .stream import Stream
-from .updates import (
-    Update,
-    UpdateLike,
-    check_device,
-    check_update,
-    check_updates,
-    check_weight,
-    check_weights,
-    not_finite,
-    open_reference,
-    open_update,
-    open_updates,
-)
+from .updates import Update, UpdateLike, check_weight, check_weights, open_update, open_updates
 
-OnInvalid = Literal["raise", "drop"]
 Towards = Literal["global", "consensus"]
 
 
@@ -91,19 +79,18 @@ class FedRotAggregator:
                 f"{method}'s result is no mean in the basis of the last one, towards which a server optimizer could step; "
                 "leave it out, or take another method"
             )
-        for name, value, allowed in (("on_invalid", on_invalid, OnInvalid), ("backend", backend, Backend)):
-            if value not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
         if not hasattr(round, "__index__") or isinstance(round, bool) or round < 0:
             raise ValueError(f"round must be a whole number from 0, got {round!r}")
         self.reference = previous if consensus else reference
         self.round = int(round)
         self.strengths: dict[str, float] = {}
-        self.on_invalid = on_invalid
         self.backend = backend
         self.report_error = report_error
         self.configs = configs
         self.server_optimizer = server_optimizer
+        self._intake = Intake(self.method, on_invalid)
         self._config: dict[str, Any] | None = None
         self._under_way: Stream | None = None
 
@@ -119,16 +106,16 @@ class FedRotAggregator:
             raise RuntimeError("updates were added one by one; finish() that round first")
         clients = with_configs(open_updates(updates, names), self.configs)
         numbers = {client.name: number for number, client in enumerate(clients)}
-        given, layout = self._start(clients, self._layout(clients))
+        given, layout = self._start(clients)
         values = check_weights(weights, clients)
         dropped = dict[str, str]()
-        if self.method.needs_all or self._pads(clients, layout, given):  # whose algebra does not survive NaN
-            clients, values = self._valid(clients, values, dropped)
+        if self._intake.must_be_sound(clients, layout, given):
+            clients, values = self._intake.valid(clients, values, dropped)
             if dropped:
-                given, layout = self._start(clients, self._layout(clients))
+                given, layout = self._start(clients)
         averages = self._average(layout, clients, numbers, values, given)
         if not averages.sound:  # only then look for what is wrong
-            kept, kept_values = self._valid(clients, values, dropped)
+            kept, kept_values = self._intake.valid(clients, values, dropped)
             if len(kept) < len(clients):
                 clients, values = kept, kept_values
                 averages = self._average(layout, clients, numbers, values, given)
@@ -142,50 +129,9 @@ class FedRotAggregator:
         report = Report(self.method.name, self.round, used, shares, dropped, adapters)
         return self._close(clients, layout, given, averages, report, check=not averages.sound)
 
-    def _layout(self, clients: list[Update]) -> Layout:
-        if self.method.pads:
-            layout = common_layout(clients)
-        elif not self.method.unequal_ranks:
-            layout = check_updates(clients)
-        else:
-            for client in clients[1:]:
-                check_device(client, clients[0])
-            layout = widest_layout(clients)
-        self.method.check(layout)
-        return layout
-
-    def _scalings(self, clients: Sequence[Update], layout: Layout, reference: Update | None) -> Scalings | None:
-        if self.method.pads:
-            return scalings_if_unlike(clients, layout, reference)
-        s = scalings(clients, layout) if self.method.unequal_ranks else None
-        if s is not None:
-            check_biases(layout, s)
-        return s
-
-    def _pads(self, clients: Sequence[Update], layout: Layout, reference: Update | None) -> bool:
-        return self.method.pads and self._scalings(clients, layout, reference) is not None
-
-    def _start(self, clients: Sequence[Update], layout: Layout) -> tuple[Update | None, Layout]:
+    def _start(self, clients: Sequence[Update]) -> tuple[Update | None, Layout]:
         """What the clients started from, if that is known, and their layout in its ranks."""
-        if self.reference is None:
-            return None, layout
-        if self.method.pads:
-            return open_wide_reference(self.reference, self._config, clients, layout)
-        return self._open_reference(clients[0], layout), layout
-
-    def _open_reference(self, first: Update, layout: Layout) -> Update:
-        assert self.reference is not None
-        if self.method.unequal_ranks or self.method.returns() != ("A", "B"):  # the reference may have other shapes, or no B
-            return open_update(self.reference, "the reference")
-        return open_reference(self.reference, first, layout)
-
-    def _valid(
-        self, clients: list[Update], weights: list[float], dropped: dict[str, str]
-    ) -> tuple[list[Update], list[float]]:
-        kept = [(client, w) for client, w in zip(clients, weights, strict=True) if self._is_valid(client, dropped)]
-        if not any(w for _, w in kept):
-            raise _nothing_left(dropped)
-        return [client for client, _ in kept], [w for _, w in kept]
+        return self._intake.start(self.reference, self._config, clients)
 
     def _average(
         self,
@@ -196,9 +142,8 @@ class FedRotAggregator:
         reference: Update | None,
     ) -> Averages:
         """The averages, towards the reference given, or else the client of the largest weight, among the widest."""
-        s = self._scalings(clients, layout, reference)
-        if pads := self.method.pads and s is not None:
-            clients = [padded(c, layout, of_c, s.of_result) for c, of_c in zip(clients, s.of_clients, strict=True)]
+        s = self._intake.scalings(clients, layout, reference)
+        clients = self._intake.padded(clients, layout, s)
         if reference is None:
             reference = widest(clients, weights, layout)
         round = Round(
@@ -214,8 +159,8 @@ class FedRotAggregator:
             self.report_error,
         )
         averages = self.method.aggregate(round)
-        pads = pads or any(client.ranks is not None for client in clients)
-        return rounded(averages, layout, clients) if pads else averages
+        is_padded = self.method.pads and (s is not None or any(client.ranks is not None for client in clients))
+        return rounded(averages, layout, clients) if is_padded else averages
 
     def _frozen(self, layout: Layout) -> frozenset[str]:
         """The keys of factors that no client trained in this round."""
@@ -245,15 +190,13 @@ class FedRotAggregator:
         weight = check_weight(weight, client)
         if round is None:
             round = self._begin(client)
-        if self.method.pads:
-            check_padded(client, round.first, round.layout, (round.reference or round.first).name)
-        else:
-            check_update(client, round.first, round.layout)
-        if self._is_valid(client, round.dropped):
+        self._intake.check_next(client, round.first, round.layout, round.reference)
+        if self._intake.is_valid(client, round.dropped):
             if not round.weights:
                 round.frozen = self._untrained(round, client)
             check_frozen(client, round.frozen, round.frozen, self.method.name)
-            if self.method.pads and (s := self._scalings([round.first, client], round.layout, round.reference)):
+            pair = [round.first, client]
+            if self.method.pads and (s := self._intake.scalings(pair, round.layout, round.reference)):
                 client = padded(client, round.layout, s.of_clients[1], s.of_result)
             prepared = self.method.prepare(self.round, client, round.seen, round.layout, round.reference)
             round.add(client.name, weight, *prepared)
@@ -313,7 +256,7 @@ class FedRotAggregator:
         if round is None:
             raise UpdateError("no updates: add at least one before finish()")
         if not any(round.weights.values()):
-            raise _nothing_left(round.dropped)
+            raise nothing_left(round.dropped)
         shares = shares_of(tuple(round.weights.values()))
         report = Report(self.method.name, self.round, tuple(round.weights), shares, round.dropped, *round.adapter_reports())
         averages = Averages(round.mean.state_dict() | round.frozen, [], [], None, None, False)
@@ -333,14 +276,12 @@ class FedRotAggregator:
 
     def _begin(self, first: Update) -> Stream:
         """A round of updates that are added one by one, of which this is the first."""
-        layout = Layout(first.specs, first.name)
-        self.method.check(layout)
         if self.reference is None and self.method.needs_reference(self.round):
             raise UpdateError(
                 "updates that are added one by one need a reference; pass the adapter that the clients started from, "
                 "or aggregate(updates) the first round at once"
             )
-        target, layout = self._start([first], layout)
+        target, layout = self._start([first])
         return Stream(first, layout, target, self.method.seed if self.report_error else None)
 
     def _untrained(self, round: Stream, first: Update) -> dict[str, Tensor]:
@@ -353,14 +294,6 @@ class FedRotAggregator:
         reference = round.reference_digest if self.method.needs_reference(self.round) else None
         options = {"method": self.method.name, "round": self.round, **asdict(self.method.alignment)}
         return options | {"seed": self.method.seed, "reference": reference}
-
-    def _is_valid(self, client: Update, dropped: dict[str, str]) -> bool:
-        found = not_finite(client)
-        if found and self.on_invalid == "raise":
-            raise UpdateError(f'{client.name}, {found}; leave this client out, or drop such clients (on_invalid="drop")')
-        if found:
-            dropped[client.name] = found
-        return not found
 
     def _close(
         self,
@@ -388,7 +321,7 @@ class FedRotAggregator:
         state_dict = {given: mean[key] for key, given in first.keys_given.items() if key in mean}
         if check or self.server_optimizer is not None:
             check_range(state_dict | (averages.base or {}), "the average,")
-        s = self._scalings(clients, layout, reference)
+        s = self._intake.scalings(clients, layout, reference)
         chosen = s.config if s else first.config
         self._config = (reference.config if reference is not None else None) or self._config or chosen
         self.reference, self.round = state_dict, self.round + 1
@@ -409,8 +342,3 @@ def towards(reference: Towards, adapter: UpdateLike | None) -> dict[str, Any]:
     if reference not in get_args(Towards):
         raise ValueError(f"reference must be one of {', '.join(get_args(Towards))}, got {reference!r}")
     return {"reference": "consensus", "previous": adapter} if reference == "consensus" else {"reference": adapter}
-
-
-def _nothing_left(dropped: dict[str, str]) -> UpdateError:
-    reasons = "".join(f"; dropped {client}: {why}" for client, why in dropped.items())
-    return UpdateError(f"nothing to average: no client of positive weight is left{reasons}")

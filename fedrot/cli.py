@@ -7,9 +7,9 @@ from importlib.metadata import version
 from typing import get_args
 
 from .aggregation import aggregate
-from .aggregator import OnInvalid
 from .alignment import AlignOn, RotationGroup
 from .folders import check_new, new_folder, read_adapter, write_adapter
+from .intake import OnInvalid
 from .merging import MergeMethod, merge
 from .methods import METHODS, methods_table
 from .result import AggregationResult
@@ -70,11 +70,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders, one per client")
-    parser.add_argument("--reference", metavar="DIR", help="the adapter the clients started from (default: the heaviest's)")
+    parser.add_argument(
+        "--reference",
+        metavar="DIR",
+        help="the adapter the clients started from (default: the heaviest's), or the word consensus: rotate to each other",
+    )
+    parser.add_argument("--previous", metavar="DIR", help="with the reference consensus, the adapter they started from")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
     parser.add_argument("--align-on", default="alternate", choices=get_args(AlignOn), help="default: %(default)s")
     parser.add_argument("--round", type=int, default=0, help="its number, from 0: even rounds align B, odd rounds A")
-    parser.add_argument("--strength", type=float, default=0.5, help="λ from 0 to 1 (default: %(default)s)")
+    parser.add_argument(
+        "--strength",
+        type=lambda text: text if text == "auto" else float(text),
+        help="λ from 0 to 1, or auto (default: 0.5, or 1 with consensus and --align-on error)",
+    )
     parser.add_argument("--group", default="SO", choices=get_args(RotationGroup), help="default: %(default)s")
 
 
@@ -85,6 +94,7 @@ def _aggregate_folders(
         args.folders,
         args.weights,
         args.reference,
+        previous=args.previous,
         method=method,
         align_on=args.align_on,
         round=args.round,
@@ -146,7 +156,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _explain_no_rotation(result: AggregationResult, args: argparse.Namespace) -> None:
-    if METHODS[result.report.method].rotates and args.strength > 0 and result.report.angle == 0 and len(args.folders) > 1:
+    if METHODS[result.report.method].rotates and args.strength != 0 and result.report.angle == 0 and len(args.folders) > 1:
         print(
             "no client was rotated: the factor to align is zero in the reference (B is in a fresh adapter), or the clients "
             "agree with it; odd rounds align A (--round 1, or --align-on A)"

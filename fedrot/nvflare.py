@@ -24,9 +24,10 @@ from fedrot_kernels import Backend
 
 from .adapters import Layout
 from .admission import admit, in_order, one_line
-from .aggregator import FedRotAggregator, OnInvalid, Towards, towards
+from .aggregator import FedRotAggregator, Towards, towards
 from .alignment import AlignOn, RotationGroup, Strength
 from .errors import UpdateError
+from .intake import OnInvalid
 from .result import AggregationResult
 from .server_optimizer import ServerOptimizer
 from .updates import StateDict, Update, check_update, check_weight, open_update

@@ -104,6 +104,9 @@ class Report:
             f"{_number(self.relative_error, '9.4f')} {self.angle:>10.1f}°"
         )
         lines.append(f"{self.method}, round {self.round}, {len(self.clients)} clients averaged")
+        if strengths := [a.strength for a in self.adapters if a.strength is not None]:
+            mean = sum(strengths) / len(strengths)
+            lines.append(f"strengths chosen: {min(strengths):g} to {max(strengths):g}, {mean:.2f} on the mean")
         if self.deviation is not None:
             lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} of all adapters")
         lines += [f"dropped {client}: {why}" for client, why in self.dropped.items()]

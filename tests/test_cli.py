@@ -61,6 +61,27 @@ def test_inspect_shows_both_errors(folders, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--reference", "consensus"], {"reference": "consensus"}),
+        (["--strength", "auto"], {"strength": "auto"}),
+        (["--align-on", "error", "--group", "GL"], {"align_on": "error", "group": "GL"}),
+    ],
+)
+def test_aligning_clients_to_each_other(folders, tmp_path, capsys, options, expected):
+    assert main(["aggregate", *folders, "--output", str(tmp_path / "merged"), *options]) == 0
+    found, _ = fedrot.read_adapter(tmp_path / "merged")
+    result = fedrot.aggregate(folders, **expected)
+    assert all(torch.equal(found[key], x) for key, x in result.state_dict.items())
+    assert str(result.report) in capsys.readouterr().out
+    previous = ["--reference", "consensus", "--previous", folders[1]]
+    assert main(["aggregate", *folders, "--output", str(tmp_path / "turned"), *previous]) == 0
+    turned, _ = fedrot.read_adapter(tmp_path / "turned")
+    result = fedrot.aggregate(folders, reference="consensus", previous=folders[1])
+    assert all(torch.equal(turned[key], x) for key, x in result.state_dict.items())
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--weights", "1", "2"], "2 weights for 3 updates"),

@@ -120,6 +120,14 @@ def test_an_aggregator_prefers_the_strength_it_had():
     assert chosen == server.strengths == {**dict.fromkeys(modules, 0.5), modules[0]: 0.9}
 
 
+def test_the_strengths_chosen_are_shown():
+    common, updates = turned_clients(LINEAR, 3)
+    report = fedrot.aggregate(updates, WEIGHTS, common, strength="auto", align_on="joint").report
+    strengths = [a.strength for a in report.adapters]
+    assert f"strengths chosen: {min(strengths):g} to {max(strengths):g}" in str(report)
+    assert "chosen" not in str(fedrot.aggregate(updates, WEIGHTS, common).report)
+
+
 @every_mode
 def test_what_cannot_be_averaged_is_named_or_dropped(mode):
     _, updates = turned_clients(LINEAR, 3)

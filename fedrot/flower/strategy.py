@@ -15,10 +15,11 @@ from flwr.serverapp.strategy import FedAvg, Result
 from fedrot_kernels import Backend
 
 from ..adapters import Layout
-from ..aggregator import OnInvalid, Towards
+from ..aggregator import Towards
 from ..alignment import AlignOn, RotationGroup, Strength
 from ..folders import check_lora
 from ..folding import base_config, fold_update
+from ..intake import OnInvalid
 from ..keys import factor_of
 from ..result import AggregationResult
 from ..scaling import plain_config

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import yaml
 
-from ..aggregator import OnInvalid, Towards
+from ..aggregator import Towards
 from ..alignment import Alignment, AlignOn, RotationGroup, Strength
+from ..intake import OnInvalid
 from ..methods import METHODS, get_method
 from ..server_optimizer import ServerOptimizerName
 
