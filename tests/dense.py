@@ -7,7 +7,7 @@ import torch
 from peft import set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
-from .peft_models import KINDS, factor_keys, peft_model
+from .peft_models import KINDS, client_updates, factor_keys, peft_model
 
 KIND = KINDS["float64"]
 WEIGHTS = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
@@ -21,6 +21,8 @@ UNEQUAL = [
         {"r": 3, "lora_alpha": 5, "rank_pattern": {"value": 5}, "alpha_pattern": {"value": 7}},
     )
 ]
+
+WIDE = replace(KIND, config=KIND.config | {"r": 7, "lora_alpha": 6})
 
 
 def lora_config(kind):
@@ -56,3 +58,30 @@ def with_frozen(updates, factor):
     """All clients with the first one's A or B."""
     keys = [pair["AB".index(factor)] for pair in factor_keys(updates[0])]
     return [{**u, **{key: updates[0][key] for key in keys}} for u in updates]
+
+
+def pairs(kinds, seed=0):
+    """A client of each kind: its update with its configuration."""
+    return [(client_updates(kind, 1, seed + i)[0], lora_config(kind)) for i, kind in enumerate(kinds)]
+
+
+def matrices(update, keys):
+    return [update[key].double().flatten(1) for key in keys]
+
+
+def scaling_of(kinds, wide):
+    """key of A → sᵢ/s of every client, from PEFT's own layers."""
+
+    def of(key):
+        name, s = key.split(".lora_")[0], []
+        for kind in (*kinds, wide):
+            layer = dict(peft_model(kind).named_modules())[name]
+            s.append(layer.scaling["default"])
+        return [x / s[-1] for x in s[:-1]]
+
+    return of
+
+
+def best(M, k):
+    U, S, Vh = torch.linalg.svd(M)
+    return U[:, :k] * S[:k] @ Vh[:k]
