@@ -54,7 +54,12 @@ def make_parser() -> argparse.ArgumentParser:
     merging.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
     merging.add_argument("--rank", type=int, metavar="R", help="of the merged adapter (default: the adapters' largest)")
     merging.add_argument("--alpha", type=float, metavar="α", help="its lora_alpha (default: the widest adapter's scaling)")
-    merging.add_argument("--method", default="fedrot", choices=get_args(MergeMethod), help="default: %(default)s")
+    merging.add_argument(
+        "--method",
+        default="fedrot",
+        choices=get_args(MergeMethod),
+        help="fedrot: align by least error and average (default); flexlora: the best adapter of the rank, which loses less",
+    )
     merging.add_argument("--group", default="SO", choices=get_args(RotationGroup), help="default: %(default)s")
     merging.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
     merging.set_defaults(run=_merge)

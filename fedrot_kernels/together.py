@@ -124,8 +124,7 @@ class _Aligner:
         """G, H (G, n, r, r), and λ, error and update norm (G,); the last client is the reference."""
         special = self.group != "O"
         eye = torch.eye(grams.A.r, dtype=torch.float64, device=grams.w.device).expand(len(grams.size), grams.A.n, -1, -1)
-        M = self._towards_reference(grams, eye, self.on if self.target == "reference" else "AB")
-        R, _ = procrustes(M, special=special, noise=noise)
+        R, _ = procrustes(self._towards_reference(grams, eye), special=special, noise=noise)
         if self.target != "reference":
             R = consensus(grams, R, special=special, noise=noise, on="AB" if self.target == "error" else self.on)
         H = None
@@ -148,13 +147,15 @@ class _Aligner:
         error = grams.at(R, H).error.clamp(min=0) * grams.size
         return R, H, strength, error.sqrt(), (grams.update.clamp(min=0) * grams.size).sqrt()
 
-    @staticmethod
-    def _towards_reference(grams: Grams, eye: Tensor, on: str) -> Tensor:
-        """(G, n, r, r), FᵢF_refᵀ, each factor relative to the reference's; one that is zero says nothing."""
+    def _towards_reference(self, grams: Grams, eye: Tensor) -> Tensor:
+        """(G, n, r, r), FᵢF_refᵀ: where that is the target, of the factors that count, each relative to the reference's, of
+        which one that is zero says nothing; where it is but the beginning, of both, scaled to one size."""
         W = torch.zeros_like(eye)
         W[:, -1] = eye[:, -1]
+        if self.target != "reference":
+            return grams.A(W) + grams.B(W)
         M = torch.zeros_like(eye)
-        for factor in on:
+        for factor in self.on:
             products = getattr(grams, factor)
             squared = products.squares[:, -1].reshape(-1, 1, 1, 1)
             M += products(W) / torch.where(squared == 0, 1, squared)
