@@ -148,11 +148,11 @@ def test_a_table_by_round():
     assert "relative error by round" in text and text.count("0.500 ± 0.000") == 2 * len(numbers)
 
 
-@pytest.mark.parametrize("name", ["beyond-digits", "beyond-text"])
-def test_the_presets_beside_the_papers(name):
+@pytest.mark.parametrize(("name", "rows"), [("beyond-digits", 8), ("beyond-text", 6)])
+def test_the_presets_beside_the_papers(name, rows):
     options = load_preset(name) | ({"model": "encoder", "dataset": "train.tsv"} if name == "beyond-text" else {})
     found, notes = Comparison.of(options).runs()
-    assert len(found) == 2 * 3 * (2 * (2 + 4) + 1) and len(notes) == 1  # RoLoRA only from a shared start
+    assert len(found) == 2 * 3 * (2 * rows + 1) and len(notes) == 1  # RoLoRA only from a shared start
     assert {run.config.clients for run in found} == {10, 50}
     by = {run.columns["method"]: run.config for run in found}
     assert by["consensus"].reference == "consensus" and by["auto"].strength == "auto"
