@@ -54,7 +54,8 @@ def merge(
         names: what errors and the report call the adapters.
 
     Returns:
-        The merged adapter, with its configuration and a report, whose errors include what a smaller rank loses.
+        The merged adapter, with its configuration and a report, whose errors are those of s·B·A and include what a smaller
+        rank loses.
 
     Raises:
         UpdateError: adapters that do not fit each other, or whose update is not a plain s·B·A (DoRA, PiSSA, …).
@@ -98,7 +99,9 @@ def merge(
     for a in layout.adapters:
         error, norm = _errors(a, clients[a.module], shares, state_dict, s[a.module] / s_final[a.module])
         of_clients = tuple(angles[a.module].get(name, 0.0) for name in shares)
-        reports.append(AdapterReport(a.module, ranks[a.module], error, norm, of_clients))
+        # Of s·B·A: modules differ in s, and those of a large one weigh more in the whole model.
+        size = s_final[a.module]
+        reports.append(AdapterReport(a.module, ranks[a.module], size * error, size * norm, of_clients))
     report = Report(method, 0, tuple(shares), tuple(shares.values()), {}, tuple(reports))
     return AggregationResult(state_dict | base, report, final)
 
