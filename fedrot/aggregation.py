@@ -57,8 +57,9 @@ def aggregate(
             to the reference, but the aggregation error itself is made least; the reference, or ``previous``, fixes the basis
             of the result.
         round: the round's number, from 0: decides what "alternate" aligns, what RoLoRA trained and what is drawn at random.
-        strength: λ; 0 is FedIT, bit for bit, 1 the full Procrustes rotation. "auto" chooses one for every adapter, the λ of
-            the least aggregation error. None is the paper's 0.5, and 1 with "consensus" and "error".
+        strength: λ; 0 is FedIT, bit for bit, 1 the full Procrustes rotation. "auto" chooses one for every adapter, of
+            those whose aggregation error is within 1 % of the least the λ nearest the last round's (0.5 in the first). None
+            is the paper's 0.5, and 1 with "consensus" and "error".
         group: "SO" (rotations) or "O" (reflections too); with "error" also "GL", invertible matrices (experimental).
         on_invalid: "raise" on NaN or Inf in an update, or "drop" that client and report it.
         backend: "triton", "torch", or "auto": Triton for tensors on a GPU, as far as it takes their dtype and rank.

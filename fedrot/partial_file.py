@@ -18,6 +18,7 @@ from .averaging import sum_dtype
 from .errors import UpdateError
 from .folders import DTYPES_SAVED, check_lora, check_new
 from .keys import TensorSpec, parse_key
+from .scaling import rank_of, scaling
 from .sketch import part_shapes
 from .stream import Stream
 from .updates import Update, is_finite
@@ -75,6 +76,9 @@ def read_stream(path: str | os.PathLike) -> tuple[Stream, dict[str, Any]]:
             if header["config"] is not None:
                 check_lora(header["config"], f"{name}: its configuration")
             layout = Layout(specs, name)
+            for a in layout.adapters if header["config"] is not None else ():  # both refuse what gives none
+                rank_of(header["config"], a.module, f"{name}: its configuration")
+                scaling(header["config"], a.module, a.rank, f"{name}: its configuration")
             _check_tensors(name, file, _expected(name, layout, header))
             first = Update(name, specs, keys_given, {}, torch.device("cpu"), header["config"])
             return _read(name, file, header, Stream(first, layout, None, 0 if header["sketch"] else None)), header["options"]
@@ -159,8 +163,8 @@ def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if wrong is None:
         names = (*header["clients"], *header["dropped"])
         good = {
-            "clients": all(isinstance(x, str) for x in names) and len(set(names)) == len(names),
-            "dropped": all(isinstance(x, str) for x in header["dropped"].values()),
+            "clients": all(map(_is_text, names)) and len(set(names)) == len(names),
+            "dropped": all(map(_is_text, header["dropped"].values())),
             "frozen": all(isinstance(x, str) for x in header["frozen"]),
             "unit": 0 <= header["unit"] < math.inf,
             "total_weight": 0 <= header["total_weight"] < math.inf,
@@ -169,6 +173,11 @@ def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if wrong is not None:
         raise UpdateError(f"{name}: {wrong} in its header is not what Partial.save writes; send it again")
     return header
+
+
+def _is_text(x: Any) -> bool:
+    """Whether a name can be printed and written: no lone surrogate, which JSON lets through."""
+    return isinstance(x, str) and x != "" and x.encode("utf-8", "ignore").decode("utf-8") == x
 
 
 def _specs(name: str, tensors: list) -> tuple[dict[str, TensorSpec], dict[str, str]]:

@@ -160,6 +160,13 @@ DAMAGED = {
     "no field": (damaged_header(lambda h: h.pop("total_weight")), ["total_weight"]),
     "another version": (damaged_header(lambda h: h.update(version=2)), ["version"]),
     "no adapters": (damaged_header(lambda h: h.update(tensors=h["tensors"][-2:])), ["lora_A/lora_B"]),
+    "a name that cannot be written": (damaged_header(lambda h: h["clients"].__setitem__(0, "\ud800")), ["clients"]),
+    "no name": (damaged_header(lambda h: h["clients"].__setitem__(0, "")), ["clients"]),
+    "a rank that is none": (damaged_header(lambda h: h.update(config={"peft_type": "LORA", "r": "x"})), ["r is 'x'"]),
+    "patterns that are none": (
+        damaged_header(lambda h: h.update(config={"peft_type": "LORA", "rank_pattern": 3})),
+        ["rank_pattern is 3"],
+    ),
     "no LoRA": (damaged_header(lambda h: h.update(config={"peft_type": "IA3"})), ["IA3"]),
 }
 
