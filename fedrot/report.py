@@ -77,8 +77,8 @@ class Report:
 
     @property
     def relative_error(self) -> float | None:
-        """The whole model's aggregation error over the whole model's update norm, both without scalings: where modules differ
-        in s, not quite what the model's own update loses (``merge`` counts s)."""
+        """The whole model's aggregation error over the whole model's update norm, both without scalings: where modules
+        differ in s, not quite what the model's own update loses (``merge`` counts s)."""
         return None if self.error is None else _ratio(self.error, math.hypot(*(a.update_norm or 0 for a in self.adapters)))
 
     @property
