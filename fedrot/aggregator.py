@@ -17,14 +17,14 @@ from .folding import base_config
 from .frozen import as_sent, check_frozen
 from .intake import Intake, OnInvalid, nothing_left
 from .methods import Round, get_method
-from .padding import padded, rounded, widest
+from .padding import padded, rounded, trainable, widest
 from .partial import Partial, check_mergeable
 from .report import Report, adapter_reports
 from .result import AggregationResult
 from .round import Averages
 from .scaling import with_configs
 from .server_optimizer import ServerOptimizer
-from .stream import Stream
+from .stream import Stream, is_name
 from .updates import Update, UpdateLike, check_weight, check_weights, open_update, open_updates
 
 Towards = Literal["global", "consensus"]
@@ -73,7 +73,10 @@ class FedRotAggregator:
         consensus = isinstance(reference, str) and reference == "consensus"
         if previous is not None and not consensus:
             raise ValueError('previous goes with reference="consensus"; otherwise that adapter is the reference')
-        self.method = get_method(method, Alignment(align_on, strength, group, consensus), seed)
+        for name, value in (("round", round), ("seed", seed)):
+            if not hasattr(value, "__index__") or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
+        self.method = get_method(method, Alignment(align_on, strength, group, consensus), int(seed))
         if server_optimizer is not None and not self.method.keeps_basis:
             raise ValueError(
                 f"{method}'s result is no mean in the basis of the last one, towards which a server optimizer could step; "
@@ -81,8 +84,6 @@ class FedRotAggregator:
             )
         if backend not in get_args(Backend):
             raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-        if not hasattr(round, "__index__") or isinstance(round, bool) or round < 0:
-            raise ValueError(f"round must be a whole number from 0, got {round!r}")
         self.reference = previous if consensus else reference
         self.round = int(round)
         self.strengths: dict[str, float] = {}
@@ -144,6 +145,7 @@ class FedRotAggregator:
         """The averages, towards the reference given, or else the client of the largest weight, among the widest."""
         s = self._intake.scalings(clients, layout, reference)
         clients = self._intake.padded(clients, layout, s)
+        given = reference
         if reference is None:
             reference = widest(clients, weights, layout)
         round = Round(
@@ -160,7 +162,7 @@ class FedRotAggregator:
         )
         averages = self.method.aggregate(round)
         is_padded = self.method.pads and (s is not None or any(client.ranks is not None for client in clients))
-        return rounded(averages, layout, clients) if is_padded else averages
+        return rounded(averages, layout, clients, given) if is_padded else averages
 
     def _frozen(self, layout: Layout) -> frozenset[str]:
         """The keys of factors that no client trained in this round."""
@@ -179,8 +181,8 @@ class FedRotAggregator:
             UpdateError: as in ``aggregate``; the round goes on as if the update had not been added.
         """
         self._check_streams()
-        if name is not None and not (isinstance(name, str) and name):
-            raise ValueError(f"name must be a text, got {name!r}")
+        if name is not None and not is_name(name):
+            raise ValueError(f"name must be a line of text, got {name!r}")
         round = self._under_way
         client = open_update(update, name or f"client {round.seen if round else 0}", round.first if round else None)
         if round is not None and (client.name in round.weights or client.name in round.dropped):
@@ -215,8 +217,8 @@ class FedRotAggregator:
             UpdateError: none was added.
         """
         self._check_merges()
-        if name is not None and not (isinstance(name, str) and name):
-            raise ValueError(f"name must be a text, got {name!r}")
+        if name is not None and not is_name(name):
+            raise ValueError(f"name must be a line of text, got {name!r}")
         round, self._under_way = self._under_way, None
         if round is None:
             raise UpdateError("no updates: add at least one before partial()")
@@ -259,12 +261,19 @@ class FedRotAggregator:
             raise nothing_left(round.dropped)
         shares = shares_of(tuple(round.weights.values()))
         report = Report(self.method.name, self.round, tuple(round.weights), shares, round.dropped, *round.adapter_reports())
-        averages = Averages(round.mean.state_dict() | round.frozen, [], [], None, None, False)
+        mean = round.mean.state_dict() | round.frozen
+        if self.method.pads and round.reference is not None:
+            mean = trainable(mean, round.layout, round.reference)
+        averages = Averages(mean, [], [], None, None, False)
         return self._close([round.first], round.layout, round.reference, averages, report, check=True)
 
     def _check_streams(self) -> None:
         if self.method.needs_all:
-            raise ValueError(f"{self.method.name} needs all updates of a round at once: aggregate(updates)")
+            a = self.method.alignment
+            options = {"reference": "consensus" if a.consensus else None, "align_on": a.align_on, "strength": a.strength}
+            chosen = [f"{k}={v!r}" for k, v in options.items() if v in ("consensus", "error", "auto")]
+            what = f"{self.method.name} with {' and '.join(chosen)}" if chosen else self.method.name
+            raise ValueError(f"{what} needs all updates of a round at once: aggregate(updates)")
 
     def _check_merges(self) -> None:
         self._check_streams()

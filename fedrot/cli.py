@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import get_args
 
 from .aggregation import aggregate
-from .alignment import AlignOn, RotationGroup
+from .alignment import AlignOn, RotationGroup, Strength
 from .folders import check_new, new_folder, read_adapter, write_adapter
 from .intake import OnInvalid
 from .merging import MergeMethod, merge
@@ -86,14 +86,23 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--round", type=int, default=0, help="its number, from 0: even rounds align B, odd rounds A")
     parser.add_argument(
         "--strength",
-        type=lambda text: text if text == "auto" else float(text),
+        type=_strength,
         help="λ from 0 to 1, or auto (default: 0.5, or 1 with consensus and --align-on error)",
     )
     parser.add_argument("--group", default="SO", choices=get_args(RotationGroup), help="default: %(default)s")
 
 
+def _strength(text: str) -> Strength:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
+
+
 def _aggregate_folders(
-    args: argparse.Namespace, method: str, on_invalid: OnInvalid = "raise", seed: int = 0
+    args: argparse.Namespace, method: str, on_invalid: OnInvalid = "raise", seed: int = 0, strength: Strength | None = None
 ) -> AggregationResult:
     return aggregate(
         args.folders,
@@ -103,7 +112,7 @@ def _aggregate_folders(
         method=method,
         align_on=args.align_on,
         round=args.round,
-        strength=args.strength,
+        strength=args.strength if strength is None else strength,
         group=args.group,
         on_invalid=on_invalid,
         seed=seed,
@@ -154,7 +163,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    print(f"averaged as they are\n{_aggregate_folders(args, 'fedit').report}")
+    print(f"averaged as they are\n{_aggregate_folders(args, 'fedrot', strength=0).report}")
     rotated = _aggregate_folders(args, "fedrot")
     print(f"\nrotated, then averaged\n{rotated.report}")
     _explain_no_rotation(rotated, args)

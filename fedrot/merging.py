@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -60,10 +61,13 @@ def merge(
     Raises:
         UpdateError: adapters that do not fit each other, or whose update is not a plain s·B·A (DoRA, PiSSA, …).
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and (isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1):
         raise ValueError(f"rank must be a whole number from 1, got {rank!r}")
-    if alpha is not None and not 0 < alpha < float("inf"):
+    rank = None if rank is None else int(rank)
+    if alpha is not None and (not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
         raise ValueError(f"alpha must be a positive number, got {alpha!r}")
+    if method == "flexlora" and group != "SO":
+        raise ValueError(f"group is {group!r}, but flexlora aligns nothing: leave it out")
     if method not in get_args(MergeMethod):
         raise ValueError(f"method must be one of {', '.join(get_args(MergeMethod))}, got {method!r}")
     opened = open_updates(adapters, names)

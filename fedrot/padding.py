@@ -131,9 +131,29 @@ def padded(client: Update, layout: Layout, s_client: dict[str, float], s_result:
     return Update(client.name, layout.specs, keys_given, tensors, client.device, None, ranks if narrow else None)
 
 
-def rounded(averages: "Averages", layout: Layout, clients: Sequence[Update]) -> "Averages":
-    """The averages of padded clients in the layout's dtypes, and rotations with rows of zero where a client has none."""
+def trainable(mean: dict[str, Tensor], layout: Layout, reference: Update) -> dict[str, Tensor]:
+    """The mean, with the reference's row of A where both a row of A and its column of B are zero: ranks that no client of a
+    round has. B·A stays what it is; of two zeros neither would ever have a gradient again.
+
+    Args:
+        mean: canonical key → mean, in the layout's shapes and dtypes.
+        reference: of the layout's ranks.
+    """
+    for a in layout.adapters:
+        A, B = mean[a.key_A], mean[a.key_B]
+        dead = ~(A.flatten(1).any(1) | B.transpose(0, 1).flatten(1).any(1))
+        if bool(dead.any()):
+            kept = reference[a.key_A].detach().to(A.device, A.dtype).reshape(A.shape)
+            mean = mean | {a.key_A: torch.where(dead.reshape(-1, *[1] * (A.dim() - 1)), kept, A)}
+    return mean
+
+
+def rounded(averages: "Averages", layout: Layout, clients: Sequence[Update], reference: Update | None) -> "Averages":
+    """The averages of padded clients in the layout's dtypes, and rotations with rows of zero where a client has none; see
+    ``trainable`` for the reference."""
     mean = {key: x.to(layout.specs[key].dtype) for key, x in averages.mean.items()}
+    if reference is not None:
+        mean = trainable(mean, layout, reference)
     R = averages.R
     if R is not None:
         R = [x * own_rows(a, clients).to(x.device) for a, x in zip(layout.adapters, R, strict=True)]

@@ -20,7 +20,7 @@ from .folders import DTYPES_SAVED, check_lora, check_new
 from .keys import TensorSpec, parse_key
 from .scaling import rank_of, scaling
 from .sketch import part_shapes
-from .stream import Stream
+from .stream import Stream, is_name
 from .updates import Update, is_finite
 
 _HEADER, _VERSION = "fedrot-partial", 1
@@ -36,6 +36,7 @@ def write_stream(path: str | os.PathLike, stream: Stream, options: Mapping[str, 
     """
     check_new(path)
     path, first = Path(path), stream.first
+    path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "version": _VERSION,
         "options": dict(options),
@@ -97,8 +98,10 @@ def _read(name: str, file: Any, header: Mapping[str, Any], stream: Stream) -> St
             raise UpdateError(f"{name}, {key} {tuple(x.shape)} holds NaN or Inf")
     weights, unit, total = tables["weights"], stream.mean.unit, stream.mean.total_weight
     told = float(weights.sum() if not unit else (weights / unit).sum())
-    if bool((weights < 0).any()) or not math.isclose(told, total, rel_tol=1e-9):
-        raise UpdateError(f"{name}: its weights sum to {told:.6g} units, but its total is {total:.6g}; send it again")
+    if bool((weights < 0).any()) or (not unit and told) or not math.isclose(told, total, rel_tol=1e-9):
+        raise UpdateError(
+            f"{name}: its weights sum to {told:.6g} units of {unit:.6g}, but its total is {total:.6g}; send it again"
+        )
     stream.weights = dict(zip(header["clients"], weights.tolist(), strict=True))
     columns = {key_A: i for i, (key_A, _) in enumerate(layout.factor_keys)}
     in_batches = tables["angles"][:, [columns[a.key_A] for batch in layout.batches for a in batch.adapters]]
@@ -163,7 +166,7 @@ def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if wrong is None:
         names = (*header["clients"], *header["dropped"])
         good = {
-            "clients": all(map(_is_text, names)) and len(set(names)) == len(names),
+            "clients": all(map(is_name, names)) and len(set(names)) == len(names),
             "dropped": all(map(_is_text, header["dropped"].values())),
             "frozen": all(isinstance(x, str) for x in header["frozen"]),
             "unit": 0 <= header["unit"] < math.inf,
@@ -176,8 +179,8 @@ def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def _is_text(x: Any) -> bool:
-    """Whether a name can be printed and written: no lone surrogate, which JSON lets through."""
-    return isinstance(x, str) and x != "" and x.encode("utf-8", "ignore").decode("utf-8") == x
+    """Whether a text can be written: no lone surrogate, which JSON lets through."""
+    return isinstance(x, str) and x.encode("utf-8", "ignore").decode("utf-8") == x
 
 
 def _specs(name: str, tensors: list) -> tuple[dict[str, TensorSpec], dict[str, str]]:

@@ -107,6 +107,11 @@ class Stream:
         return tuple(reports), _root(*mean_and_deviation(whole))[1]
 
 
+def is_name(x: object) -> bool:
+    """Whether a client can be called so: one line of text that can be printed."""
+    return isinstance(x, str) and x != "" and x.isprintable()
+
+
 def _root(square: float, deviation: float) -> tuple[float, float]:
     """The root of an estimate and the root's standard deviation."""
     if not square > 0:

@@ -11,7 +11,8 @@ from .gram import Grams, Means, select
 from .ops import polar
 
 ROTATION_STEPS, MATRIX_STEPS = 20, 40
-# ‖G‖_F‖G⁻¹‖_F / r up to which an invertible matrix may go; its condition number is at most r times this.
+# ‖G‖_F‖G⁻¹‖_F / r, ‖G‖_F/√r and ‖G⁻¹‖_F/√r up to which an invertible matrix may go: its condition number is at most r times
+# this, and no client's factors are scaled by more.
 LARGEST_CONDITION = 10.0
 # Of the curvature, relative to its mean, below which a direction counts as no flatter.
 _RIDGE = 0.1
@@ -40,7 +41,8 @@ def least_error_rotations(grams: Grams, R: Tensor) -> Tensor:
 def least_error_matrices(grams: Grams, R: Tensor) -> tuple[Tensor, Tensor]:
     """Descent over invertible matrices, along X = (B̄ᵀB̄)⁻¹ Z (ĀĀᵀ)⁻¹.
 
-    A client whose matrix would become worse conditioned than ``LARGEST_CONDITION`` allows stays where it is in that step.
+    A client whose matrix would become worse conditioned or larger than ``LARGEST_CONDITION`` allows stays where it is in
+    that step; one of weight 0, which no error tells where to go, stays where it began.
 
     Args:
         grams: of the clients' factors.
@@ -53,11 +55,12 @@ def least_error_matrices(grams: Grams, R: Tensor) -> tuple[Tensor, Tensor]:
     r = R.shape[-1]
     for _ in range(MATRIX_STEPS):
         Z = _gradient(grams, G, H, now)
-        X = _preconditioned(Z, now)
+        X = torch.where(grams.w > 0, _preconditioned(Z, now), 0)
         G_next = _moved(G, X, step)
         H_next, singular = torch.linalg.inv_ex(G_next)
-        condition = torch.linalg.matrix_norm(G_next) * torch.linalg.matrix_norm(H_next) / r
-        fits = ((condition <= LARGEST_CONDITION) & (singular == 0))[..., None, None]
+        size_G, size_H = (torch.linalg.matrix_norm(x) / r**0.5 for x in (G_next, H_next))
+        largest = torch.maximum(size_G * size_H, torch.maximum(size_G, size_H))
+        fits = ((largest <= LARGEST_CONDITION) & (singular == 0))[..., None, None]
         G_next, H_next = torch.where(fits, G_next, G), torch.where(fits, H_next, H)
         found = grams.at(G_next, H_next)
         better, step = _judged(grams, Z, torch.where(fits, X, 0), step, now, found)

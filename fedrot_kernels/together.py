@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .whole_model import Clients
 Target = Literal["reference", "consensus", "error"]
 Group = Literal["SO", "O", "GL"]
 
+_ON = ("A", "B", "AB")
 STRENGTHS = tuple(i / 10 for i in range(11))
 # Predicted errors that differ by less are as good as each other: relative to the least, and to the update, whose square
 # rounds to 1e-16 of itself.
@@ -86,6 +87,11 @@ def align_together(
         TypeError: tensors that are not floating-point.
     """
     n = check_adapters(A, B, A_ref, B_ref)
+    for name, value, allowed in (("target", target, get_args(Target)), ("group", group, get_args(Group)), ("on", on, _ON)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if prior is not None and len(prior) != len(A):
+        raise ValueError(f"prior has {len(prior)} entries for {len(A)} adapters; pass one each")
     if group == "GL" and (target != "error" or strength != 1):
         raise ValueError('group "GL" goes with target "error" and strength 1: there is no part of an invertible matrix')
     if strength is not None and not 0 <= strength <= 1:

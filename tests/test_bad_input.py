@@ -233,7 +233,7 @@ def test_what_is_not_an_update_is_named(clients):
     for weights in (3, [None, 1, 1], ["a", 1, 1]):
         with refused("weight"):
             fedrot.aggregate(clients, weights)
-    for option in ({"strength": "a"}, {"strength": [0.5]}, {"method": ["fedrot"]}):
+    for option in ({"strength": "a"}, {"seed": 1.5}, {"seed": "a"}, {"strength": [0.5]}, {"method": ["fedrot"]}):
         with refused(error=ValueError):
             fedrot.aggregate(clients, **option)
 

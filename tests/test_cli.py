@@ -56,7 +56,7 @@ def test_aggregate_writes_what_the_api_returns(folders, tmp_path, capsys):
 def test_inspect_shows_both_errors(folders, capsys):
     assert main(["inspect", *folders, "--strength", "1"]) == 0
     printed = capsys.readouterr().out
-    assert str(fedrot.aggregate(folders, method="fedit").report) in printed
+    assert str(fedrot.aggregate(folders, strength=0).report) in printed
     assert str(fedrot.aggregate(folders, strength=1).report) in printed
 
 

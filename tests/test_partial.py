@@ -157,6 +157,7 @@ DAMAGED = {
     "clients that are no names": (damaged_header(lambda h: h.update(clients=[0, 1])), ["clients"]),
     "frozen keys of others": (damaged_header(lambda h: h.update(frozen=["x"])), ["frozen", "x"]),
     "no number": (damaged_header(lambda h: h.update(unit=math.inf)), ["unit in its header"]),
+    "a unit of nothing": (damaged_header(lambda h: h.update(unit=0.0, total_weight=3.0)), ["units of 0"]),
     "no field": (damaged_header(lambda h: h.pop("total_weight")), ["total_weight"]),
     "another version": (damaged_header(lambda h: h.update(version=2)), ["version"]),
     "no adapters": (damaged_header(lambda h: h.update(tensors=h["tensors"][-2:])), ["lora_A/lora_B"]),

@@ -18,6 +18,7 @@ from .dense import (
     WIDE,
     best,
     dense,
+    lora_config,
     matrices,
     mean_update,
     modules,
@@ -233,6 +234,22 @@ def test_what_cannot_be_padded_is_refused():
         fedrot.aggregate([middle, (small[0], {**small[1].to_dict(), "use_dora": True})])
     with refused("tuple"):
         fedrot.aggregate([(small[0], None)])
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_ranks_that_no_client_of_a_round_has_can_still_be_trained(one_by_one):
+    reference = client_updates(WIDE, 1)[0]
+    fresh = {key: torch.zeros_like(x) if "lora_B" in key else x for key, x in reference.items()}
+    config = lora_config(WIDE)
+    clients = pairs(UNEQUAL[:1] * 2)
+    server = fedrot.FedRotAggregator((fresh, config))
+    for client in clients if one_by_one else ():
+        server.add(client)
+    result = server.finish() if one_by_one else server.aggregate(clients)
+    for key_A, key_B in factor_keys(fresh):
+        A, B = result.state_dict[key_A], result.state_dict[key_B]
+        k = clients[0][0][key_A].shape[0]
+        assert torch.equal(A[k:], fresh[key_A][k:]) and not B[:, k:].any() and not torch.equal(A[:k], fresh[key_A][:k])
 
 
 def test_the_widest_client_may_be_dropped():

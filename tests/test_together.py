@@ -115,6 +115,10 @@ def test_no_step_of_the_consensus_raises_the_spread():
         spreads.append(spread(A, B, R[0]))
     assert all(after <= before + 1e-12 for before, after in pairwise(spreads))
     assert spreads[-1] < 0.7 * spreads[0]
+    default = consensus_module.consensus(
+        grams, torch.eye(8, dtype=torch.float64).expand(1, N, -1, -1), special=True, noise=0
+    )
+    assert spread(A, B, default[0]) == pytest.approx(float(spreads[10]), rel=1e-9)
     best = torch.stack([reference.special_orthogonal(M) for M in _towards_mean(A, B, R[0])])
     # A fixed point: every client is as close as it can come to the others' mean.
     assert spread(A, B, best) > spreads[-1] - 1e-3 * spreads[0]
@@ -200,6 +204,19 @@ def test_errors_fall_from_consensus_to_rotations_to_invertible_matrices():
     assert float((matrices / rotations).mean()) < 0.95
 
 
+def test_invertible_matrices_stay_bounded():
+    """At rank 1 no condition number bounds a scale; and what a client of no or little weight does shows in no error."""
+    for r, weights in ((1, [0.0, 1, 1, 1, 1]), (1, [1e-9, 1, 1, 1, 1]), (2, [0.0, 1, 1, 1, 1]), (4, [1e-4, 1, 1, 1, 1])):
+        for seed in range(10):
+            A, B, A_ref, B_ref = clients(seed, drift=3.0, dtype=torch.float32, shapes=[(r, 12, 10)])
+            found = fk.align_together(A, B, weights, A_ref=A_ref, B_ref=B_ref, group="GL")
+            assert bool(found.finite)
+            for matrices in (found.G[0], found.H[0]):
+                assert float(torch.linalg.matrix_norm(matrices).max()) <= 10 * r**0.5 * (1 + 1e-5)
+            if weights[0] == 0:
+                torch.testing.assert_close(found.H[0][0], found.G[0][0].T, rtol=0, atol=1e-6)
+
+
 def test_rotations_of_least_error_are_a_minimum():
     """Among rotations nearby, drawn at random, none is better."""
     (A,), (B,), *_ = clients(shapes=[(4, 33, 20)], turned=False)
@@ -275,8 +292,16 @@ def test_what_is_zero_or_not_finite():
 
 def test_options_that_do_not_go_together():
     A, B, A_ref, B_ref = clients()
-    for options in ({"target": "consensus", "group": "GL"}, {"group": "GL", "strength": 0.5}, {"strength": 2.0}):
-        with pytest.raises(ValueError, match="strength"):
+    for options, named in (
+        ({"target": "consensus", "group": "GL"}, "strength"),
+        ({"group": "GL", "strength": 0.5}, "strength"),
+        ({"strength": 2.0}, "strength"),
+        ({"target": "errors"}, "target must be one of"),
+        ({"group": "U"}, "group must be one of"),
+        ({"on": ""}, "on must be one of"),
+        ({"strength": None, "prior": [0.5]}, "prior"),
+    ):
+        with pytest.raises(ValueError, match=named):
             fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref, **options)
     with pytest.raises(ValueError, match="adapter 1: A_ref"):
         fk.align_together(A, B, WEIGHTS, A_ref=[A_ref[0], A_ref[0], *A_ref[2:]], B_ref=B_ref)
