@@ -1,10 +1,10 @@
 """Federated averaging of LoRA adapters in a common basis (FedRot-LoRA, arXiv 2602.23638)."""
 
+from .adapters.folder import read_adapter, write_adapter
 from .aggregation import aggregate
 from .aggregator import FedRotAggregator
 from .alignment import align
 from .errors import UpdateError
-from .folders import read_adapter, write_adapter
 from .folding import fold
 from .merging import merge
 from .methods import METHODS

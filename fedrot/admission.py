@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .adapters import Layout
+from .adapters.checks import check_frozen, check_update
+from .adapters.keys import factor_of
+from .adapters.layout import Layout
+from .adapters.update import Update
 from .errors import UpdateError
-from .frozen import check_frozen
-from .keys import factor_of
 from .methods import Method
-from .updates import Update, check_update
 
 # Beyond any tensor of a model; products and squares of such values begin to overflow float32.
 _LARGEST = 1e15

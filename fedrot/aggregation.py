@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from fedrot_kernels import Backend
 
+from .adapters.update import UpdateLike
 from .aggregator import FedRotAggregator
 from .alignment import AlignOn, RotationGroup, Strength
 from .intake import OnInvalid
 from .result import AggregationResult
-from .updates import UpdateLike
 
 
 def aggregate(

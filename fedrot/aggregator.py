@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fedrot_kernels import Backend
 
-from .adapters import Layout
-from .alignment import Alignment, AlignOn, RotationGroup, Strength, check_range, check_rotations
+from .adapters.checks import as_sent, check_frozen, check_range, check_weight, check_weights
+from .adapters.config import base_config
+from .adapters.layout import Layout
+from .adapters.update import Update, UpdateLike, open_update, open_updates, with_configs
+from .alignment import Alignment, AlignOn, RotationGroup, Strength, check_rotations
 from .averaging import shares_of
 from .errors import UpdateError
-from .folding import base_config
-from .frozen import as_sent, check_frozen
 from .intake import Intake, OnInvalid, nothing_left
 from .methods import Round, get_method
 from .padding import padded, rounded, trainable, widest
@@ -22,10 +23,8 @@ from .partial import Partial, check_mergeable
 from .report import Report, adapter_reports
 from .result import AggregationResult
 from .round import Averages
-from .scaling import with_configs
 from .server_optimizer import ServerOptimizer
 from .stream import Stream, is_name
-from .updates import Update, UpdateLike, check_weight, check_weights, open_update, open_updates
 
 Towards = Literal["global", "consensus"]
 

@@ -11,15 +11,23 @@ from torch import Tensor
 
 from fedrot_kernels import NOISE, cross_covariance, full_precision, procrustes, rotate_add_
 
-from .adapters import Adapter, Batch, Layout
+from .adapters.checks import check_range, not_finite, open_reference
+from .adapters.layout import Adapter, Batch, Layout
+from .adapters.update import StateDict, Update, UpdateLike, open_update
 from .errors import UpdateError
 from .padding import own_rows, partial_isometries
-from .updates import StateDict, Update, UpdateLike, is_finite, not_finite, open_reference, open_update
 
 Factor = Literal["A", "B"]
+
+
 AlignOn = Literal["A", "B", "alternate", "joint", "error"]
+
+
 RotationGroup = Literal["SO", "O", "GL"]
+
+
 Strength = float | Literal["auto"]
+
 
 # ‖RᵀR − I‖_max up to which a rotation counts as one; those that converge end a hundred times below.
 LARGEST_RESIDUAL = 1e-4
@@ -127,15 +135,6 @@ def check_rotations(residual: Tensor, adapters: Sequence[Adapter], clients: Sequ
         if math.isfinite(far):
             raise UpdateError(f"{where}: its rotation did not converge, ‖RᵀR − I‖_max is {far:.1e}; leave this client out")
         raise UpdateError(f"{where}: the products of its factors overflow; send float64, or scale them")
-
-
-def check_range(state_dict: StateDict, name: str) -> None:
-    """Raise UpdateError if a result overflowed its dtype."""
-    if is_finite(list(state_dict.values())):
-        return
-    for key, x in state_dict.items():
-        if not bool(x.isfinite().all()):
-            raise UpdateError(f"{name} {key} {tuple(x.shape)} overflows {x.dtype}; send updates in a wider dtype")
 
 
 def _relative(M: Tensor, factor_ref: Tensor) -> Tensor:

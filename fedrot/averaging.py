@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fedrot_kernels import full_precision, rotate_add_
 
-from .adapters import Layout
-from .updates import StateDict
+from .adapters.layout import Layout
+from .adapters.update import StateDict
 
 if TYPE_CHECKING:
     from .sketch import Sketch

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import get_args
 
+from .adapters.files import check_new, new_folder
+from .adapters.folder import read_adapter, write_adapter
 from .aggregation import aggregate
 from .alignment import AlignOn, RotationGroup, Strength
-from .folders import check_new, new_folder, read_adapter, write_adapter
 from .intake import OnInvalid
 from .merging import MergeMethod, merge
 from .methods import METHODS, methods_table

@@ -2,43 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .errors import UpdateError
-from .keys import parse_factor
-from .scaling import PREFIX, whole_name
-
-if TYPE_CHECKING:
-    from .result import AggregationResult
+from .result import AggregationResult
 
 _NAME = "fedrot_base_update"
-# What the update has in common with the clients' adapters: the model, and whether its weights are transposed.
-_OF_THE_MODEL = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
-
-
-def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter_config.json of a base update: plain LoRA on its modules, with s = 1.
-
-    Args:
-        base_update: key → factor, under the keys of a saved adapter.
-        config: of the clients' adapters.
-    """
-    ranks = {p.module: x.shape[0] for key, x in base_update.items() if (p := parse_factor(key)) and p.factor == "A"}
-    K = max(ranks.values())
-    others = {whole_name(module): rank for module, rank in ranks.items() if rank != K}
-    return {
-        "peft_type": "LORA",
-        **{field: config[field] for field in _OF_THE_MODEL if field in config},
-        "r": K,
-        "lora_alpha": K,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        # One regular expression for whole names: a list would fit modules whose names end alike.
-        "target_modules": "|".join(re.escape(module.removeprefix(PREFIX)) for module in sorted(ranks)),
-    }
 
 
 def fold(model: Any, result: "AggregationResult") -> None:
@@ -60,8 +34,6 @@ def fold(model: Any, result: "AggregationResult") -> None:
 
 def fold_update(model: Any, base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Add one base update, with its adapter_config.json: see ``fold``."""
-    from peft import LoraConfig  # an aggregation needs no PEFT, a PeftModel does
-    from peft.tuners.lora import LoraLayer
 
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     active = model.active_adapter

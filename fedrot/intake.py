@@ -3,21 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from .adapters import Layout
+from .adapters.checks import check_device, check_update, check_updates, not_finite, open_reference
+from .adapters.layout import Layout
+from .adapters.update import Update, UpdateLike, open_update
 from .errors import UpdateError
 from .methods import Method
 from .padding import check_padded, common_layout, open_wide_reference, padded, scalings_if_unlike
 from .scaling import Scalings, check_biases, scalings, widest_layout
-from .updates import (
-    Update,
-    UpdateLike,
-    check_device,
-    check_update,
-    check_updates,
-    not_finite,
-    open_reference,
-    open_update,
-)
 
 OnInvalid = Literal["raise", "drop"]
 

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from fedrot_kernels import average, full_precision
 
-from .adapters import Adapter, Layout
+from .adapters.checks import check_range, check_weights
+from .adapters.config import rank_fields
+from .adapters.keys import TensorSpec
+from .adapters.layout import Adapter, Layout
+from .adapters.update import StateDict, Update, UpdateLike, open_updates
 from .aggregator import FedRotAggregator
-from .alignment import RotationGroup, check_range
+from .alignment import RotationGroup
 from .averaging import shares_of
 from .diagnostics import product_norm
-from .keys import TensorSpec
 from .padding import padded
 from .report import AdapterReport, Report
 from .result import AggregationResult
 from .truncation import truncate
-from .union import check_plain, own_scaling, rank_fields, union_config, union_layout, without_base
-from .updates import StateDict, Update, UpdateLike, check_weights, open_updates
+from .union import check_plain, own_scaling, union_config, union_layout, without_base
 
 MergeMethod = Literal["fedrot", "flexlora"]
 

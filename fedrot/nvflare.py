@@ -22,7 +22,9 @@ except ModuleNotFoundError as error:
 
 from fedrot_kernels import Backend
 
-from .adapters import Layout
+from .adapters.checks import check_update, check_weight
+from .adapters.layout import Layout
+from .adapters.update import StateDict, Update, open_update
 from .admission import admit, in_order, one_line
 from .aggregator import FedRotAggregator, Towards, towards
 from .alignment import AlignOn, RotationGroup, Strength
@@ -30,7 +32,6 @@ from .errors import UpdateError
 from .intake import OnInvalid
 from .result import AggregationResult
 from .server_optimizer import ServerOptimizer
-from .updates import StateDict, Update, check_update, check_weight, open_update
 
 _OPTIONS = ("method", "align_on", "strength", "group", "on_invalid", "backend", "report_error", "seed", "server_optimizer")
 _CLIENT, _UNKNOWN = "client_name", AppConstants.CLIENT_UNKNOWN

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fedrot_kernels import NOISE, full_precision, procrustes
 
-from .adapters import Adapter, Layout
+from .adapters.checks import check_device, check_reference, check_updates
+from .adapters.config import check_scaling, same_scaling
+from .adapters.keys import TensorSpec
+from .adapters.layout import Adapter, Layout
+from .adapters.update import Update, UpdateLike, open_update
 from .errors import UpdateError
-from .folders import check_scaling, same_scaling
-from .keys import TensorSpec
 from .scaling import Scalings, scalings, widest_layout
-from .updates import Update, UpdateLike, check_device, check_reference, check_updates, open_update
 
 if TYPE_CHECKING:
     from .round import Averages

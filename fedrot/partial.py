@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .adapters.checks import check_update
+from .adapters.update import Update
 from .errors import UpdateError
 from .partial_file import read_stream, write_stream
 from .stream import Stream
-from .updates import Update, check_update
 
 _LONGEST = 200  # characters of another server's options in an error
 

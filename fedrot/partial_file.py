@@ -13,15 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapters import Layout
+from .adapters.checks import is_finite
+from .adapters.config import check_lora, rank_of, scaling
+from .adapters.files import check_new
+from .adapters.folder import DTYPES_SAVED
+from .adapters.keys import TensorSpec, parse_key
+from .adapters.layout import Layout
+from .adapters.update import Update
 from .averaging import sum_dtype
 from .errors import UpdateError
-from .folders import DTYPES_SAVED, check_lora, check_new
-from .keys import TensorSpec, parse_key
-from .scaling import rank_of, scaling
 from .sketch import part_shapes
 from .stream import Stream, is_name
-from .updates import Update, is_finite
 
 _HEADER, _VERSION = "fedrot-partial", 1
 _NAMES = {dtype: name for name, dtype in DTYPES_SAVED.items()}

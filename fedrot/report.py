@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedrot_kernels import full_precision, polar
 
-from .adapters import Layout
+from .adapters.layout import Layout
 from .diagnostics import aggregation_error, rotation_angle
 from .round import Averages
 

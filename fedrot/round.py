@@ -9,10 +9,11 @@ from torch import Tensor
 
 import fedrot_kernels as fk
 
-from .adapters import Layout
+from .adapters.checks import is_finite
+from .adapters.layout import Layout
+from .adapters.update import Update
 from .alignment import LARGEST_RESIDUAL, Alignment, Factor
 from .averaging import RunningMean
-from .updates import Update, is_finite
 
 if TYPE_CHECKING:
     from .methods import Round

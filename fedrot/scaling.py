@@ -1,20 +1,15 @@
 """Clients of unequal ranks and scalings: the layout that holds them all, and s of ΔW = s·B·A as PEFT defines it."""
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .adapters import Layout
+from .adapters.config import rank_of, scaling, whole_name
+from .adapters.keys import parse_factor
+from .adapters.layout import Layout
+from .adapters.update import Update
 from .errors import UpdateError
-from .folders import check_lora, plain_config
-from .keys import parse_factor
-from .updates import Update
-
-PREFIX = "base_model.model."
-# Patterns are regular expressions that a client may have written: none that could take forever.
-_QUANTIFIED_GROUP, _UNBOUNDED, _MOST = re.compile(r"\)[*+?{]"), re.compile(r"[*+]|\{\d*,"), 2
 
 
 @dataclass(frozen=True)
@@ -30,80 +25,6 @@ class Scalings:
     config: dict[str, Any]
     of_result: dict[str, float]
     of_clients: list[dict[str, float]]
-
-
-def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
-    """The clients with the LoRA configurations that the caller gave for their state dicts.
-
-    Args:
-        clients: opened.
-        configs: a ``peft.LoraConfig`` or the content of an adapter_config.json, for all clients or one each; or None.
-
-    Raises:
-        UpdateError: not one per client, not of LoRA, or for an update that came with its own.
-    """
-    if configs is None:
-        return list(clients)
-    one = isinstance(configs, Mapping) or hasattr(configs, "to_dict")
-    given = [configs] * len(clients) if one else list(configs)
-    if len(given) != len(clients):
-        raise UpdateError(f"{len(given)} configs for {len(clients)} updates; pass one for all, or one per update")
-    if whose := next((client.name for client in clients if client.config is not None), None):
-        raise UpdateError(f"{whose} came with its configuration; configs are for bare state dicts")
-    opened = {id(config): plain_config(config) for config in given}
-    for client, config in zip(clients, given, strict=True):
-        check_lora(opened[id(config)], f"{client.name}: its entry of configs")
-    return [replace(client, config=opened[id(config)]) for client, config in zip(clients, given, strict=True)]
-
-
-def scaling(config: Mapping[str, Any], module: str, rank: int, client: str) -> float:
-    """α/r, or α/√r for rsLoRA, of one module.
-
-    Args:
-        config: the content of adapter_config.json.
-        module: its name in a state dict.
-        rank: r.
-        client: the name to use in errors.
-
-    Raises:
-        UpdateError: an α that is not a positive number, or a pattern that is none.
-    """
-    alpha = _of_module(config, "alpha_pattern", "lora_alpha", module, client)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise UpdateError(f"{client}, {module}: lora_alpha is {alpha!r}; expected a positive number")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def rank_of(config: Mapping[str, Any], module: str, client: str) -> int:
-    """r of one module under a configuration, as ``scaling`` reads it.
-
-    Raises:
-        UpdateError: an r that is not a positive whole number, or a pattern that is none.
-    """
-    r = _of_module(config, "rank_pattern", "r", module, client)
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise UpdateError(f"{client}, {module}: r is {r!r}; expected a positive whole number")
-    return r
-
-
-def _of_module(config: Mapping[str, Any], field: str, otherwise: str, module: str, client: str) -> Any:
-    patterns = config.get(field) or {}
-    if not isinstance(patterns, Mapping):
-        raise UpdateError(f"{client}: {field} is {patterns!r}; expected a mapping of modules to numbers")
-    name = module.removeprefix(PREFIX)
-    # PEFT: a pattern is a regular expression for the end of the module's name, and the first that fits counts.
-    found = (value for end, value in patterns.items() if _ends_with(name, end, field, client))
-    return next(found, config.get(otherwise, 8))
-
-
-def _ends_with(name: str, pattern: str, field: str, client: str) -> bool:
-    risky = _QUANTIFIED_GROUP.search(pattern) or len(_UNBOUNDED.findall(pattern)) > _MOST or len(pattern) > 1000
-    try:
-        if risky:
-            raise re.error("could take forever to match")
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error as error:
-        raise UpdateError(f"{client}: {field} has {pattern[:80]!r} ({error}); name modules plainly") from error
 
 
 def widest_layout(clients: Sequence[Update]) -> Layout:
@@ -206,11 +127,6 @@ def _spelt_out(clients: Sequence[Update], layout: Layout, of_clients: Sequence[d
         name = whole_name(a.module)
         ranks[name], alphas[name] = a.rank, s * (math.sqrt(a.rank) if rslora else a.rank)
     return {"r": max(ranks.values()), "rank_pattern": ranks, "alpha_pattern": alphas}
-
-
-def whole_name(module: str) -> str:
-    """The pattern that fits this module and no other whose name ends alike."""
-    return "^" + re.escape(module.removeprefix(PREFIX))
 
 
 def _rank_axes(client: Update) -> list[tuple[str, int]]:

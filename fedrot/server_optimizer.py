@@ -6,9 +6,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .adapters.checks import is_finite, not_finite
+from .adapters.keys import TensorSpec
+from .adapters.update import Update
 from .errors import UpdateError
-from .keys import TensorSpec
-from .updates import Update, is_finite, not_finite
 
 ServerOptimizerName = Literal["none", "momentum", "adam"]
 _MOMENTUM, _BETAS, _EPS = 0.9, (0.9, 0.999), 1e-8

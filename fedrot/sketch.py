@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fedrot_kernels import full_precision
 
-from .adapters import Adapter, Layout
+from .adapters.layout import Adapter, Layout
 from .methods.base import generator
 
 SIZE = 32  # k

@@ -8,12 +8,12 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from .adapters import Layout
+from .adapters.layout import Layout
+from .adapters.update import StateDict, Update
 from .averaging import RunningMean
 from .diagnostics import product_norm, rotation_angle
 from .report import AdapterReport
 from .sketch import Sketch, mean_and_deviation
-from .updates import StateDict, Update
 
 
 class Stream:

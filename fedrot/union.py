@@ -1,7 +1,6 @@
 """Adapters from different LoRA configurations of one base model: what they have together, and how one adapter has it."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Layout
+from .adapters.checks import check_device, not_finite
+from .adapters.config import PREFIX, plain_config, rank_fields, scaling
+from .adapters.keys import TensorSpec, parse_factor
+from .adapters.layout import Layout
+from .adapters.update import Update
 from .errors import UpdateError
-from .folders import plain_config
-from .keys import TensorSpec, parse_factor
-from .scaling import PREFIX, check_ranks, scaling, whole_name
-from .updates import Update, check_device, not_finite
+from .scaling import check_ranks
 
 # Initialisations that leave the base weights as they are; of others, an adapter is the difference to another base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
 # Settings by which the same factors mean something else.
 _ALIKE = (
     "fan_in_fan_out",
@@ -29,6 +31,8 @@ _ALIKE = (
     "trainable_token_indices",
     "alora_invocation_tokens",
 )
+
+
 # What an exact list of modules replaces.
 _WHICH_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -134,20 +138,3 @@ def _modules(adapters: Sequence[Update], layout: Layout) -> list[str] | str:
     if None not in lists and not any(config.get(field) for config in configs for field in _WHICH_MODULES):
         return sorted({name for x in lists for name in x or ()})
     return "|".join(re.escape(a.module.removeprefix(PREFIX)) for a in layout.adapters)
-
-
-def rank_fields(ranks: Mapping[str, int], s: Mapping[str, float]) -> dict[str, Any]:
-    """r and lora_alpha of most modules, and patterns for the others."""
-    alphas = {module: _number(s[module] * r) for module, r in ranks.items()}
-    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {whole_name(m): x for m, x in ranks.items() if x != r},
-        "alpha_pattern": {whole_name(m): x for m, x in alphas.items() if x != alpha},
-    }
-
-
-def _number(x: float) -> float:
-    """Without the rounding of s·r, which is a whole number in most configurations."""
-    return round(x) if abs(x - round(x)) <= 1e-12 * abs(x) else x

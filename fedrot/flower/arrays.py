@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..adapters.keys import DTYPES
 from ..admission import one_line
 from ..errors import UpdateError
-from ..keys import DTYPES
 
 NUMPY, SAFETENSORS = "numpy.ndarray", "safetensors"
 _ONLY = "x"  # the name of an array's one tensor in safetensors

@@ -10,9 +10,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from torch import Tensor
 
+from ..adapters.keys import factor_of, parse_key
 from ..errors import UpdateError
 from ..folding import fold_update
-from ..keys import factor_of, parse_key
 from .arrays import from_arrays, to_arrays
 from .settings import BASE, BASE_CONFIG, CLIENT, NAME, PERSONAL, TRAINED, settings_of
 

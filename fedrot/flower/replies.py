@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MetricRecord
 
+from ..adapters.keys import factor_of, parse_key
+from ..adapters.update import StateDict, Update, open_update
 from ..admission import admit, in_order, one_line
 from ..errors import UpdateError
-from ..keys import factor_of, parse_key
 from ..methods import Method
-from ..updates import StateDict, Update, open_update
 from .arrays import from_arrays
 from .settings import CLIENT, NAME
 

@@ -7,11 +7,11 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp.exception import AggregationError
 
+from ..adapters.update import StateDict, Update
 from ..admission import largest_entry, one_line
 from ..aggregator import FedRotAggregator, towards
 from ..errors import UpdateError
 from ..result import AggregationResult
-from ..updates import StateDict, Update
 from .replies import Asked, Reply
 
 _log = logging.getLogger("flwr")

@@ -14,17 +14,17 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from fedrot_kernels import Backend
 
-from ..adapters import Layout
+from ..adapters.checks import check_update
+from ..adapters.config import base_config, check_lora, plain_config
+from ..adapters.keys import factor_of
+from ..adapters.layout import Layout
+from ..adapters.update import Update, open_update
 from ..aggregator import Towards
 from ..alignment import AlignOn, RotationGroup, Strength
-from ..folders import check_lora
-from ..folding import base_config, fold_update
+from ..folding import fold_update
 from ..intake import OnInvalid
-from ..keys import factor_of
 from ..result import AggregationResult
-from ..scaling import plain_config
 from ..server_optimizer import ServerOptimizer
-from ..updates import Update, check_update, open_update
 from .arrays import from_arrays, to_arrays
 from .metrics import average_metrics, measures
 from .replies import Asked, Reply, open_evaluation_reply, open_training_reply

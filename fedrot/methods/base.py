@@ -10,12 +10,12 @@ from torch import Tensor
 
 import fedrot_kernels as fk
 
-from ..adapters import Layout
+from ..adapters.layout import Layout
+from ..adapters.update import StateDict, Update
 from ..alignment import Alignment, Factor
 from ..errors import UpdateError
 from ..round import Averages
 from ..scaling import Scalings
-from ..updates import StateDict, Update
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedrot_kernels import average, full_precision
 
-from ..adapters import Adapter
+from ..adapters.layout import Adapter
 from ..averaging import shares_of
 from ..diagnostics import product_norm
 from ..errors import UpdateError

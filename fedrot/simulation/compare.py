@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..folders import check_new
+from ..adapters.files import check_new
 from .comparison import Comparison, Run
 from .config import SimulationConfig
 from .plots import plot_comparison, plot_geometry, plot_sweep

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fedrot_kernels import NOISE, cross_covariance, full_precision, procrustes
 
-from ..adapters import Batch, Layout
+from ..adapters.checks import check_updates, open_reference
+from ..adapters.layout import Batch, Layout
+from ..adapters.update import StateDict, Update, UpdateLike, open_updates
 from ..diagnostics import error_bound
 from ..methods import Method
-from ..updates import StateDict, Update, UpdateLike, check_updates, open_reference, open_updates
 
 _ENTRIES = 1 << 22  # of clients' factors that are copied at a time
 

@@ -10,8 +10,8 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
+from ..adapters.files import check_new, new_folder
 from ..checkpoint import load_checkpoint, save_checkpoint
-from ..folders import check_new, new_folder
 from ..methods import METHODS
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig

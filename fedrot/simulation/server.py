@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..adapters.checks import check_updates
+from ..adapters.keys import factor_of
+from ..adapters.update import open_updates
 from ..aggregator import FedRotAggregator, towards
 from ..folding import fold
-from ..keys import factor_of
 from ..methods import METHODS
 from ..result import AggregationResult
 from ..server_optimizer import ServerOptimizer
-from ..updates import check_updates, open_updates
 from .clients import Clients, State
 from .config import SimulationConfig
 from .geometry import alignment_geometry

@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from fedrot.adapters.keys import factor_of
 from fedrot.flower import receive, reply
-from fedrot.keys import factor_of
 
 from ..peft_models import Kind, base_model
 

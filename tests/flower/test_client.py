@@ -9,8 +9,8 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from peft import get_peft_model_state_dict
 
 from fedrot import METHODS
+from fedrot.adapters.keys import factor_of
 from fedrot.flower import FedRot, from_arrays, receive, reply, to_arrays
-from fedrot.keys import factor_of
 
 from ..peft_models import KINDS
 from ..refusals import refused

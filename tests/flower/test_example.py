@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from fedrot import METHODS
-from fedrot.keys import factor_of
+from fedrot.adapters.keys import factor_of
 from fedrot.simulation import SimulationConfig, Task, load_task, simulate
 
 from ..language_models import save_llama

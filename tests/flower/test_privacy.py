@@ -32,8 +32,8 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from fedrot import aggregate, align
+from fedrot.adapters.keys import factor_of
 from fedrot.flower import FedRot, align_mod, from_arrays, to_arrays
-from fedrot.keys import factor_of
 
 from ..peft_models import KINDS, factor_keys, turned_clients
 from .local_grid import LocalGrid, client_app, fresh_model

@@ -10,8 +10,8 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp.exception import AggregationError
 
 from fedrot import ServerOptimizer, UpdateError
+from fedrot.adapters.keys import factor_of
 from fedrot.flower import FedRot, from_arrays, to_arrays
-from fedrot.keys import factor_of
 
 from ..peft_models import KINDS
 from .local_grid import LocalGrid, client_app, fresh_model

@@ -11,8 +11,8 @@ import yaml
 from flwr.app import ArrayRecord
 from safetensors.torch import save_file
 
+from fedrot.adapters.files import check_new, new_folder
 from fedrot.flower import FedRot, from_arrays
-from fedrot.folders import check_new, new_folder
 from fedrot.simulation import SimulationConfig
 from fedrot.simulation.clients import Clients
 from fedrot.simulation.config import EMBEDDED

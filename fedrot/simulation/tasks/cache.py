@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ...folders import new_folder
+from ...adapters.files import new_folder
 
 _DIGEST, _FILES = "sha256", ("config.json", "model.safetensors")
 

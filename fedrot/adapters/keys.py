@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .errors import UpdateError
+from ..errors import UpdateError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UpdateError
+from ..errors import UpdateError
 from .keys import TensorSpec, is_unknown_to_lora, parse_factor
 
 

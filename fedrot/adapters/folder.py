@@ -2,10 +2,7 @@
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +11,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import UpdateError
+from ..errors import UpdateError
+from .config import CONFIG, check_lora
+from .files import new_folder
 from .keys import TensorSpec, describe, parse_key
 
-WEIGHTS, CONFIG, REPORT = "adapter_model.safetensors", "adapter_config.json", "aggregation.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+REPORT = "aggregation.json"
+
+
 _MAX_CONFIG_BYTES = 1 << 20
 
+
 DTYPES_SAVED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-# What scales B·A: adapters that differ here do not mean the same by the same factors.
-_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-# Virtual tokens have places; a mixture of two is another prompt, not the same one in another basis.
-_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-_REFUSED = {
-    "target_parameters": "LoRA on the parameters of a mixture of experts stacks one adapter per expert in each factor",
-    "use_bdlora": "block-diagonal factors",
-    "kasa_config": "KaSA puts a diagonal between B and A",
-    "monteclora_config": "MonteCLoRA samples between B and A",
-}
 
 
 class AdapterFolder(Mapping[str, Tensor]):
@@ -99,47 +94,6 @@ class AdapterFolder(Mapping[str, Tensor]):
         return len(self.specs)
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """A ``peft.LoraConfig``, or what it holds, as adapter_config.json has it: lists for sets, strings for enumerations."""
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    return json.loads(json.dumps(dict(values), default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)))
-
-
-def check_lora(config: Any, name: str) -> None:
-    """Raise UpdateError unless this is the configuration of a LoRA adapter that can be rotated."""
-    peft_type = config.get("peft_type") if isinstance(config, dict) else None
-    if peft_type != "LORA":
-        instead = ": average the prompt_embeddings as they are" if peft_type in _PROMPTS else ""
-        raise UpdateError(f"{name} describes peft_type {peft_type!r}; only LORA adapters have frames to align{instead}")
-    for field, why in _REFUSED.items():
-        if config.get(field):
-            raise UpdateError(f"{name} sets {field} ({why}), which cannot be rotated")
-
-
-def same_scaling(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the same factors mean the same update under both configurations."""
-    return all((config.get(field) or None) == (other.get(field) or None) for field in _SCALING)
-
-
-def check_scaling(
-    config: dict[str, Any] | None,
-    name: str,
-    other: dict[str, Any] | None,
-    other_name: str,
-    fields: Sequence[str] = _SCALING,
-) -> None:
-    """Raise UpdateError unless the same factors mean the same update under both configurations, if there are two."""
-    if config is None or other is None:
-        return
-    for field in fields:
-        mine, theirs = config.get(field), other.get(field)
-        if (mine or None) != (theirs or None):
-            raise UpdateError(
-                f"{name} has {field} = {mine!r} in its {CONFIG}, but {other_name} has {theirs!r}; "
-                "all clients must use one LoRA configuration"
-            )
-
-
 def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict and the configuration of a PEFT LoRA folder.
 
@@ -178,31 +132,3 @@ def write_adapter(
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         if report is not None:
             (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-@contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which gets its name only if nothing went wrong."""
-    path = Path(path)
-    check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def check_new(path: str | os.PathLike) -> None:
-    """Raise FileExistsError if the path exists: results never overwrite anything."""
-    if os.path.lexists(path):
-        raise FileExistsError(f"{path} exists; choose another output folder or remove it first")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

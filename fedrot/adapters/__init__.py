@@ -1,0 +1,1 @@
+"""What one adapter is: keys, shapes, configuration, folder. Files become an ``Update``, and an ``Update`` becomes files."""

@@ -1,0 +1,177 @@
+"""One adapter_config.json: its ranks and scalings, and whether it describes an adapter that can be averaged."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UpdateError
+from .keys import parse_factor
+
+CONFIG = "adapter_config.json"
+
+
+# What scales B·A: adapters that differ here do not mean the same by the same factors.
+_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+
+
+# Virtual tokens have places; a mixture of two is another prompt, not the same one in another basis.
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+
+
+_REFUSED = {
+    "target_parameters": "LoRA on the parameters of a mixture of experts stacks one adapter per expert in each factor",
+    "use_bdlora": "block-diagonal factors",
+    "kasa_config": "KaSA puts a diagonal between B and A",
+    "monteclora_config": "MonteCLoRA samples between B and A",
+}
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A ``peft.LoraConfig``, or what it holds, as adapter_config.json has it: lists for sets, strings for enumerations."""
+    values = config if isinstance(config, Mapping) else config.to_dict()
+    return json.loads(json.dumps(dict(values), default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)))
+
+
+def check_lora(config: Any, name: str) -> None:
+    """Raise UpdateError unless this is the configuration of a LoRA adapter that can be rotated."""
+    peft_type = config.get("peft_type") if isinstance(config, dict) else None
+    if peft_type != "LORA":
+        instead = ": average the prompt_embeddings as they are" if peft_type in _PROMPTS else ""
+        raise UpdateError(f"{name} describes peft_type {peft_type!r}; only LORA adapters have frames to align{instead}")
+    for field, why in _REFUSED.items():
+        if config.get(field):
+            raise UpdateError(f"{name} sets {field} ({why}), which cannot be rotated")
+
+
+def same_scaling(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the same factors mean the same update under both configurations."""
+    return all((config.get(field) or None) == (other.get(field) or None) for field in _SCALING)
+
+
+def check_scaling(
+    config: dict[str, Any] | None,
+    name: str,
+    other: dict[str, Any] | None,
+    other_name: str,
+    fields: Sequence[str] = _SCALING,
+) -> None:
+    """Raise UpdateError unless the same factors mean the same update under both configurations, if there are two."""
+    if config is None or other is None:
+        return
+    for field in fields:
+        mine, theirs = config.get(field), other.get(field)
+        if (mine or None) != (theirs or None):
+            raise UpdateError(
+                f"{name} has {field} = {mine!r} in its {CONFIG}, but {other_name} has {theirs!r}; "
+                "all clients must use one LoRA configuration"
+            )
+
+
+PREFIX = "base_model.model."
+
+
+# Patterns are regular expressions that a client may have written: none that could take forever.
+_QUANTIFIED_GROUP, _UNBOUNDED, _MOST = re.compile(r"\)[*+?{]"), re.compile(r"[*+]|\{\d*,"), 2
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int, client: str) -> float:
+    """α/r, or α/√r for rsLoRA, of one module.
+
+    Args:
+        config: the content of adapter_config.json.
+        module: its name in a state dict.
+        rank: r.
+        client: the name to use in errors.
+
+    Raises:
+        UpdateError: an α that is not a positive number, or a pattern that is none.
+    """
+    alpha = _of_module(config, "alpha_pattern", "lora_alpha", module, client)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise UpdateError(f"{client}, {module}: lora_alpha is {alpha!r}; expected a positive number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def rank_of(config: Mapping[str, Any], module: str, client: str) -> int:
+    """r of one module under a configuration, as ``scaling`` reads it.
+
+    Raises:
+        UpdateError: an r that is not a positive whole number, or a pattern that is none.
+    """
+    r = _of_module(config, "rank_pattern", "r", module, client)
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise UpdateError(f"{client}, {module}: r is {r!r}; expected a positive whole number")
+    return r
+
+
+def _of_module(config: Mapping[str, Any], field: str, otherwise: str, module: str, client: str) -> Any:
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, Mapping):
+        raise UpdateError(f"{client}: {field} is {patterns!r}; expected a mapping of modules to numbers")
+    name = module.removeprefix(PREFIX)
+    # PEFT: a pattern is a regular expression for the end of the module's name, and the first that fits counts.
+    found = (value for end, value in patterns.items() if _ends_with(name, end, field, client))
+    return next(found, config.get(otherwise, 8))
+
+
+def _ends_with(name: str, pattern: str, field: str, client: str) -> bool:
+    risky = _QUANTIFIED_GROUP.search(pattern) or len(_UNBOUNDED.findall(pattern)) > _MOST or len(pattern) > 1000
+    try:
+        if risky:
+            raise re.error("could take forever to match")
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise UpdateError(f"{client}: {field} has {pattern[:80]!r} ({error}); name modules plainly") from error
+
+
+def whole_name(module: str) -> str:
+    """The pattern that fits this module and no other whose name ends alike."""
+    return "^" + re.escape(module.removeprefix(PREFIX))
+
+
+# What the update has in common with the clients' adapters: the model, and whether its weights are transposed.
+_OF_THE_MODEL = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
+
+
+def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter_config.json of a base update: plain LoRA on its modules, with s = 1.
+
+    Args:
+        base_update: key → factor, under the keys of a saved adapter.
+        config: of the clients' adapters.
+    """
+    ranks = {p.module: x.shape[0] for key, x in base_update.items() if (p := parse_factor(key)) and p.factor == "A"}
+    K = max(ranks.values())
+    others = {whole_name(module): rank for module, rank in ranks.items() if rank != K}
+    return {
+        "peft_type": "LORA",
+        **{field: config[field] for field in _OF_THE_MODEL if field in config},
+        "r": K,
+        "lora_alpha": K,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        # One regular expression for whole names: a list would fit modules whose names end alike.
+        "target_modules": "|".join(re.escape(module.removeprefix(PREFIX)) for module in sorted(ranks)),
+    }
+
+
+def rank_fields(ranks: Mapping[str, int], s: Mapping[str, float]) -> dict[str, Any]:
+    """r and lora_alpha of most modules, and patterns for the others."""
+    alphas = {module: _number(s[module] * r) for module, r in ranks.items()}
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {whole_name(m): x for m, x in ranks.items() if x != r},
+        "alpha_pattern": {whole_name(m): x for m, x in alphas.items() if x != alpha},
+    }
+
+
+def _number(x: float) -> float:
+    """Without the rounding of s·r, which is a whole number in most configurations."""
+    return round(x) if abs(x - round(x)) <= 1e-12 * abs(x) else x
