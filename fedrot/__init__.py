@@ -9,10 +9,10 @@ from .folding import fold
 from .merging import merge
 from .methods import METHODS
 from .partial import Partial
+from .ranks.truncation import truncate
 from .report import AdapterReport, Report
 from .result import AggregationResult
 from .server_optimizer import ServerOptimizer
-from .truncation import truncate
 
 __all__ = [
     "METHODS",

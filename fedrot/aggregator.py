@@ -18,11 +18,12 @@ from .averaging import shares_of
 from .errors import UpdateError
 from .intake import Intake, OnInvalid, nothing_left
 from .methods import Round, get_method
-from .padding import padded, rounded, trainable, widest
 from .partial import Partial, check_mergeable
+from .ranks.padding import padded, trainable, widest
 from .report import Report, adapter_reports
 from .result import AggregationResult
 from .round import Averages
+from .server.rounding import rounded
 from .server_optimizer import ServerOptimizer
 from .stream import Stream, is_name
 

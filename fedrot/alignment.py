@@ -15,7 +15,7 @@ from .adapters.checks import check_range, not_finite, open_reference
 from .adapters.layout import Adapter, Batch, Layout
 from .adapters.update import StateDict, Update, UpdateLike, open_update
 from .errors import UpdateError
-from .padding import own_rows, partial_isometries
+from .ranks.padding import own_rows, partial_isometries
 
 Factor = Literal["A", "B"]
 

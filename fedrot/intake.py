@@ -8,8 +8,9 @@ from .adapters.layout import Layout
 from .adapters.update import Update, UpdateLike, open_update
 from .errors import UpdateError
 from .methods import Method
-from .padding import check_padded, common_layout, open_wide_reference, padded, scalings_if_unlike
-from .scaling import Scalings, check_biases, scalings, widest_layout
+from .ranks.checks import check_padded, common_layout, open_wide_reference, widest_layout
+from .ranks.padding import padded
+from .ranks.scaling import Scalings, check_biases, scalings, scalings_if_unlike
 
 OnInvalid = Literal["raise", "drop"]
 

@@ -19,11 +19,11 @@ from .aggregator import FedRotAggregator
 from .alignment import RotationGroup
 from .averaging import shares_of
 from .diagnostics import product_norm
-from .padding import padded
+from .ranks.padding import padded
+from .ranks.truncation import truncate
+from .ranks.union import check_plain, own_scaling, union_config, union_layout, without_base
 from .report import AdapterReport, Report
 from .result import AggregationResult
-from .truncation import truncate
-from .union import check_plain, own_scaling, union_config, union_layout, without_base
 
 MergeMethod = Literal["fedrot", "flexlora"]
 

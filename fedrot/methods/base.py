@@ -14,8 +14,8 @@ from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..alignment import Alignment, Factor
 from ..errors import UpdateError
+from ..ranks.scaling import Scalings
 from ..round import Averages
-from ..scaling import Scalings
 
 
 @dataclass(frozen=True)

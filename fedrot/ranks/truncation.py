@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters.checks import check_range, not_finite
-from .adapters.config import check_lora, plain_config, rank_of, scaling
-from .adapters.layout import Adapter, Layout
-from .adapters.update import Update, UpdateLike, open_update
-from .errors import UpdateError
+from ..adapters.checks import check_range, not_finite
+from ..adapters.config import check_lora, plain_config, rank_of, scaling
+from ..adapters.layout import Adapter, Layout
+from ..adapters.update import Update, UpdateLike, open_update
+from ..errors import UpdateError
 
 
 def truncate(adapter: UpdateLike, to: Any) -> dict[str, Tensor]:

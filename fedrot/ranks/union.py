@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters.checks import check_device, not_finite
-from .adapters.config import PREFIX, plain_config, rank_fields, scaling
-from .adapters.keys import TensorSpec, parse_factor
-from .adapters.layout import Layout
-from .adapters.update import Update
-from .errors import UpdateError
-from .scaling import check_ranks
+from ..adapters.checks import check_device, not_finite
+from ..adapters.config import PREFIX, plain_config, rank_fields, scaling
+from ..adapters.keys import TensorSpec, parse_factor
+from ..adapters.layout import Layout
+from ..adapters.update import Update
+from ..errors import UpdateError
+from .checks import check_ranks
 
 # Initialisations that leave the base weights as they are; of others, an adapter is the difference to another base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")

@@ -1,15 +1,15 @@
-"""Clients of unequal ranks and scalings: the layout that holds them all, and s of ΔW = s·B·A as PEFT defines it."""
+"""The scalings s of ΔW = s·B·A of a round's clients and of its result."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .adapters.config import rank_of, scaling, whole_name
-from .adapters.keys import parse_factor
-from .adapters.layout import Layout
-from .adapters.update import Update
-from .errors import UpdateError
+from ..adapters.config import scaling, whole_name
+from ..adapters.layout import Layout
+from ..adapters.update import Update
+from ..errors import UpdateError
+from .checks import are_alike, check_ranks
 
 
 @dataclass(frozen=True)
@@ -25,32 +25,6 @@ class Scalings:
     config: dict[str, Any]
     of_result: dict[str, float]
     of_clients: list[dict[str, float]]
-
-
-def widest_layout(clients: Sequence[Update]) -> Layout:
-    """The layout of clients that are alike but for their ranks, with the largest rank of each adapter.
-
-    Raises:
-        UpdateError: clients that differ in more, in keys, shapes or dtypes.
-    """
-    for client in clients:
-        Layout(client.specs, client.name)  # refuses factors that do not fit each other
-    ranks: dict[str, int] = {}
-    for client in clients:
-        for key, axis in _rank_axes(client):
-            ranks[key] = max(ranks.get(key, 0), client.specs[key].shape[axis])
-    widened = []
-    for client in clients:
-        specs = dict(client.specs)
-        for key, axis in _rank_axes(client):
-            shape = list(specs[key].shape)
-            shape[axis] = ranks[key]
-            specs[key] = replace(specs[key], shape=tuple(shape))
-        widened.append(specs)
-    layout = Layout(widened[0], clients[0].name)
-    for client, specs in zip(clients[1:], widened[1:], strict=True):
-        layout.check(specs, client.name, clients[0].name)
-    return layout
 
 
 def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] | None = None) -> Scalings | None:
@@ -91,18 +65,6 @@ def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] |
     return Scalings(config, of_result, of_clients)
 
 
-def check_ranks(client: Update, layout: Layout) -> None:
-    """Raise UpdateError unless a client's tensors have the ranks that its configuration says."""
-    config = client.config or {}
-    for a in layout.adapters if "r" in config else ():
-        shape, told = client.specs[a.key_A].shape, rank_of(config, a.module, client.name)
-        if shape[0] != told:
-            raise UpdateError(
-                f"{client.name}, {a.key_A}: shape {shape}, but its LoRA configuration says rank {told}; pass the "
-                "configuration that it was trained with"
-            )
-
-
 def check_biases(layout: Layout, scalings: Scalings) -> None:
     """Raise UpdateError if clients of unequal scalings have biases of lora_B, which scale as B does."""
     if any(s != scalings.of_result for s in scalings.of_clients) and (
@@ -129,6 +91,16 @@ def _spelt_out(clients: Sequence[Update], layout: Layout, of_clients: Sequence[d
     return {"r": max(ranks.values()), "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
-def _rank_axes(client: Update) -> list[tuple[str, int]]:
-    parsed = ((key, parse_factor(key)) for key in client.specs)
-    return [(key, 0 if p.factor == "A" else 1) for key, p in parsed if p]
+def scalings_if_unlike(clients: Sequence[Update], layout: Layout, reference: Update | None) -> Scalings | None:
+    """The scalings of clients, of which some have other ranks or another scaling than the result; None if all are alike.
+
+    Args:
+        clients: of the layout, but for ranks.
+        layout: of the result.
+        reference: whose configuration the result has, if it has one.
+    """
+    config = reference.config if reference is not None else None
+    others = [] if config is None else [replace(clients[0], config=config)]
+    if clients[0].specs == layout.specs and are_alike([*clients, *others]):
+        return None
+    return scalings(clients, layout, config)

@@ -1,0 +1,147 @@
+"""Refusing clients that differ in more than their ranks and scalings."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..adapters.checks import check_device, check_reference, check_updates
+from ..adapters.config import check_scaling, rank_of, same_scaling
+from ..adapters.keys import TensorSpec, parse_factor
+from ..adapters.layout import Layout
+from ..adapters.update import Update, UpdateLike, open_update
+from ..errors import UpdateError
+
+
+def widest_layout(clients: Sequence[Update]) -> Layout:
+    """The layout of clients that are alike but for their ranks, with the largest rank of each adapter.
+
+    Raises:
+        UpdateError: clients that differ in more, in keys, shapes or dtypes.
+    """
+    for client in clients:
+        Layout(client.specs, client.name)  # refuses factors that do not fit each other
+    ranks: dict[str, int] = {}
+    for client in clients:
+        for key, axis in _rank_axes(client):
+            ranks[key] = max(ranks.get(key, 0), client.specs[key].shape[axis])
+    widened = []
+    for client in clients:
+        specs = dict(client.specs)
+        for key, axis in _rank_axes(client):
+            shape = list(specs[key].shape)
+            shape[axis] = ranks[key]
+            specs[key] = replace(specs[key], shape=tuple(shape))
+        widened.append(specs)
+    layout = Layout(widened[0], clients[0].name)
+    for client, specs in zip(clients[1:], widened[1:], strict=True):
+        layout.check(specs, client.name, clients[0].name)
+    return layout
+
+
+def check_ranks(client: Update, layout: Layout) -> None:
+    """Raise UpdateError unless a client's tensors have the ranks that its configuration says."""
+    config = client.config or {}
+    for a in layout.adapters if "r" in config else ():
+        shape, told = client.specs[a.key_A].shape, rank_of(config, a.module, client.name)
+        if shape[0] != told:
+            raise UpdateError(
+                f"{client.name}, {a.key_A}: shape {shape}, but its LoRA configuration says rank {told}; pass the "
+                "configuration that it was trained with"
+            )
+
+
+def _rank_axes(client: Update) -> list[tuple[str, int]]:
+    parsed = ((key, parse_factor(key)) for key in client.specs)
+    return [(key, 0 if p.factor == "A" else 1) for key, p in parsed if p]
+
+
+def are_alike(clients: Sequence[Update]) -> bool:
+    """Whether clients have the same shapes and, as far as their configurations are known, the same scaling."""
+    first, configs = clients[0], [client.config for client in clients if client.config is not None]
+    shapes = all(client.specs is first.specs or client.specs == first.specs for client in clients)
+    return shapes and all(config is configs[0] or same_scaling(config, configs[0]) for config in configs)
+
+
+def common_layout(clients: Sequence[Update]) -> Layout:
+    """The layout of clients, with the largest rank of each adapter where ranks differ.
+
+    Raises:
+        UpdateError: clients that differ in more than ranks and scalings.
+    """
+    if are_alike(clients):
+        return check_updates(clients)
+    first = clients[0]
+    layout = Layout(first.specs, first.name)
+    for client in clients[1:]:
+        layout.check_keys(client.specs, client.name, first.name)
+        _check_kind(client, first)
+    return widest_layout(clients)
+
+
+def check_padded(client: Update, first: Update, layout: Layout, whose: str) -> None:
+    """Raise UpdateError unless the client has this layout but for smaller ranks; ``whose`` ranks the layout has."""
+    _check_kind(client, first)
+    if client.specs == first.specs:
+        return
+    layout.check_keys(client.specs, client.name, first.name)
+    Layout(client.specs, client.name)  # refuses factors that do not fit each other
+    specs = dict(client.specs)
+    for key, axis in _factors(layout):
+        _check_narrow(client, key, axis, layout.specs[key].shape, whose)
+        specs[key] = _with_rank(specs[key], axis, layout.specs[key].shape[axis])
+    layout.check(specs, client.name, first.name)
+
+
+def open_wide_reference(
+    reference: UpdateLike, config: dict[str, Any] | None, clients: Sequence[Update], layout: Layout
+) -> tuple[Update, Layout]:
+    """The reference as an Update, all finite and with its configuration, and the clients' layout in its ranks.
+
+    Args:
+        reference: the clients' adapters, in ranks that none of the clients exceeds.
+        config: its configuration, if it does not bring one.
+        clients: of the layout, but for ranks.
+        layout: of the clients.
+
+    Raises:
+        UpdateError: it lacks an adapter, or has one in another shape or of a smaller rank.
+    """
+    first = clients[0]
+    opened = open_update(reference, "the reference", first)
+    if opened.specs is not first.specs:
+        specs = dict(layout.specs)
+        for key, axis in _factors(layout):
+            shape = specs[key].shape
+            theirs = opened.specs[key].shape if key in opened.specs else shape
+            if theirs != shape and len(theirs) > axis and theirs == _with_rank(specs[key], axis, theirs[axis]).shape:
+                for client in clients:
+                    _check_narrow(client, key, axis, theirs, opened.name)
+                specs[key] = _with_rank(specs[key], axis, theirs[axis])
+        layout = layout if specs == layout.specs else Layout(specs, opened.name)
+        first = replace(first, specs=layout.specs)
+    check_scaling(opened.config, opened.name, first.config, first.name, ("use_dora",))
+    bare = first if first.config is None else replace(first, config=None)
+    checked = check_reference(opened, bare, layout, finite=opened is reference)
+    return (checked if checked.config or not config else replace(checked, config=config)), layout
+
+
+def _check_kind(client: Update, first: Update) -> None:
+    check_device(client, first)
+    check_scaling(client.config, client.name, first.config, first.name, ("use_dora",))
+
+
+def _check_narrow(client: Update, key: str, axis: int, shape: tuple[int, ...], whose: str) -> None:
+    if client.specs[key].shape[axis] > shape[axis]:
+        raise UpdateError(
+            f"{client.name}, {key}: shape {client.specs[key].shape}, but {whose} has {shape}; no client's rank may exceed "
+            "that of the adapter that clients started from"
+        )
+
+
+def _factors(layout: Layout) -> list[tuple[str, int]]:
+    """Keys and the axes that hold their ranks."""
+    return [(key, axis) for keys in layout.factor_keys for axis, key in enumerate(keys)]
+
+
+def _with_rank(spec: TensorSpec, axis: int, rank: int) -> TensorSpec:
+    return replace(spec, shape=(*spec.shape[:axis], rank, *spec.shape[axis + 1 :]))

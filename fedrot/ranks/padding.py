@@ -1,0 +1,98 @@
+"""Clients of smaller ranks in the ranks of the result, by rows of zero."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels import NOISE, full_precision, procrustes
+
+from ..adapters.keys import TensorSpec
+from ..adapters.layout import Adapter, Layout
+from ..adapters.update import Update
+from .checks import _with_rank
+
+
+def padded(client: Update, layout: Layout, s_client: dict[str, float], s_result: dict[str, float]) -> Update:
+    """The client in the layout's ranks and the result's scaling; factors in float32 (float64 for float64), not yet rounded.
+
+    Args:
+        client: of the layout, but for smaller ranks.
+        layout: of the result.
+        s_client, s_result: module → s.
+    """
+    tensors = {key: client[key] for key in layout.plain}
+    ranks = {a.key_A: client.specs[a.key_A].shape[0] for a in layout.adapters}
+    for a in layout.adapters:
+        s = s_client[a.module] / s_result[a.module]
+        A, B = (_wide(client[key].detach()) for key in (a.key_A, a.key_B))
+        tensors[a.key_A] = _with_zeros(A, 0, a.rank)
+        tensors[a.key_B] = _with_zeros(B if s == 1 else B * s, 1, a.rank)
+        if (bias := f"{a.module}.lora_B.bias") in tensors:
+            tensors[bias] = _wide(tensors[bias].detach()) * s
+    keys_given = {key: key for key in layout.specs}
+    narrow = any(ranks[a.key_A] < a.rank for a in layout.adapters)
+    return Update(client.name, layout.specs, keys_given, tensors, client.device, None, ranks if narrow else None)
+
+
+def trainable(mean: dict[str, Tensor], layout: Layout, reference: Update) -> dict[str, Tensor]:
+    """The mean, with the reference's row of A where both a row of A and its column of B are zero: ranks that no client of a
+    round has. B·A stays what it is; of two zeros neither would ever have a gradient again.
+
+    Args:
+        mean: canonical key → mean, in the layout's shapes and dtypes.
+        reference: of the layout's ranks.
+    """
+    for a in layout.adapters:
+        A, B = mean[a.key_A], mean[a.key_B]
+        dead = ~(A.flatten(1).any(1) | B.transpose(0, 1).flatten(1).any(1))
+        if bool(dead.any()):
+            kept = reference[a.key_A].detach().to(A.device, A.dtype).reshape(A.shape)
+            mean = mean | {a.key_A: torch.where(dead.reshape(-1, *[1] * (A.dim() - 1)), kept, A)}
+    return mean
+
+
+def widest(clients: Sequence[Update], weights: Sequence[float], layout: Layout) -> Update:
+    """Of the clients that count, the one of the largest ranks; of several that of the largest weight, of those the first."""
+    total = sum(a.rank for a in layout.adapters)
+    ranks = [total if client.ranks is None else sum(client.ranks.values()) for client in clients]
+    return clients[max(range(len(clients)), key=lambda i: (weights[i] > 0, ranks[i], weights[i]))]
+
+
+def own_rows(adapter: Adapter, clients: Sequence[Update]) -> Tensor:
+    """(N, r, 1), bool: which rows of an adapter are the clients' own, not padded."""
+    own = [adapter.rank if client.ranks is None else client.ranks[adapter.key_A] for client in clients]
+    return torch.arange(adapter.rank)[None, :, None] < torch.tensor(own)[:, None, None]
+
+
+@full_precision
+def partial_isometries(M: Tensor, rows: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """The rotations of padded clients, softened, and how far they are from orthogonal.
+
+    Rᵢ is polar((1−λ) J + λ polar(Mᵢ)), J = [I 0], of the client's own rows, as the rows of a square matrix that is zero in
+    the others. It is the same in SO and O: what the others complete it to may have either determinant.
+
+    Args:
+        M: (G, r, r), cross-covariances; rows of zero where a client has none.
+        rows: (G, r, 1), which rows are the client's own.
+        strength: λ.
+
+    Returns:
+        R (G, r, r), and ‖RᵀR − I‖_max (G,) before the others are zero.
+    """
+    R, residual = procrustes(M, noise=NOISE[M.dtype])
+    if strength < 1:
+        eye = torch.eye(M.shape[-1], dtype=R.dtype, device=R.device)
+        R, residual = procrustes(torch.where(rows, (1 - strength) * eye + strength * R, 0), noise=NOISE[R.dtype])
+    return R * rows, residual
+
+
+def _with_zeros(x: Tensor, axis: int, rank: int) -> Tensor:
+    if x.shape[axis] == rank:
+        return x
+    zeros = x.new_zeros(_with_rank(TensorSpec(tuple(x.shape), x.dtype), axis, rank - x.shape[axis]).shape)
+    return torch.cat([x, zeros], dim=axis)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

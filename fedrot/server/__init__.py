@@ -1,0 +1,1 @@
+"""Rounds over time: whole, streamed, merged between servers, resumed."""
