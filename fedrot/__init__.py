@@ -3,11 +3,11 @@
 from .adapters.folder import read_adapter, write_adapter
 from .aggregation import aggregate
 from .aggregator import FedRotAggregator
-from .alignment import align
 from .errors import UpdateError
 from .folding import fold
 from .merging import merge
-from .methods import METHODS
+from .methods.registry import METHODS
+from .methods.rotation import align
 from .partial import Partial
 from .ranks.truncation import truncate
 from .report import AdapterReport, Report

@@ -12,7 +12,7 @@ from .adapters.keys import factor_of
 from .adapters.layout import Layout
 from .adapters.update import Update
 from .errors import UpdateError
-from .methods import Method
+from .methods.base import Method
 
 # Beyond any tensor of a model; products and squares of such values begin to overflow float32.
 _LARGEST = 1e15

@@ -7,8 +7,8 @@ from fedrot_kernels import Backend
 
 from .adapters.update import UpdateLike
 from .aggregator import FedRotAggregator
-from .alignment import AlignOn, RotationGroup, Strength
 from .intake import OnInvalid
+from .options import AlignOn, RotationGroup, Strength
 from .result import AggregationResult
 
 

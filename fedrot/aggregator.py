@@ -13,16 +13,17 @@ from .adapters.checks import as_sent, check_frozen, check_range, check_weight, c
 from .adapters.config import base_config
 from .adapters.layout import Layout
 from .adapters.update import Update, UpdateLike, open_update, open_updates, with_configs
-from .alignment import Alignment, AlignOn, RotationGroup, Strength, check_rotations
-from .averaging import shares_of
 from .errors import UpdateError
 from .intake import Intake, OnInvalid, nothing_left
-from .methods import Round, get_method
+from .methods.registry import get_method
+from .methods.rotation import check_rotations
+from .methods.round import Averages, Round
+from .methods.running_mean import shares_of
+from .options import Alignment, AlignOn, RotationGroup, Strength
 from .partial import Partial, check_mergeable
 from .ranks.padding import padded, trainable, widest
 from .report import Report, adapter_reports
 from .result import AggregationResult
-from .round import Averages
 from .server.rounding import rounded
 from .server_optimizer import ServerOptimizer
 from .stream import Stream, is_name

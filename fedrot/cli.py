@@ -9,10 +9,10 @@ from typing import get_args
 from .adapters.files import check_new, new_folder
 from .adapters.folder import read_adapter, write_adapter
 from .aggregation import aggregate
-from .alignment import AlignOn, RotationGroup, Strength
 from .intake import OnInvalid
 from .merging import MergeMethod, merge
-from .methods import METHODS, methods_table
+from .methods.registry import METHODS, methods_table
+from .options import AlignOn, RotationGroup, Strength
 from .result import AggregationResult
 
 _SIMULATOR = {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}

@@ -7,7 +7,7 @@ from .adapters.checks import check_device, check_update, check_updates, not_fini
 from .adapters.layout import Layout
 from .adapters.update import Update, UpdateLike, open_update
 from .errors import UpdateError
-from .methods import Method
+from .methods.base import Method
 from .ranks.checks import check_padded, common_layout, open_wide_reference, widest_layout
 from .ranks.padding import padded
 from .ranks.scaling import Scalings, check_biases, scalings, scalings_if_unlike

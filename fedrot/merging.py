@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedrot_kernels import average, full_precision
+from fedrot_kernels.measures import product_norm
 
 from .adapters.checks import check_range, check_weights
 from .adapters.config import rank_fields
@@ -16,9 +17,8 @@ from .adapters.keys import TensorSpec
 from .adapters.layout import Adapter, Layout
 from .adapters.update import StateDict, Update, UpdateLike, open_updates
 from .aggregator import FedRotAggregator
-from .alignment import RotationGroup
-from .averaging import shares_of
-from .diagnostics import product_norm
+from .methods.running_mean import shares_of
+from .options import RotationGroup
 from .ranks.padding import padded
 from .ranks.truncation import truncate
 from .ranks.union import check_plain, own_scaling, union_config, union_layout, without_base

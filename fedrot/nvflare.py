@@ -27,9 +27,9 @@ from .adapters.layout import Layout
 from .adapters.update import StateDict, Update, open_update
 from .admission import admit, in_order, one_line
 from .aggregator import FedRotAggregator, Towards, towards
-from .alignment import AlignOn, RotationGroup, Strength
 from .errors import UpdateError
 from .intake import OnInvalid
+from .options import AlignOn, RotationGroup, Strength
 from .result import AggregationResult
 from .server_optimizer import ServerOptimizer
 

@@ -20,8 +20,8 @@ from .adapters.folder import DTYPES_SAVED
 from .adapters.keys import TensorSpec, parse_key
 from .adapters.layout import Layout
 from .adapters.update import Update
-from .averaging import sum_dtype
 from .errors import UpdateError
+from .methods.running_mean import sum_dtype
 from .sketch import part_shapes
 from .stream import Stream, is_name
 

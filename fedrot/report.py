@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedrot_kernels import full_precision, polar
+from fedrot_kernels.measures import aggregation_error, rotation_angle
 
 from .adapters.layout import Layout
-from .diagnostics import aggregation_error, rotation_angle
-from .round import Averages
+from .methods.round import Averages
 
 _ENTRIES = 1 << 19  # of factors that are copied at a time to measure errors
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from fedrot_kernels import full_precision
 
 from .adapters.layout import Adapter, Layout
-from .methods.base import generator
+from .seeding import generator
 
 SIZE = 32  # k
 _STREAM = 0x5CE7C4  # apart from what methods draw with the same seed

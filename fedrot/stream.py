@@ -8,10 +8,11 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from fedrot_kernels.measures import product_norm, rotation_angle
+
 from .adapters.layout import Layout
 from .adapters.update import StateDict, Update
-from .averaging import RunningMean
-from .diagnostics import product_norm, rotation_angle
+from .methods.running_mean import RunningMean
 from .report import AdapterReport
 from .sketch import Sketch, mean_and_deviation
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from fedrot import METHODS, FedRotAggregator
-from fedrot.alignment import Alignment
-from fedrot.methods import get_method
+from fedrot.methods.registry import get_method
+from fedrot.options import Alignment
 
 from .dense import with_frozen
 from .peft_models import KINDS, turned_clients

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fedrot
-from fedrot.diagnostics import rotation_angle
 from fedrot_kernels import reference as oracle
+from fedrot_kernels.measures import rotation_angle
 
 from .peft_models import KINDS, as_saved, client_updates, factor_keys, in_model, turned_clients
 

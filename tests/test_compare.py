@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fedrot.cli import main
-from fedrot.methods import METHODS
+from fedrot.methods.registry import METHODS
 from fedrot.simulation import SimulationConfig
 from fedrot.simulation.cli import make_parser
 from fedrot.simulation.compare import _NOT_OF_THE_TASK, _by_task, _task_fields

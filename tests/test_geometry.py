@@ -6,10 +6,10 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 
 import fedrot
-from fedrot.alignment import Alignment
-from fedrot.diagnostics import error_bound
-from fedrot.methods import METHODS, get_method
+from fedrot.methods.registry import METHODS, get_method
+from fedrot.options import Alignment
 from fedrot.simulation.geometry import alignment_geometry
+from fedrot_kernels.measures import error_bound
 
 from .peft_models import KINDS, client_updates, factor_keys, turned_clients
 

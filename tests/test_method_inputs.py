@@ -5,8 +5,8 @@ import torch
 
 import fedrot
 from fedrot import METHODS, FedRotAggregator
-from fedrot.alignment import Alignment
-from fedrot.methods import get_method
+from fedrot.methods.registry import get_method
+from fedrot.options import Alignment
 
 from .dense import KIND, UNEQUAL, lora_config, with_frozen
 from .peft_models import KINDS, client_updates, factor_keys

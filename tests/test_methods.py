@@ -9,8 +9,8 @@ from torch import nn
 
 import fedrot
 from fedrot import METHODS, FedRotAggregator
-from fedrot.alignment import Alignment
-from fedrot.methods import get_method
+from fedrot.methods.registry import get_method
+from fedrot.options import Alignment
 
 from .dense import KIND, UNEQUAL, WEIGHTS, base_change, dense, lora_config, mean_update, modules, with_frozen
 from .peft_models import KINDS, client_updates, factor_keys, turned_clients

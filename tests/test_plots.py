@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from fedrot.methods import METHODS
+from fedrot.methods.registry import METHODS
 from fedrot.simulation import SimulationConfig
 from fedrot.simulation.plots import plot_comparison, plot_geometry, plot_run, plot_sweep, shown_score
 

@@ -7,8 +7,9 @@ from flwr.app import ArrayRecord, Context, Error, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
-from ..alignment import Alignment, AlignOn, RotationGroup, align, check_single
 from ..errors import UpdateError
+from ..methods.rotation import align, check_single
+from ..options import Alignment, AlignOn, RotationGroup
 from .arrays import from_arrays, to_arrays
 from .settings import ROUND, settings_of
 

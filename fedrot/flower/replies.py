@@ -10,7 +10,7 @@ from ..adapters.keys import factor_of, parse_key
 from ..adapters.update import StateDict, Update, open_update
 from ..admission import admit, in_order, one_line
 from ..errors import UpdateError
-from ..methods import Method
+from ..methods.base import Method
 from .arrays import from_arrays
 from .settings import CLIENT, NAME
 

@@ -20,9 +20,9 @@ from ..adapters.keys import factor_of
 from ..adapters.layout import Layout
 from ..adapters.update import Update, open_update
 from ..aggregator import Towards
-from ..alignment import AlignOn, RotationGroup, Strength
 from ..folding import fold_update
 from ..intake import OnInvalid
+from ..options import AlignOn, RotationGroup, Strength
 from ..result import AggregationResult
 from ..server_optimizer import ServerOptimizer
 from .arrays import from_arrays, to_arrays

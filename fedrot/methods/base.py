@@ -1,50 +1,15 @@
 """What a method decides: which factors clients train and share, and how a round's updates become one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-
-import fedrot_kernels as fk
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
-from ..alignment import Alignment, Factor
 from ..errors import UpdateError
-from ..ranks.scaling import Scalings
-from ..round import Averages
-
-
-@dataclass(frozen=True)
-class Round:
-    """The updates of one round.
-
-    Attributes:
-        number: from 0.
-        layout: of the updates; with the largest ranks, where ranks differ.
-        clients: the N updates.
-        numbers: of the clients among all that sent something, from 0.
-        weights: one per client, non-negative, not all zero; only their ratios matter.
-        reference: the adapter that the clients started from, or what stands in for it.
-        scalings: of clients and result; None where they play no part, or no LoRA configuration was given.
-        strengths: module → λ of the last round, where it is chosen.
-        backend: of the kernels.
-        report_error: whether the aggregation error is asked for.
-    """
-
-    number: int
-    layout: Layout
-    clients: Sequence[Update]
-    numbers: Sequence[int]
-    weights: Sequence[float]
-    reference: Update
-    scalings: Scalings | None
-    strengths: Mapping[str, float]
-    backend: fk.Backend
-    report_error: bool
+from ..options import Alignment, Factor
+from .round import Averages, Round
 
 
 class Method(ABC):
@@ -117,11 +82,3 @@ class Method(ABC):
         What ``add`` does with a client whose update will not be kept.
         """
         return client, None
-
-
-def generator(seed: int, *stream: int) -> torch.Generator:
-    """A stream of random numbers for these coordinates."""
-    state = seed
-    for number in stream:  # Fibonacci hashing spreads neighbours over the seeds
-        state = (state * 0x9E3779B97F4A7C15 + number + 1) % (1 << 63)
-    return torch.Generator().manual_seed(state)

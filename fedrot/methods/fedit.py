@@ -1,6 +1,6 @@
 """FedIT (arXiv 2305.05644): the mean of A and the mean of B."""
 
-from ..round import average_round
+from .averaging import average_round
 from .base import Method
 
 

@@ -1,8 +1,9 @@
 """FedRot-LoRA (arXiv 2602.23638): rotate every client's factors towards a common reference, then average."""
 
-from ..mutual import align_mutually
-from ..round import average_round, stream_round
+from .averaging import average_round, stream_round
 from .base import Method
+from .mutual import align_mutually
+from .rotation import rotations
 
 
 class FedRot(Method):
@@ -38,4 +39,4 @@ class FedRot(Method):
         on = self._on(round)
         if not on:
             return client, None
-        return client, [self.alignment.rotations(batch, client, reference, on) for batch in layout.batches]
+        return client, [rotations(self.alignment, batch, client, reference, on) for batch in layout.batches]

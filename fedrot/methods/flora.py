@@ -2,7 +2,7 @@
 
 import torch
 
-from .base import generator
+from ..seeding import generator
 from .low_rank import Combined, LowRankMethod
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fedrot_kernels import average, full_precision
+from fedrot_kernels.measures import product_norm
 
 from ..adapters.layout import Adapter
-from ..averaging import shares_of
-from ..diagnostics import product_norm
 from ..errors import UpdateError
-from ..round import Averages
-from .base import Method, Round
+from .base import Method
+from .round import Averages, Round
+from .running_mean import shares_of
 
 _ENTRIES = 1 << 25  # of clients' factors that are copied together at a time
 

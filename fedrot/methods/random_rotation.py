@@ -4,8 +4,9 @@ import torch
 
 import fedrot_kernels as fk
 
-from ..round import stream_round
-from .base import Method, generator
+from ..seeding import generator
+from .averaging import stream_round
+from .base import Method
 
 
 class RandomRotation(Method):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..round import stream_round
+from .averaging import stream_round
 from .base import Method
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from ..adapters.layout import Layout
 from ..adapters.update import Update
+from ..methods.round import Averages
 from ..ranks.padding import own_rows, trainable
-from ..round import Averages
 
 
 def rounded(averages: "Averages", layout: Layout, clients: Sequence[Update], reference: Update | None) -> "Averages":

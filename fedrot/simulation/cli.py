@@ -15,7 +15,7 @@ import transformers
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_parsing_settings
 
-from ..methods import METHODS
+from ..methods.registry import METHODS
 from .compare import compare
 from .comparison import Comparison
 from .config import SimulationConfig, Start

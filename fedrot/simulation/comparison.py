@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from itertools import combinations, product
 from typing import Any, get_args
 
-from ..methods import METHODS
+from ..methods.registry import METHODS
 from .config import SimulationConfig, Start
 from .fields import LISTS, check_field, has_field, overlap, parse, set_fields, typed
 

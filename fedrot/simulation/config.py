@@ -8,9 +8,9 @@ from typing import Any, Literal
 import yaml
 
 from ..aggregator import Towards
-from ..alignment import Alignment, AlignOn, RotationGroup, Strength
 from ..intake import OnInvalid
-from ..methods import METHODS, get_method
+from ..methods.registry import METHODS, get_method
+from ..options import Alignment, AlignOn, RotationGroup, Strength
 from ..server_optimizer import ServerOptimizerName
 
 Start = Literal["shared", "independent"]

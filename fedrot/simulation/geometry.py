@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fedrot_kernels import NOISE, cross_covariance, full_precision, procrustes
+from fedrot_kernels.measures import error_bound
 
 from ..adapters.checks import check_updates, open_reference
 from ..adapters.layout import Batch, Layout
 from ..adapters.update import StateDict, Update, UpdateLike, open_updates
-from ..diagnostics import error_bound
-from ..methods import Method
+from ..methods.base import Method
 
 _ENTRIES = 1 << 22  # of clients' factors that are copied at a time
 

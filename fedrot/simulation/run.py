@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..adapters.files import check_new, new_folder
 from ..checkpoint import load_checkpoint, save_checkpoint
-from ..methods import METHODS
+from ..methods.registry import METHODS
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig
 from .metrics import read_metrics, write_metrics

@@ -11,7 +11,7 @@ from ..adapters.keys import factor_of
 from ..adapters.update import open_updates
 from ..aggregator import FedRotAggregator, towards
 from ..folding import fold
-from ..methods import METHODS
+from ..methods.registry import METHODS
 from ..result import AggregationResult
 from ..server_optimizer import ServerOptimizer
 from .clients import Clients, State

@@ -6,11 +6,13 @@ import torch
 
 import fedrot_kernels as fk
 
-from .alignment import LARGEST_RESIDUAL, Alignment
-from .round import Averages, matrices
+from ..options import Alignment
+from .averaging import matrices
+from .rotation import LARGEST_RESIDUAL
+from .round import Averages
 
 if TYPE_CHECKING:
-    from .methods import Round
+    from .round import Round
 
 
 def align_mutually(round: "Round", alignment: Alignment) -> Averages:

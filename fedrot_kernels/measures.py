@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedrot_kernels import full_precision
+from .precision import full_precision
 
 _COLUMNS = 256  # of the error formed at a time, where that is cheaper than Gram matrices
 

@@ -1,50 +1,19 @@
-"""One round's updates, rotated and averaged all at once."""
+"""One round's updates, rotated and averaged."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import fedrot_kernels as fk
 
-from .adapters.checks import is_finite
-from .adapters.layout import Layout
-from .adapters.update import Update
-from .alignment import LARGEST_RESIDUAL, Alignment, Factor
-from .averaging import RunningMean
-
-if TYPE_CHECKING:
-    from .methods import Round
-
-
-@dataclass(frozen=True)
-class Averages:
-    """The means of N clients.
-
-    Attributes:
-        mean: canonical key → mean, in the updates' shapes and dtypes, each with storage of its own.
-        A, B: per adapter of the layout the N clients' factors as matrices, which may share memory with the updates; empty
-            where the errors are given.
-        R: per adapter (N, r, r) what the clients' B were multiplied by, rotations but for the group GL; None if nothing was.
-        residual: (L, N) ‖RᵀR − I‖_max, or None.
-        sound: whether every mean is finite and every rotation is one.
-        base: key → factor, A (K, d_in, …) and B (d_out, K, …), of B·A to be added to the base weights, or None.
-        errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, where a method measured them itself; None where it was
-            not to.
-        strengths: per adapter λ, where it was chosen.
-    """
-
-    mean: dict[str, Tensor]
-    A: list[list[Tensor]]
-    B: list[list[Tensor]]
-    R: list[Tensor] | None
-    residual: Tensor | None
-    sound: bool
-    base: dict[str, Tensor] | None = None
-    errors: Sequence[tuple[float | None, float | None]] | None = None
-    strengths: Sequence[float] | None = None
+from ..adapters.checks import is_finite
+from ..adapters.layout import Layout
+from ..adapters.update import Update
+from ..options import Alignment, Factor
+from .rotation import LARGEST_RESIDUAL
+from .round import Averages, Round
+from .running_mean import RunningMean
 
 
 def average_round(

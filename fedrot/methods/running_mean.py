@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fedrot_kernels import full_precision, rotate_add_
 
-from .adapters.layout import Layout
-from .adapters.update import StateDict
+from ..adapters.layout import Layout
+from ..adapters.update import StateDict
 
 if TYPE_CHECKING:
-    from .sketch import Sketch
+    from ..sketch import Sketch
 
 _LARGEST_WEIGHT = 2.0**40  # in units; the first client's weight is one
 
