@@ -4,14 +4,14 @@ from .adapters.folder import read_adapter, write_adapter
 from .aggregation import aggregate
 from .aggregator import FedRotAggregator
 from .errors import UpdateError
-from .folding import fold
 from .merging import merge
 from .methods.registry import METHODS
 from .methods.rotation import align
 from .partial import Partial
 from .ranks.truncation import truncate
-from .report import AdapterReport, Report
-from .result import AggregationResult
+from .report.fold import fold
+from .report.report import AdapterReport, Report
+from .report.result import AggregationResult
 from .server_optimizer import ServerOptimizer
 
 __all__ = [

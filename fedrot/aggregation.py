@@ -9,7 +9,7 @@ from .adapters.update import UpdateLike
 from .aggregator import FedRotAggregator
 from .intake import OnInvalid
 from .options import AlignOn, RotationGroup, Strength
-from .result import AggregationResult
+from .report.result import AggregationResult
 
 
 def aggregate(

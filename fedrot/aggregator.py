@@ -22,8 +22,9 @@ from .methods.running_mean import shares_of
 from .options import Alignment, AlignOn, RotationGroup, Strength
 from .partial import Partial, check_mergeable
 from .ranks.padding import padded, trainable, widest
-from .report import Report, adapter_reports
-from .result import AggregationResult
+from .report.measure import adapter_reports
+from .report.report import Report
+from .report.result import AggregationResult
 from .server.rounding import rounded
 from .server_optimizer import ServerOptimizer
 from .stream import Stream, is_name

@@ -13,7 +13,7 @@ from .intake import OnInvalid
 from .merging import MergeMethod, merge
 from .methods.registry import METHODS, methods_table
 from .options import AlignOn, RotationGroup, Strength
-from .result import AggregationResult
+from .report.result import AggregationResult
 
 _SIMULATOR = {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}
 

@@ -22,8 +22,8 @@ from .options import RotationGroup
 from .ranks.padding import padded
 from .ranks.truncation import truncate
 from .ranks.union import check_plain, own_scaling, union_config, union_layout, without_base
-from .report import AdapterReport, Report
-from .result import AggregationResult
+from .report.report import AdapterReport, Report
+from .report.result import AggregationResult
 
 MergeMethod = Literal["fedrot", "flexlora"]
 

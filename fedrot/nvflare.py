@@ -30,7 +30,7 @@ from .aggregator import FedRotAggregator, Towards, towards
 from .errors import UpdateError
 from .intake import OnInvalid
 from .options import AlignOn, RotationGroup, Strength
-from .result import AggregationResult
+from .report.result import AggregationResult
 from .server_optimizer import ServerOptimizer
 
 _OPTIONS = ("method", "align_on", "strength", "group", "on_invalid", "backend", "report_error", "seed", "server_optimizer")

@@ -22,7 +22,7 @@ from .adapters.layout import Layout
 from .adapters.update import Update
 from .errors import UpdateError
 from .methods.running_mean import sum_dtype
-from .sketch import part_shapes
+from .report.sketch import part_shapes
 from .stream import Stream, is_name
 
 _HEADER, _VERSION = "fedrot-partial", 1

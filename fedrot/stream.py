@@ -13,8 +13,8 @@ from fedrot_kernels.measures import product_norm, rotation_angle
 from .adapters.layout import Layout
 from .adapters.update import StateDict, Update
 from .methods.running_mean import RunningMean
-from .report import AdapterReport
-from .sketch import Sketch, mean_and_deviation
+from .report.report import AdapterReport
+from .report.sketch import Sketch, mean_and_deviation
 
 
 class Stream:

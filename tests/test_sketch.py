@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fedrot
-from fedrot.sketch import SIZE, mean_and_deviation
+from fedrot.report.sketch import SIZE, mean_and_deviation
 
 from .peft_models import KINDS, client_updates, factor_keys, turned_clients
 from .streams import KIND, TREES, WEIGHTS, added, grown, inputs, started

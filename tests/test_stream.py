@@ -10,7 +10,7 @@ import torch
 
 import fedrot
 from fedrot import Partial
-from fedrot.sketch import SIZE
+from fedrot.report.sketch import SIZE
 
 from .dense import UNEQUAL, lora_config
 from .peft_models import KINDS, client_updates, factor_keys

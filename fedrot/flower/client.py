@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters.keys import factor_of, parse_key
 from ..errors import UpdateError
-from ..folding import fold_update
+from ..report.fold import fold_update
 from .arrays import from_arrays, to_arrays
 from .settings import BASE, BASE_CONFIG, CLIENT, NAME, PERSONAL, TRAINED, settings_of
 

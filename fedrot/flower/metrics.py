@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import MetricRecord, MetricRecordValues, RecordDict
 
 from ..admission import one_line
-from ..report import Report
+from ..report.report import Report
 from .replies import Reply
 
 _log = logging.getLogger("flwr")

@@ -11,7 +11,7 @@ from ..adapters.update import StateDict, Update
 from ..admission import largest_entry, one_line
 from ..aggregator import FedRotAggregator, towards
 from ..errors import UpdateError
-from ..result import AggregationResult
+from ..report.result import AggregationResult
 from .replies import Asked, Reply
 
 _log = logging.getLogger("flwr")

@@ -20,10 +20,10 @@ from ..adapters.keys import factor_of
 from ..adapters.layout import Layout
 from ..adapters.update import Update, open_update
 from ..aggregator import Towards
-from ..folding import fold_update
 from ..intake import OnInvalid
 from ..options import AlignOn, RotationGroup, Strength
-from ..result import AggregationResult
+from ..report.fold import fold_update
+from ..report.result import AggregationResult
 from ..server_optimizer import ServerOptimizer
 from .arrays import from_arrays, to_arrays
 from .metrics import average_metrics, measures

@@ -12,7 +12,7 @@ from ..adapters.layout import Layout
 from ..adapters.update import StateDict
 
 if TYPE_CHECKING:
-    from ..sketch import Sketch
+    from ..report.sketch import Sketch
 
 _LARGEST_WEIGHT = 2.0**40  # in units; the first client's weight is one
 

@@ -10,9 +10,9 @@ from ..adapters.checks import check_updates
 from ..adapters.keys import factor_of
 from ..adapters.update import open_updates
 from ..aggregator import FedRotAggregator, towards
-from ..folding import fold
 from ..methods.registry import METHODS
-from ..result import AggregationResult
+from ..report.fold import fold
+from ..report.result import AggregationResult
 from ..server_optimizer import ServerOptimizer
 from .clients import Clients, State
 from .config import SimulationConfig

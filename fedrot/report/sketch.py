@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fedrot_kernels import full_precision
 
-from .adapters.layout import Adapter, Layout
-from .seeding import generator
+from ..adapters.layout import Adapter, Layout
+from ..seeding import generator
 
 SIZE = 32  # k
 _STREAM = 0x5CE7C4  # apart from what methods draw with the same seed

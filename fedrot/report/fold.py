@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from .errors import UpdateError
+from ..errors import UpdateError
 from .result import AggregationResult
 
 _NAME = "fedrot_base_update"

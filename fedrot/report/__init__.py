@@ -1,0 +1,1 @@
+"""What an aggregation did: errors, angles, the result."""

@@ -1,0 +1,79 @@
+"""Measuring an aggregation: errors and angles."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedrot_kernels import full_precision, polar
+from fedrot_kernels.measures import aggregation_error, rotation_angle
+
+from ..adapters.layout import Layout
+from ..methods.round import Averages
+from .report import AdapterReport
+
+_ENTRIES = 1 << 19  # of factors that are copied at a time to measure errors
+
+
+@full_precision
+def adapter_reports(
+    layout: Layout, averages: Averages, shares: Sequence[float], with_error: bool
+) -> tuple[AdapterReport, ...]:
+    """Measure every adapter of an aggregation, some of equal shape at a time. One synchronisation with a device.
+
+    Args:
+        layout: of the updates.
+        averages: of the N clients.
+        shares: their weights, summing to 1.
+        with_error: whether to measure the aggregation error and the update norm.
+    """
+    if averages.errors is not None or not averages.A:
+        errors = averages.errors or [(None, None)] * len(layout.adapters)
+        angles = [[0.0] * len(shares)] * len(errors) if averages.R is None else _angles(averages.R)
+        strengths: Sequence[float | None] = averages.strengths or [None] * len(errors)
+        return tuple(
+            AdapterReport(a.module, a.rank, *pair, tuple(of_clients), strength)
+            for a, pair, of_clients, strength in zip(layout.adapters, errors, angles, strengths, strict=True)
+        )
+    device = averages.A[0][0].device
+    groups: dict[tuple, list[int]] = {}
+    for i, a in enumerate(layout.adapters):
+        groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(i)
+    indices: list[int] = []
+    columns: list[Tensor] = []  # per adapter: error, norm, and a client's angle each
+    w = torch.tensor(shares, dtype=torch.float64, device=device)
+    for group in groups.values():
+        a = layout.adapters[group[0]]
+        size = max(1, _ENTRIES // (len(shares) * a.rank * (a.d_in + a.d_out))) if with_error else len(group)
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            indices += part
+            R = None if averages.R is None else torch.stack([averages.R[i] for i in part])
+            values = torch.zeros(2 + len(shares), len(part), dtype=torch.float64, device=device)
+            if R is not None:
+                values[2:] = rotation_angle(R).T
+            if with_error:
+                A, B = (_stacked([factors[i] for i in part]) for factors in (averages.A, averages.B))
+                if R is not None:
+                    A, B = R.mT @ A, B @ R
+                values[0], values[1] = aggregation_error(A, B, w)
+            columns.append(values)
+    rows = torch.cat(columns, dim=1).T.tolist()
+    reports = {}
+    for i, (error, norm, *angles) in zip(indices, rows, strict=True):
+        a = layout.adapters[i]
+        measured = (error, norm) if with_error else (None, None)
+        reports[i] = AdapterReport(a.module, a.rank, measured[0], measured[1], tuple(angles))
+    return tuple(reports[i] for i in range(len(layout.adapters)))
+
+
+def _angles(R: Sequence[Tensor]) -> list[list[float]]:
+    """Per adapter the clients' angles, those of the orthogonal factors; R per adapter (N, r, r)."""
+    own = ((of_clients, of_clients.any(-1, keepdim=True)) for of_clients in R)  # not the rows that padded clients lack
+    return torch.stack([rotation_angle(polar(of_clients) * rows).double() for of_clients, rows in own]).tolist()
+
+
+def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:
+    """(G, N, …) in working precision of G adapters' N × (…)."""
+    S = torch.stack([x for of_clients in part for x in of_clients]).unflatten(0, (len(part), -1))
+    return S if S.dtype == torch.float64 else S.float()
