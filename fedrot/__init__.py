@@ -1,18 +1,18 @@
 """Federated averaging of LoRA adapters in a common basis (FedRot-LoRA, arXiv 2602.23638)."""
 
 from .adapters.folder import read_adapter, write_adapter
-from .aggregation import aggregate
-from .aggregator import FedRotAggregator
 from .errors import UpdateError
 from .merging import merge
 from .methods.registry import METHODS
 from .methods.rotation import align
-from .partial import Partial
 from .ranks.truncation import truncate
 from .report.fold import fold
 from .report.report import AdapterReport, Report
 from .report.result import AggregationResult
-from .server_optimizer import ServerOptimizer
+from .server.aggregate import aggregate
+from .server.aggregator import FedRotAggregator
+from .server.optimizer import ServerOptimizer
+from .server.partial import Partial
 
 __all__ = [
     "METHODS",

@@ -8,12 +8,12 @@ from typing import get_args
 
 from .adapters.files import check_new, new_folder
 from .adapters.folder import read_adapter, write_adapter
-from .aggregation import aggregate
-from .intake import OnInvalid
 from .merging import MergeMethod, merge
 from .methods.registry import METHODS, methods_table
 from .options import AlignOn, RotationGroup, Strength
 from .report.result import AggregationResult
+from .server.aggregate import aggregate
+from .server.validation import OnInvalid
 
 _SIMULATOR = {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}
 

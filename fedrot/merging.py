@@ -16,7 +16,6 @@ from .adapters.config import rank_fields
 from .adapters.keys import TensorSpec
 from .adapters.layout import Adapter, Layout
 from .adapters.update import StateDict, Update, UpdateLike, open_updates
-from .aggregator import FedRotAggregator
 from .methods.running_mean import shares_of
 from .options import RotationGroup
 from .ranks.padding import padded
@@ -24,6 +23,7 @@ from .ranks.truncation import truncate
 from .ranks.union import check_plain, own_scaling, union_config, union_layout, without_base
 from .report.report import AdapterReport, Report
 from .report.result import AggregationResult
+from .server.aggregator import FedRotAggregator
 
 MergeMethod = Literal["fedrot", "flexlora"]
 

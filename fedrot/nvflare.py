@@ -26,12 +26,12 @@ from .adapters.checks import check_update, check_weight
 from .adapters.layout import Layout
 from .adapters.update import StateDict, Update, open_update
 from .admission import admit, in_order, one_line
-from .aggregator import FedRotAggregator, Towards, towards
 from .errors import UpdateError
-from .intake import OnInvalid
 from .options import AlignOn, RotationGroup, Strength
 from .report.result import AggregationResult
-from .server_optimizer import ServerOptimizer
+from .server.aggregator import FedRotAggregator, Towards, towards
+from .server.optimizer import ServerOptimizer
+from .server.validation import OnInvalid
 
 _OPTIONS = ("method", "align_on", "strength", "group", "on_invalid", "backend", "report_error", "seed", "server_optimizer")
 _CLIENT, _UNKNOWN = "client_name", AppConstants.CLIENT_UNKNOWN

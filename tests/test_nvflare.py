@@ -31,8 +31,8 @@ from nvflare.client.config import ExchangeFormat
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.script_runner import ScriptRunner
 
-from fedrot.aggregator import towards
 from fedrot.nvflare import FedRotModelAggregator
+from fedrot.server.aggregator import towards
 
 SITES, STEPS = ("site-1", "site-2", "site-10"), (3, 1, 2)
 # A client whose training adds the change that a file holds for this site and round, and that keeps what it sends.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from ..server.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 
 State = dict[str, Tensor]
 _ADAPTER, _OPTIMIZER, _STRENGTHS, _BASE = "adapter", "optimizer", "strengths", "base-"

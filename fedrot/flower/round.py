@@ -9,9 +9,9 @@ from flwr.serverapp.exception import AggregationError
 
 from ..adapters.update import StateDict, Update
 from ..admission import largest_entry, one_line
-from ..aggregator import FedRotAggregator, towards
 from ..errors import UpdateError
 from ..report.result import AggregationResult
+from ..server.aggregator import FedRotAggregator, towards
 from .replies import Asked, Reply
 
 _log = logging.getLogger("flwr")

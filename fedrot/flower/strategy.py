@@ -19,12 +19,12 @@ from ..adapters.config import base_config, check_lora, plain_config
 from ..adapters.keys import factor_of
 from ..adapters.layout import Layout
 from ..adapters.update import Update, open_update
-from ..aggregator import Towards
-from ..intake import OnInvalid
 from ..options import AlignOn, RotationGroup, Strength
 from ..report.fold import fold_update
 from ..report.result import AggregationResult
-from ..server_optimizer import ServerOptimizer
+from ..server.aggregator import Towards
+from ..server.optimizer import ServerOptimizer
+from ..server.validation import OnInvalid
 from .arrays import from_arrays, to_arrays
 from .metrics import average_metrics, measures
 from .replies import Asked, Reply, open_evaluation_reply, open_training_reply

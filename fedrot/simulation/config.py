@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import yaml
 
-from ..aggregator import Towards
-from ..intake import OnInvalid
 from ..methods.registry import METHODS, get_method
 from ..options import Alignment, AlignOn, RotationGroup, Strength
-from ..server_optimizer import ServerOptimizerName
+from ..server.aggregator import Towards
+from ..server.optimizer import ServerOptimizerName
+from ..server.validation import OnInvalid
 
 Start = Literal["shared", "independent"]
 Partition = Literal["dirichlet", "iid", "column"]

@@ -11,8 +11,8 @@ import yaml
 from tqdm import tqdm
 
 from ..adapters.files import check_new, new_folder
-from ..checkpoint import load_checkpoint, save_checkpoint
 from ..methods.registry import METHODS
+from ..server.checkpoint import load_checkpoint, save_checkpoint
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig
 from .metrics import read_metrics, write_metrics

@@ -9,11 +9,11 @@ from torch import Tensor
 from ..adapters.checks import check_updates
 from ..adapters.keys import factor_of
 from ..adapters.update import open_updates
-from ..aggregator import FedRotAggregator, towards
 from ..methods.registry import METHODS
 from ..report.fold import fold
 from ..report.result import AggregationResult
-from ..server_optimizer import ServerOptimizer
+from ..server.aggregator import FedRotAggregator, towards
+from ..server.optimizer import ServerOptimizer
 from .clients import Clients, State
 from .config import SimulationConfig
 from .geometry import alignment_geometry

@@ -10,8 +10,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from fedrot import METHODS, FedRotAggregator, ServerOptimizer, UpdateError, fold
 from fedrot.adapters.keys import factor_of
-from fedrot.aggregator import towards
 from fedrot.flower import FedRot, from_arrays, to_arrays
+from fedrot.server.aggregator import towards
 
 from ..peft_models import KINDS
 from .local_grid import LocalGrid, client_app, fresh_model, train

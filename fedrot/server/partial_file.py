@@ -13,16 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapters.checks import is_finite
-from .adapters.config import check_lora, rank_of, scaling
-from .adapters.files import check_new
-from .adapters.folder import DTYPES_SAVED
-from .adapters.keys import TensorSpec, parse_key
-from .adapters.layout import Layout
-from .adapters.update import Update
-from .errors import UpdateError
-from .methods.running_mean import sum_dtype
-from .report.sketch import part_shapes
+from ..adapters.checks import is_finite
+from ..adapters.config import check_lora, rank_of, scaling
+from ..adapters.files import check_new
+from ..adapters.folder import DTYPES_SAVED
+from ..adapters.keys import TensorSpec, parse_key
+from ..adapters.layout import Layout
+from ..adapters.update import Update
+from ..errors import UpdateError
+from ..methods.running_mean import sum_dtype
+from ..report.sketch import part_shapes
 from .stream import Stream, is_name
 
 _HEADER, _VERSION = "fedrot-partial", 1

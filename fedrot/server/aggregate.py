@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from fedrot_kernels import Backend
 
-from .adapters.update import UpdateLike
+from ..adapters.update import UpdateLike
+from ..options import AlignOn, RotationGroup, Strength
+from ..report.result import AggregationResult
 from .aggregator import FedRotAggregator
-from .intake import OnInvalid
-from .options import AlignOn, RotationGroup, Strength
-from .report.result import AggregationResult
+from .validation import OnInvalid
 
 
 def aggregate(

@@ -9,25 +9,25 @@ from torch import Tensor
 
 from fedrot_kernels import Backend
 
-from .adapters.checks import as_sent, check_frozen, check_range, check_weight, check_weights
-from .adapters.config import base_config
-from .adapters.layout import Layout
-from .adapters.update import Update, UpdateLike, open_update, open_updates, with_configs
-from .errors import UpdateError
-from .intake import Intake, OnInvalid, nothing_left
-from .methods.registry import get_method
-from .methods.rotation import check_rotations
-from .methods.round import Averages, Round
-from .methods.running_mean import shares_of
-from .options import Alignment, AlignOn, RotationGroup, Strength
+from ..adapters.checks import as_sent, check_frozen, check_range, check_weight, check_weights
+from ..adapters.config import base_config
+from ..adapters.layout import Layout
+from ..adapters.update import Update, UpdateLike, open_update, open_updates, with_configs
+from ..errors import UpdateError
+from ..methods.registry import get_method
+from ..methods.rotation import check_rotations
+from ..methods.round import Averages, Round
+from ..methods.running_mean import shares_of
+from ..options import Alignment, AlignOn, RotationGroup, Strength
+from ..ranks.padding import padded, trainable, widest
+from ..report.measure import adapter_reports
+from ..report.report import Report
+from ..report.result import AggregationResult
+from .optimizer import ServerOptimizer
 from .partial import Partial, check_mergeable
-from .ranks.padding import padded, trainable, widest
-from .report.measure import adapter_reports
-from .report.report import Report
-from .report.result import AggregationResult
-from .server.rounding import rounded
-from .server_optimizer import ServerOptimizer
+from .rounding import rounded
 from .stream import Stream, is_name
+from .validation import Intake, OnInvalid, nothing_left
 
 Towards = Literal["global", "consensus"]
 

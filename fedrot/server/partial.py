@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .adapters.checks import check_update
-from .adapters.update import Update
-from .errors import UpdateError
+from ..adapters.checks import check_update
+from ..adapters.update import Update
+from ..errors import UpdateError
 from .partial_file import read_stream, write_stream
 from .stream import Stream
 

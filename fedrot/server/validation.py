@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from .adapters.checks import check_device, check_update, check_updates, not_finite, open_reference
-from .adapters.layout import Layout
-from .adapters.update import Update, UpdateLike, open_update
-from .errors import UpdateError
-from .methods.base import Method
-from .ranks.checks import check_padded, common_layout, open_wide_reference, widest_layout
-from .ranks.padding import padded
-from .ranks.scaling import Scalings, check_biases, scalings, scalings_if_unlike
+from ..adapters.checks import check_device, check_update, check_updates, not_finite, open_reference
+from ..adapters.layout import Layout
+from ..adapters.update import Update, UpdateLike, open_update
+from ..errors import UpdateError
+from ..methods.base import Method
+from ..ranks.checks import check_padded, common_layout, open_wide_reference, widest_layout
+from ..ranks.padding import padded
+from ..ranks.scaling import Scalings, check_biases, scalings, scalings_if_unlike
 
 OnInvalid = Literal["raise", "drop"]
 

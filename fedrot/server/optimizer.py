@@ -6,10 +6,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .adapters.checks import is_finite, not_finite
-from .adapters.keys import TensorSpec
-from .adapters.update import Update
-from .errors import UpdateError
+from ..adapters.checks import is_finite, not_finite
+from ..adapters.keys import TensorSpec
+from ..adapters.update import Update
+from ..errors import UpdateError
 
 ServerOptimizerName = Literal["none", "momentum", "adam"]
 _MOMENTUM, _BETAS, _EPS = 0.9, (0.9, 0.999), 1e-8

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fedrot_kernels.measures import product_norm, rotation_angle
 
-from .adapters.layout import Layout
-from .adapters.update import StateDict, Update
-from .methods.running_mean import RunningMean
-from .report.report import AdapterReport
-from .report.sketch import Sketch, mean_and_deviation
+from ..adapters.layout import Layout
+from ..adapters.update import StateDict, Update
+from ..methods.running_mean import RunningMean
+from ..report.report import AdapterReport
+from ..report.sketch import Sketch, mean_and_deviation
 
 
 class Stream:
