@@ -2,7 +2,7 @@
 
 from .adapters.folder import read_adapter, write_adapter
 from .errors import UpdateError
-from .merging import merge
+from .merge import merge
 from .methods.registry import METHODS
 from .methods.rotation import align
 from .ranks.truncation import truncate

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedrot.simulation.local_training import train_clients
+from fedrot.simulation.training.local_training import train_clients
 
 CORPUS = [
     "Question: how many apples and pears are there?\nAnswer: there are 12 of them.\n#### 12",

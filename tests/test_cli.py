@@ -11,7 +11,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import fedrot
-from fedrot.cli import main
+from fedrot.cli.commands import main
 from fedrot.simulation import SimulationConfig
 
 SHORT = ["--rounds=1", "--local_steps=2", "--clients=3", "--batch_size=4"]

@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedrot.cli import main
+from fedrot.cli.commands import main
 from fedrot.methods.registry import METHODS
 from fedrot.simulation import SimulationConfig
 from fedrot.simulation.cli import make_parser
-from fedrot.simulation.compare import _NOT_OF_THE_TASK, _by_task, _task_fields
-from fedrot.simulation.comparison import Comparison
-from fedrot.simulation.layers import overlay, split_options, without
-from fedrot.simulation.presets import describe_presets, load_preset
-from fedrot.simulation.tables import as_markdown, comparison_tables
+from fedrot.simulation.sweep.compare import _NOT_OF_THE_TASK, _by_task, _task_fields
+from fedrot.simulation.sweep.comparison import Comparison
+from fedrot.simulation.sweep.layers import overlay, split_options, without
+from fedrot.simulation.sweep.presets import describe_presets, load_preset
+from fedrot.simulation.sweep.tables import as_markdown, comparison_tables
 
 SHORT = ["--rounds=1", "--local-steps=2", "--clients=3", "--batch-size=4"]
 

@@ -8,9 +8,9 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
 from fedrot.simulation import SimulationConfig
-from fedrot.simulation.dropout import ClientDropout
-from fedrot.simulation.local_training import train_clients
-from fedrot.simulation.stacked import trainable_parameters
+from fedrot.simulation.training.dropout import ClientDropout
+from fedrot.simulation.training.local_training import train_clients
+from fedrot.simulation.training.stacked import trainable_parameters
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedrot.simulation import local_training
-from fedrot.simulation.lengths import client_lengths, client_of_longest, group_by_length, group_clients
+from fedrot.simulation.training import local_training
+from fedrot.simulation.training.lengths import client_lengths, client_of_longest, group_by_length, group_clients
 
 from .test_dropout import CLIENTS, assert_same, bert, train
 

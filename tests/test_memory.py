@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedrot.simulation import SimulationConfig, load_task, memory
+from fedrot.simulation import SimulationConfig, load_task
 from fedrot.simulation.clients import Clients
-from fedrot.simulation.memory import MARGIN, clients_that_fit, free_memory, pass_memory
+from fedrot.simulation.training import memory
+from fedrot.simulation.training.memory import MARGIN, clients_that_fit, free_memory, pass_memory
 
 CPU = torch.device("cpu")
 SMALL = {"clients": 4, "local_steps": 2, "batch_size": 4, "lora": {"r": 2, "lora_dropout": 0.1}}

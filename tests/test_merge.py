@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import BertConfig, BertForSequenceClassification
 
 import fedrot
-from fedrot.cli import main
+from fedrot.cli.commands import main
 
 from .dense import KIND, SHARES
 from .peft_models import KINDS, Kind, base_model, client_updates, factor_keys, peft_model, save_folder, turned_clients

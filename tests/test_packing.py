@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from fedrot.simulation import local_training, packing
-from fedrot.simulation.packing import packed_linears
+from fedrot.simulation.training import local_training, packing
+from fedrot.simulation.training.packing import packed_linears
 
 from .test_dropout import CLIENTS, assert_same, bert, train
 

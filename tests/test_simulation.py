@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForImageClassification, BertConfig, BertForSequenceClassification, BertTokenizer
 
-from fedrot.cli import main
+from fedrot.cli.commands import main
 from fedrot.simulation import SimulationConfig, load_task, simulate
 from fedrot.simulation.clients import Clients
 from fedrot.simulation.tasks.digits import digits_data

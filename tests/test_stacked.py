@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from fedrot.simulation import SimulationConfig
-from fedrot.simulation.local_training import clip_per_client, train_clients
-from fedrot.simulation.stacked import StackedLinear, stacked_clients, trainable_parameters
+from fedrot.simulation.training.local_training import clip_per_client, train_clients
+from fedrot.simulation.training.stacked import StackedLinear, stacked_clients, trainable_parameters
 
 CLIENTS, BATCH, STEPS, CLASSES = 3, 4, 3, 5
 SMALL = {"num_labels": CLASSES, "initializer_range": 0.3}

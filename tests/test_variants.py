@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedrot.cli import main
-from fedrot.simulation.comparison import Comparison
-from fedrot.simulation.layers import overlay, split_options
-from fedrot.simulation.presets import load_preset
-from fedrot.simulation.tables import as_markdown, rounds_tables
+from fedrot.cli.commands import main
+from fedrot.simulation.sweep.comparison import Comparison
+from fedrot.simulation.sweep.layers import overlay, split_options
+from fedrot.simulation.sweep.presets import load_preset
+from fedrot.simulation.sweep.tables import as_markdown, rounds_tables
 
 VARIANTS = {"least error": {"align_on": "error"}, "O": {"group": "O", "strength": 1}}
 

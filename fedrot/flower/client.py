@@ -14,7 +14,7 @@ from ..adapters.keys import factor_of, parse_key
 from ..errors import UpdateError
 from ..report.fold import fold_update
 from .arrays import from_arrays, to_arrays
-from .settings import BASE, BASE_CONFIG, CLIENT, NAME, PERSONAL, TRAINED, settings_of
+from .protocol import BASE, BASE_CONFIG, CLIENT, NAME, PERSONAL, TRAINED, settings_of
 
 # The record in the client's state that keeps its own factors from round to round.
 _OWN = "fedrot-personal"

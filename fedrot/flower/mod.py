@@ -11,7 +11,7 @@ from ..errors import UpdateError
 from ..methods.rotation import align, check_single
 from ..options import Alignment, AlignOn, RotationGroup
 from .arrays import from_arrays, to_arrays
-from .settings import ROUND, settings_of
+from .protocol import ROUND, settings_of
 
 _log = logging.getLogger("flwr")
 

@@ -12,7 +12,7 @@ from ..admission import admit, in_order, one_line
 from ..errors import UpdateError
 from ..methods.base import Method
 from .arrays import from_arrays
-from .settings import CLIENT, NAME
+from .protocol import CLIENT, NAME
 
 _LONGEST_NAME = 80
 _MOST_EXAMPLES = 2**53  # whole numbers up to here are exact

@@ -25,12 +25,12 @@ from ..report.result import AggregationResult
 from ..server.aggregator import Towards
 from ..server.optimizer import ServerOptimizer
 from ..server.validation import OnInvalid
+from .aggregate import aggregate_replies, aggregator_of, log_dropped, open_all
 from .arrays import from_arrays, to_arrays
 from .metrics import average_metrics, measures
+from .protocol import tell
 from .replies import Asked, Reply, open_evaluation_reply, open_training_reply
-from .restart import Progress, State, check_no_checkpoint, load_progress, save_progress
-from .round import aggregate_replies, aggregator_of, log_dropped, open_all
-from .settings import tell
+from .resume import Progress, State, check_no_checkpoint, load_progress, save_progress
 
 _log = logging.getLogger("flwr")
 

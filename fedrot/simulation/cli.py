@@ -16,14 +16,14 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, get_loader, set_parsing_settings
 
 from ..methods.registry import METHODS
-from .compare import compare
-from .comparison import Comparison
 from .config import SimulationConfig, Start
-from .fields import LISTS, drop_field, has_field
-from .layers import overlay, split_options, without
 from .plots import SCORES, shown_score
-from .presets import describe_presets, load_preset
 from .run import CONFIG, CURVES, FOLDED_MODEL, simulate
+from .sweep.compare import compare
+from .sweep.comparison import Comparison
+from .sweep.fields import LISTS, drop_field, has_field
+from .sweep.layers import overlay, split_options, without
+from .sweep.presets import describe_presets, load_preset
 
 _SITUATIONS = {
     "shared": "all clients start from one adapter, and are rotated towards it.",

@@ -12,13 +12,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .config import SimulationConfig
-from .dropout import ClientDropout
-from .lengths import client_of_longest
-from .local_training import draw_batches, train_clients
-from .memory import clients_that_fit, pass_memory
 from .partition import partition
-from .stacked import trainable_parameters
 from .tasks import Task
+from .training.dropout import ClientDropout
+from .training.lengths import client_of_longest
+from .training.local_training import draw_batches, train_clients
+from .training.memory import clients_that_fit, pass_memory
+from .training.stacked import trainable_parameters
 
 # Streams of random numbers, apart from each other and, by the second number, from the partition's.
 _SAMPLING, _EXAMPLES, _DROPOUT, _START = 1, 2, 3, 4

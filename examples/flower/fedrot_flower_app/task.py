@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from fedrot.flower import FedRot, from_arrays
 from fedrot.simulation import SimulationConfig, load_task
 from fedrot.simulation.clients import Clients
-from fedrot.simulation.local_training import make_optimizer
+from fedrot.simulation.training.local_training import make_optimizer
 
 # Keys of the run configuration that are not SimulationConfig's.
 OWN = ("fraction_train", "fraction_evaluate", "round_timeout", "output", "resume")

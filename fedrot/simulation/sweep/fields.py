@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from peft import LoraConfig
 
-from .config import SimulationConfig
+from ..config import SimulationConfig
 
 # What has a list of its own in a comparison.
 LISTS = {"method": "methods", "strength": "strengths", "start": "starts", "seed": "seeds"}

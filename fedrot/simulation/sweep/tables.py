@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .plots import SCORES, shown_score
+from ..plots import SCORES, shown_score
 
 
 def comparison_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd.DataFrame]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from itertools import combinations, product
 from typing import Any, get_args
 
-from ..methods.registry import METHODS
-from .config import SimulationConfig, Start
+from ...methods.registry import METHODS
+from ..config import SimulationConfig, Start
 from .fields import LISTS, check_field, has_field, overlap, parse, set_fields, typed
 
 # What plays no part in a method that does not rotate, which then is run once for all values.

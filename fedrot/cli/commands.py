@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import get_args
 
-from .adapters.files import check_new, new_folder
-from .adapters.folder import read_adapter, write_adapter
-from .merging import MergeMethod, merge
-from .methods.registry import METHODS, methods_table
-from .options import AlignOn, RotationGroup, Strength
-from .report.result import AggregationResult
-from .server.aggregate import aggregate
-from .server.validation import OnInvalid
+from ..adapters.files import check_new, new_folder
+from ..adapters.folder import read_adapter, write_adapter
+from ..merge import MergeMethod, merge
+from ..methods.registry import METHODS, methods_table
+from ..options import AlignOn, RotationGroup, Strength
+from ..report.result import AggregationResult
+from ..server.aggregate import aggregate
+from ..server.validation import OnInvalid
 
 _SIMULATOR = {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}
 
@@ -180,11 +180,7 @@ def _explain_no_rotation(result: AggregationResult, args: argparse.Namespace) ->
 
 def _simulator():
     try:
-        from .simulation.cli import main as simulator
+        from ..simulation.cli import main as simulator
     except ModuleNotFoundError as error:
         raise ValueError(f"the simulator needs {error.name}; install it with: pip install 'fedrot[simulate]'") from error
     return simulator
-
-
-if __name__ == "__main__":
-    sys.exit(main())

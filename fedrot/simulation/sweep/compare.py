@@ -6,13 +6,13 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..adapters.files import check_new
+from ...adapters.files import check_new
+from ..config import SimulationConfig
+from ..plots import plot_comparison, plot_geometry, plot_sweep
+from ..run import BASE_MODEL, CONFIG, CURVES, simulate
+from ..tasks import Task, load_task
 from .comparison import Comparison, Run
-from .config import SimulationConfig
-from .plots import plot_comparison, plot_geometry, plot_sweep
-from .run import BASE_MODEL, CONFIG, CURVES, simulate
 from .tables import as_markdown, as_text, comparison_tables, repeat_unvaried, rounds_tables, with_labels
-from .tasks import Task, load_task
 
 RESULTS, TABLE, MARKDOWN, ROUNDS = "results.csv", "table.txt", "table.md", "rounds.md"
 SWEEP, GEOMETRY = "sweep.png", "geometry.png"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import SimulationConfig
+from ..config import SimulationConfig
 from .dropout import ClientDropout
 from .lengths import group_by_length, pass_overhead
 from .packing import packed_linears

@@ -1,0 +1,1 @@
+"""Comparisons: what varies, the runs that this makes, their tables and plots."""

@@ -1,0 +1,1 @@
+"""Local training of all clients in one pass through the shared base model."""
