@@ -1,10 +1,13 @@
 """Federated averaging of LoRA adapters in a common basis (FedRot-LoRA, arXiv 2602.23638)."""
 
+from importlib.metadata import version
+
 from .adapters.folder import read_adapter, write_adapter
 from .errors import UpdateError
 from .merge import merge
+from .methods.align import align
 from .methods.registry import METHODS
-from .methods.rotation import align
+from .options import AggregationOptions
 from .ranks.truncation import truncate
 from .report.fold import fold
 from .report.report import AdapterReport, Report
@@ -12,17 +15,21 @@ from .report.result import AggregationResult
 from .server.aggregate import aggregate
 from .server.aggregator import FedRotAggregator
 from .server.optimizer import ServerOptimizer
-from .server.partial import Partial
+from .server.partial import PartialAggregate
+
+__version__ = version("fedrot")
 
 __all__ = [
     "METHODS",
     "AdapterReport",
+    "AggregationOptions",
     "AggregationResult",
     "FedRotAggregator",
-    "Partial",
+    "PartialAggregate",
     "Report",
     "ServerOptimizer",
     "UpdateError",
+    "__version__",
     "aggregate",
     "align",
     "fold",

@@ -17,15 +17,15 @@ from .adapters.keys import TensorSpec
 from .adapters.layout import Adapter, Layout
 from .adapters.update import StateDict, Update, UpdateLike, open_updates
 from .methods.running_mean import shares_of
-from .options import RotationGroup
-from .ranks.padding import padded
+from .options import AggregationOptions
+from .ranks.padding import pad
 from .ranks.truncation import truncate
 from .ranks.union import check_plain, own_scaling, union_config, union_layout, without_base
 from .report.report import AdapterReport, Report
 from .report.result import AggregationResult
 from .server.aggregator import FedRotAggregator
 
-MergeMethod = Literal["fedrot", "flexlora"]
+MergeMethod = Literal["flexlora", "fedrot-least-error"]
 
 
 def merge(
@@ -34,15 +34,15 @@ def merge(
     *,
     rank: int | None = None,
     alpha: float | None = None,
-    method: MergeMethod = "fedrot",
-    group: RotationGroup = "SO",
+    method: MergeMethod = "flexlora",
+    reflections: bool = False,
     names: Sequence[str] | None = None,
 ) -> AggregationResult:
     """Merge adapters of one base model that were trained independently: Σ wᵢsᵢBᵢAᵢ, as nearly as one adapter has it.
 
-    Their factors are aligned to each other by least error (``align_on="error"`` of ``aggregate``) and averaged, in every
-    module those of the adapters that have it; or the best approximation of the sum is computed (FlexLoRA). A module that an
-    adapter lacks is an update of zero there. Whether the base models are the same shows in shapes only.
+    Either the best approximation of the sum is computed (FlexLoRA), or the factors are rotated so that averaging them loses
+    least (fedrot-least-error) and averaged, module by module those of the adapters that have it. A module that an adapter
+    lacks is an update of zero there. Whether the base models are the same shows in shapes only.
 
     Args:
         adapters: PEFT folders, or pairs of a state dict and its LoRA configuration.
@@ -51,10 +51,10 @@ def merge(
             approximation of the merged adapter (``truncate``). None: in every module the largest of the adapters.
         alpha: the result's lora_alpha. None keeps in every module the s of the first adapter of the largest rank. What the
             result does to the model does not depend on it.
-        method: "fedrot", or "flexlora", which loses least of all of this rank, and nothing of a rank as large as the sum of
-            theirs. It keeps no adapter's basis.
-        group: of "fedrot", "SO", "O", or "GL": invertible matrices, which lose less (experimental).
-        names: what errors and the report call the adapters.
+        method: "flexlora", which loses least of all adapters of this rank, and nothing if the rank is as large as the sum of
+            theirs, but keeps no adapter's basis; or "fedrot-least-error", which ends in the basis of one.
+        reflections: whether fedrot-least-error may use reflections too.
+        names: one per adapter, for errors and the report.
 
     Returns:
         The merged adapter, with its configuration and a report, whose errors are those of s·B·A and include what a smaller
@@ -68,10 +68,11 @@ def merge(
     rank = None if rank is None else int(rank)
     if alpha is not None and (not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
         raise ValueError(f"alpha must be a positive number, got {alpha!r}")
-    if method == "flexlora" and group != "SO":
-        raise ValueError(f"group is {group!r}, but flexlora aligns nothing: leave it out")
+    if method == "fedrot":
+        raise ValueError('method="fedrot" is a spelling of fedrot 0.1; write method="fedrot-least-error"')
     if method not in get_args(MergeMethod):
         raise ValueError(f"method must be one of {', '.join(get_args(MergeMethod))}, got {method!r}")
+    options = AggregationOptions(method=method, reflections=reflections)
     opened = open_updates(adapters, names)
     for adapter in opened:
         check_plain(adapter, opened[0])
@@ -84,8 +85,8 @@ def merge(
     clients: dict[str, list[Update]] = {}
     angles: dict[str, dict[str, float]] = {}
     for some, part in _by_adapters(opened, layout):
-        factors = [padded(adapter, part, own_scaling(adapter, part), s) for adapter in some]
-        aggregator = FedRotAggregator(method=method, align_on="error", group=group, report_error=False)
+        factors = [pad(adapter, part, own_scaling(adapter, part), s) for adapter in some]
+        aggregator = FedRotAggregator(method=method, reflections=reflections, report_error=False)
         result = aggregator.aggregate(factors, [shares[adapter.name] for adapter in some])
         total = sum(shares[adapter.name] for adapter in some)
         of_B = {*part.specs} - {a.key_A for a in part.adapters}
@@ -104,12 +105,12 @@ def merge(
     reports = []
     for a in layout.adapters:
         error, norm = _errors(a, clients[a.module], shares, state_dict, s[a.module] / s_final[a.module])
-        of_clients = tuple(angles[a.module].get(name, 0.0) for name in shares)
+        per_client = tuple(angles[a.module].get(name, 0.0) for name in shares)
         # Of s·B·A: modules differ in s, and those of a large one weigh more in the whole model.
         size = s_final[a.module]
-        reports.append(AdapterReport(a.module, ranks[a.module], size * error, size * norm, of_clients))
+        reports.append(AdapterReport(a.module, ranks[a.module], size * error, size * norm, per_client))
     report = Report(method, 0, tuple(shares), tuple(shares.values()), {}, tuple(reports))
-    return AggregationResult(state_dict | base, report, final)
+    return AggregationResult(state_dict | base, report, options, final)
 
 
 def _scaling(adapters: Sequence[Update], layout: Layout) -> dict[str, float]:
@@ -137,7 +138,7 @@ def _by_adapters(adapters: Sequence[Update], layout: Layout) -> list[tuple[list[
 
 def _averaged_plain(adapters: Sequence[Update], shares: Mapping[str, float], layout: Layout) -> dict[str, Tensor]:
     """The means of what is no part of LoRA: all adapters have it."""
-    keys = [key for key in layout.plain if not key.endswith(".lora_B.bias")]
+    keys = [key for key in layout.other_keys if not key.endswith(".lora_B.bias")]
     if not keys:
         return {}
     tensors = [[adapter[key].detach().to(layout.specs[key].dtype) for adapter in adapters] for key in keys]

@@ -20,20 +20,17 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("fedrot.nvflare needs NVIDIA FLARE: pip install 'fedrot[nvflare]'") from error
 
-from fedrot_kernels import Backend
-
 from .adapters.checks import check_update, check_weight
 from .adapters.layout import Layout
 from .adapters.update import StateDict, Update, open_update
 from .admission import admit, in_order, one_line
 from .errors import UpdateError
-from .options import AlignOn, RotationGroup, Strength
+from .methods.registry import make_method
+from .options import AggregationOptions, shows_options
 from .report.result import AggregationResult
-from .server.aggregator import FedRotAggregator, Towards, towards
+from .server.aggregator import FedRotAggregator
 from .server.optimizer import ServerOptimizer
-from .server.validation import OnInvalid
 
-_OPTIONS = ("method", "align_on", "strength", "group", "on_invalid", "backend", "report_error", "seed", "server_optimizer")
 _CLIENT, _UNKNOWN = "client_name", AppConstants.CLIENT_UNKNOWN
 
 
@@ -66,51 +63,42 @@ class FedRotModelAggregator(ModelAggregator):
     for them ``job.set_app_packages(["fedrot"])``, or NVFlare copies modules of fedrot into the job.
 
     Args:
-        method, align_on, strength, group, backend, report_error, seed: as in ``fedrot.aggregate``; not methods that change
-            base weights or leave clients a factor of their own.
-        reference: rotate clients towards what they were sent ("global"), or towards each other ("consensus").
-        on_invalid: "drop" wrong answers, or "raise" UpdateError at the end of their round, which ends the job.
         server_optimizer: as in ``fedrot.FedRotAggregator``; its state ends with the job.
-        weighted_by: what ``FLModel.meta`` calls the client's weight, its number of steps or examples; None weighs all alike.
+        weighted_by: the entry of ``FLModel.meta`` that holds a client's weight, its number of steps or examples; None weighs
+            all alike.
+        **options: fields of ``fedrot.AggregationOptions``, but for methods that change base weights or leave clients a
+            factor of their own. ``on_invalid`` is "drop" here: wrong answers are left out, unless it is "raise", which raises
+            UpdateError at the end of their round and so ends the job.
 
     Attributes:
         result: of the last round.
     """
 
+    @shows_options(on_invalid="drop")
     def __init__(
         self,
-        method: str = "fedrot",
-        reference: Towards = "global",
-        align_on: AlignOn = "alternate",
-        strength: Strength | None = None,
-        group: RotationGroup = "SO",
-        on_invalid: OnInvalid = "drop",
-        backend: Backend = "auto",
-        report_error: bool = True,
-        seed: int = 0,
         server_optimizer: ServerOptimizer | None = None,
         weighted_by: str | None = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
+        **options: Any,
     ):
         super().__init__()
+        self._options = AggregationOptions.of({"on_invalid": "drop"} | options)
+        self._method = make_method(self._options)
         # NVFlare writes a component into a job's configuration by its attributes that are called like arguments.
-        self.method, self.reference = method, reference
-        self.align_on, self.strength, self.group = align_on, strength, group
-        self.on_invalid, self.backend, self.report_error, self.seed = on_invalid, backend, report_error, seed
         self.server_optimizer, self.weighted_by = server_optimizer, weighted_by
-        self._method = self._aggregator(None, 0).method
-        if self._method.folds or self._method.returns() != ("A", "B"):
+        for name, value in self._options.as_dict().items():
+            setattr(self, name, value)
+        if self._method.updates_base or self._method.returns() != ("A", "B"):
             raise ValueError(
-                f"{method} does not exchange whole adapters and nothing else, as NVFlare does; take another method"
+                f"{self._method.name} exchanges other things than whole adapters, which NVFlare does not; take another method"
             )
         self.result: AggregationResult | None = None
         self._sent: FLModel | None = None
         self._answers: dict[str, _Answer] = {}
         self._dropped: dict[str, str] = {}
-        self._strengths: dict[str, float] = {}  # of the last round, where they are chosen
 
-    def _aggregator(self, sent: StateDict | None, round: int) -> FedRotAggregator:
-        options = {name: getattr(self, name) for name in _OPTIONS}
-        return FedRotAggregator(**towards(self.reference, sent), round=round, **options)
+    def _aggregator(self, sent: StateDict, round: int) -> FedRotAggregator:
+        return FedRotAggregator(sent, round=round, server_optimizer=self.server_optimizer, **self._options.as_dict())
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Keep what clients are sent."""
@@ -160,15 +148,13 @@ class FedRotModelAggregator(ModelAggregator):
         round = model.current_round
         for name, why in self._dropped.items():
             self.warning(f"round {round}: dropped {name}: {why}")
-        if not self._answers or (self._dropped and self.on_invalid == "raise"):
+        if not self._answers or (self._dropped and self._options.on_invalid == "raise"):
             raise UpdateError("; ".join([f"round {round}: {len(self._answers)} good answers", *self._dropped.values()]))
         names = sorted(self._answers, key=in_order)
         answers = [self._answers[name] for name in names]
         weights = [answer.weight for answer in answers]
         aggregator = self._aggregator(reference.tensors, round)
-        aggregator.strengths = self._strengths
         result = aggregator.aggregate([answer.update for answer in answers], weights, names=names)
-        self._strengths = aggregator.strengths
         report = replace(result.report, dropped=self._dropped)
         self.result = replace(result, report=report)
         errors = {"aggregation_error": report.error, "relative_error": report.relative_error}

@@ -1,77 +1,211 @@
-"""What is aligned with what, how far, and in which group."""
+"""Every option of an aggregation, once: its name, default, meaning and check.
 
-from dataclasses import dataclass
+The API, the Flower strategy, NVIDIA FLARE, the command line, the simulator and the documentation take options from here.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from fedrot_kernels import Backend
 
 Factor = Literal["A", "B"]
+AlignOn = Literal["alternate", "A", "B", "joint"]
+OnInvalid = Literal["raise", "drop"]
 
 
-AlignOn = Literal["A", "B", "alternate", "joint", "error"]
+Check = Callable[[str, Any], Any]
 
 
-RotationGroup = Literal["SO", "O", "GL"]
+def _option(meaning: str, check: Check) -> dict[str, Any]:
+    """The metadata of an option: its meaning, and the check of a value by the option's name."""
+    return {"help": " ".join(meaning.split()), "check": check}
 
 
-Strength = float | Literal["auto"]
+def _one_of(choices: tuple[str, ...]) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return value
+
+    return check
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """The options of FedRot-LoRA (arXiv 2602.23638), and those beyond it.
+def _name(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a name, got {value!r}")
+    return value
 
-    Attributes:
-        align_on: the factor whose distance to the reference is made least: "A", "B", "alternate" (odd rounds A, even
-            rounds B, as in the paper) or "joint" (the sum of both distances, each relative to its reference's norm); or
-            "error": not a distance but the aggregation error itself.
-        strength: λ in [0, 1]; 0 does not rotate (FedIT), 1 is the full Procrustes rotation; "auto" chooses it for every
-            adapter by the error that it predicts. None becomes 0.5, and 1 with consensus or "error".
-        group: "SO" for rotations (det = +1, the paper's soft path), "O" with reflections, or with "error" "GL": invertible
-            matrices.
-        consensus: clients are rotated towards each other, not towards a reference, by both factors unless ``align_on``
-            is one of them.
+
+def _flag(name: str, value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _strength(name: str, value: Any) -> Any:
+    if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1):
+        raise ValueError(f"{name} must be between 0 (no rotation) and 1 (full rotation), got {value!r}")
+    return value if value is None else float(value)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """The value as an int; ValueError unless it is a whole number from 0."""
+    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
+    return int(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationOptions:
+    """The options of an aggregation; each is also a keyword of ``aggregate`` and ``FedRotAggregator``.
+
+    Every field's meaning stands in its metadata under ``help``. ``python -m fedrot.options`` prints them.
+
+    Raises:
+        ValueError: a value that an option does not take.
     """
 
-    align_on: AlignOn = "alternate"
-    strength: Strength | None = None
-    group: RotationGroup = "SO"
-    consensus: bool = False
+    method: str = field(default="fedrot", metadata=_option("The aggregation method, a name in fedrot.METHODS.", _name))
+    align_on: AlignOn = field(
+        default="alternate",
+        metadata=_option(
+            """The factor that a rotation brings close to the reference: A, B, alternate (B in even rounds and A in odd ones,
+            counted from 0, as in the paper), or joint (both, each distance relative to the reference's norm).
+            fedrot-consensus takes both factors unless this is A or B.""",
+            _one_of(get_args(AlignOn)),
+        ),
+    )
+    strength: float | None = field(
+        default=None,
+        metadata=_option(
+            """λ, how far clients are rotated: 0 does not rotate (FedIT to the bit), 1 is the full Procrustes rotation. If
+            not set, 0.5 as in the paper, and 1 for fedrot-consensus and fedrot-least-error. Methods that do not rotate, and
+            fedrot-adaptive, which chooses λ itself, ignore it.""",
+            _strength,
+        ),
+    )
+    reflections: bool = field(
+        default=False,
+        metadata=_option(
+            "Allow reflections too, O(r), where the paper has rotations only, SO(r), of determinant +1.", _flag
+        ),
+    )
+    on_invalid: OnInvalid = field(
+        default="raise",
+        metadata=_option(
+            "What to do with a client whose update holds NaN or Inf: raise an error, or drop the client and report it.",
+            _one_of(get_args(OnInvalid)),
+        ),
+    )
+    backend: Backend = field(
+        default="auto",
+        metadata=_option(
+            """What computes whole rounds: torch, triton, or auto, which takes the Triton kernels for tensors on a GPU as far
+            as they take their dtype and rank. torch keeps the kernels off.""",
+            _one_of(get_args(Backend)),
+        ),
+    )
+    report_error: bool = field(
+        default=True,
+        metadata=_option("Measure the aggregation error for the report. Without it a report costs next to nothing.", _flag),
+    )
+    seed: int = field(
+        default=0,
+        metadata=_option(
+            """The seed of what is drawn at random: random-rotation's rotations, the factors that FLoRA begins anew with, and
+            the sketch that estimates errors in a stream.""",
+            whole_number,
+        ),
+    )
 
     def __post_init__(self) -> None:
-        least_error = self.align_on == "error"
-        if self.strength is None:
-            object.__setattr__(self, "strength", 1.0 if self.consensus or least_error else 0.5)
-        for name, value, allowed in (("align_on", self.align_on, AlignOn), ("group", self.group, RotationGroup)):
-            if value not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
-        if self.strength != "auto" and (not isinstance(self.strength, Real) or not 0 <= self.strength <= 1):
-            raise ValueError(
-                f"strength must be between 0 (no rotation) and 1 (full rotation), or auto, got {self.strength!r}"
-            )
-        if self.strength == "auto" and least_error:
-            raise ValueError(
-                'strength="auto" looks for the least error, which align_on="error" has at 1: leave strength out'
-            )
-        if self.group == "GL" and not least_error:
-            raise ValueError('group="GL" needs align_on="error": no invertible matrix is closest to a reference')
-        if self.group == "GL" and self.strength not in (0, 1):
-            raise ValueError(f"strength is {self.strength}, but there is no part of an invertible matrix: leave it out")
+        for f in fields(AggregationOptions):
+            object.__setattr__(self, f.name, f.metadata["check"](f.name, getattr(self, f.name)))
 
-    @property
-    def mutual(self) -> bool:
-        """Whether one client's rotation depends on the others, so that all of a round are needed at once."""
-        return self.consensus or self.align_on == "error" or self.strength == "auto"
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The options of a caller's keywords.
 
-    @property
-    def fixed_strength(self) -> float:
-        """λ, where it is a number."""
-        assert isinstance(self.strength, Real)
-        return float(self.strength)
+        Raises:
+            TypeError: a keyword that is no option.
+            ValueError: a value that an option does not take, or an option of fedrot 0.1, with what to write instead.
+        """
+        refuse_old_spellings(given)
+        if unknown := [name for name in given if name not in OPTION_NAMES]:
+            raise TypeError(f"there is no option {unknown[0]!r}; the options are {', '.join(OPTION_NAMES)}")
+        return cls(**given)
 
-    def factors(self, round: int) -> tuple[Factor, ...]:
-        """The factors aligned in a round."""
-        if self.align_on == "A" or self.align_on == "B":
-            return (self.align_on,)
-        if self.align_on == "alternate" and not self.consensus:
-            return ("A",) if round % 2 else ("B",)
-        return ("A", "B")
+    @classmethod
+    def of_alignment(cls, given: Mapping[str, Any]) -> Self:
+        """The options of a caller that aligns a single client, of which there are fewer.
+
+        Raises:
+            TypeError: a keyword that is no such option.
+            ValueError: as ``of`` does.
+        """
+        options = cls.of(given)
+        if others := [name for name in given if name not in OF_ALIGNMENT]:
+            raise TypeError(f"{others[0]} plays no part on a client; what does is {', '.join(OF_ALIGNMENT)}")
+        return options
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain Python data."""
+        return asdict(self)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def shows_options(*names: str, **defaults: Any) -> Callable[[Function], Function]:
+    """Give a function that takes ``**options`` a signature that lists them, for ``help`` and for frameworks that read it.
+
+    Args:
+        *names: the options that the function takes; all if none is given.
+        **defaults: defaults that differ from those of ``AggregationOptions``.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        for f in fields(AggregationOptions):
+            if not names or f.name in names:
+                default = defaults.get(f.name, f.default)
+                parameters.append(
+                    inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=f.type)
+                )
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+OPTION_NAMES = tuple(f.name for f in fields(AggregationOptions))
+OF_ALIGNMENT = ("align_on", "strength", "reflections")
+
+_OLD_VALUES: dict[tuple[str, Any], str] = {
+    ("align_on", "error"): 'method="fedrot-least-error"',
+    ("strength", "auto"): 'method="fedrot-adaptive"',
+    ("reference", "consensus"): 'method="fedrot-consensus"; reference= is the adapter that the clients started from, if any',
+    ("reference", "global"): "nothing: the reference is always what clients start from",
+    ("group", "SO"): "nothing: rotations are the default",
+    ("group", "O"): "reflections=True",
+    ("group", "GL"): 'method="flexlora", which loses least; invertible matrices are gone',
+}
+_OLD_NAMES = {"group": "reflections=True or False", "previous": 'reference=, with method="fedrot-consensus"'}
+
+
+def refuse_old_spellings(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option or a value of fedrot 0.1, naming what replaces it."""
+    for name, value in given.items():
+        instead = _OLD_VALUES.get((name, value)) if isinstance(value, str) else None
+        instead = instead or _OLD_NAMES.get(name)
+        if instead is not None:
+            raise ValueError(f"{name}={value!r} is a spelling of fedrot 0.1; write {instead}")
+
+
+if __name__ == "__main__":
+    for f in fields(AggregationOptions):
+        print(f"{f.name} = {f.default!r}\n    {f.metadata['help']}")

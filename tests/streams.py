@@ -16,7 +16,7 @@ KIND = KINDS["modules to save"]
 MIXED = replace(KIND, config={"target_modules": ["query", "key", "value"], "rank_pattern": {"key": 2}})
 WEIGHTS = [1.0, 2.0, 4.5, 0.3, 7.0, 1e-3, 3.0]
 STREAMING = [name for name, method in METHODS.items() if not method.needs_all]
-MERGING = [name for name in STREAMING if METHODS[name].keeps_basis]
+MERGING = [name for name in STREAMING if METHODS[name].supports_server_optimizer]
 TREES = {  # whose leaves are clients; a list is a server
     "two servers": [[0, 1, 2], [3, 4, 5, 6]],
     "one client each": [[0], [1], [2], [3], [4], [5], [6]],

@@ -1,4 +1,4 @@
-"""Partial aggregations that must not be merged, and files that must not be read."""
+"""PartialAggregate aggregations that must not be merged, and files that must not be read."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fedrot import FedRotAggregator, Partial
+from fedrot import FedRotAggregator, PartialAggregate
 
 from .peft_models import client_updates, save_folder
 from .refusals import HEAD, A, B, refused
@@ -32,7 +32,7 @@ def test_servers_of_other_options_do_not_merge(tmp_path, options, named, saved):
     partial = added(started(reference, **options), clients, [0]).partial("north")
     if saved:
         partial.save(tmp_path / "north")
-        partial = Partial.load(tmp_path / "north")
+        partial = PartialAggregate.load(tmp_path / "north")
     root = added(started(reference), clients, [1])
     with refused("north", *named):
         root.merge(partial)
@@ -188,7 +188,7 @@ def test_a_damaged_file_is_named_and_refused(tmp_path, saved, spoil, named):
     tensors, header = spoil(tensors, json.loads(json.dumps(header)))
     save_file(tensors, path := tmp_path / "sent.safetensors", metadata={"fedrot-partial": json.dumps(header)})
     with refused(path, *named):
-        Partial.load(path)
+        PartialAggregate.load(path)
 
 
 def test_what_is_no_such_file_is_refused(tmp_path, saved):
@@ -198,13 +198,13 @@ def test_what_is_no_such_file_is_refused(tmp_path, saved):
     for content in (whole[:-1], whole[:100], b"", b"\x80\x04.", len(huge).to_bytes(8, "little") + huge):
         broken.write_bytes(content)
         with refused(broken, "safetensors"):
-            Partial.load(broken)
+            PartialAggregate.load(broken)
     with refused("nowhere"):
-        Partial.load(tmp_path / "nowhere")
+        PartialAggregate.load(tmp_path / "nowhere")
     adapter = save_folder(KIND, client_updates(KIND, 1)[0], tmp_path / "adapter") / "adapter_model.safetensors"
     with refused(adapter, "no partial aggregation"):
-        Partial.load(adapter)
+        PartialAggregate.load(adapter)
     for text in ("[]", "{", "[" * 100000):
         save_file({"x": torch.ones(1)}, path := tmp_path / "other", metadata={"fedrot-partial": text})
         with refused(path):
-            Partial.load(path)
+            PartialAggregate.load(path)

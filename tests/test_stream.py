@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fedrot
-from fedrot import Partial
+from fedrot import PartialAggregate
 from fedrot.report.sketch import SIZE
 
 from .dense import UNEQUAL, lora_config
@@ -112,7 +112,7 @@ def test_a_partial_aggregation_says_whose_it_is_and_may_be_used_again(tmp_path):
     partial.save(tmp_path / "north")
     with pytest.raises(FileExistsError):
         partial.save(tmp_path / "north")
-    assert Partial.load(tmp_path / "north").clients == partial.clients
+    assert PartialAggregate.load(tmp_path / "north").clients == partial.clients
 
 
 def test_a_server_goes_on_after_it_handed_its_part_on():

@@ -24,7 +24,7 @@ class Adapter:
     dtype: torch.dtype
 
 
-class Batch:
+class AdapterGroup:
     """Adapters of equal rank, shape and dtype, which are worked on together."""
 
     def __init__(self, adapters: list[Adapter]):
@@ -56,11 +56,11 @@ class Layout:
         self.adapters = tuple(_pair(specs, client))
         self.factor_keys = tuple((a.key_A, a.key_B) for a in self.adapters)
         factors = {key for keys in self.factor_keys for key in keys}
-        self.plain = tuple(key for key in specs if key not in factors)
+        self.other_keys = tuple(key for key in specs if key not in factors)
         batches: dict[tuple, list[Adapter]] = {}
         for a in self.adapters:
             batches.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)
-        self.batches = tuple(Batch(adapters) for adapters in batches.values())
+        self.groups = tuple(AdapterGroup(adapters) for adapters in batches.values())
 
     def check(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
         """Raise UpdateError unless these are the same keys, shapes and dtypes as this layout's, which ``first`` has."""

@@ -45,15 +45,15 @@ class Update(Mapping[str, Tensor]):
     ranks: dict[str, int] | None = None
 
     @cached_property
-    def looks(self) -> tuple[list, ...]:
+    def signature(self) -> tuple[list, ...]:
         """Of the caller's state dict, what another must have alike to be opened without parsing its keys."""
-        return _looks(self.tensors)
+        return _signature(self.tensors)
 
     def without_tensors(self) -> "Update":
         """What later updates are checked against, without keeping this one's memory."""
         kept = replace(self, tensors={})
         if type(self.tensors) is dict:
-            kept.__dict__["looks"] = self.looks
+            kept.__dict__["signature"] = self.signature
         return kept
 
     def __getitem__(self, key: str) -> Tensor:
@@ -72,15 +72,15 @@ def open_update(update: UpdateLike, name: str, first: Update | None = None) -> U
     Args:
         update: the state dict or folder, or a pair of a state dict and its LoRA configuration.
         name: how errors call the client.
-        first: a client opened before. What looks just like it is opened without parsing a key.
+        first: a client opened before. What has the same signature is opened without parsing a key.
     """
     if isinstance(update, Update):
         return update
     if (
         first is not None
         and type(update) is type(first.tensors) is dict
-        and (looks := _looks(update))
-        and looks == first.looks
+        and (signature := _signature(update))
+        and signature == first.signature
     ):
         return replace(first, name=name, tensors=update, config=None)
     if isinstance(update, tuple) and len(update) == 2 and (isinstance(update[1], Mapping) or hasattr(update[1], "to_dict")):
@@ -101,11 +101,11 @@ def open_update(update: UpdateLike, name: str, first: Update | None = None) -> U
     raise UpdateError(f"{name}: expected a state dict or a PEFT folder, got {type(update).__name__}")
 
 
-def _looks(tensors: StateDict) -> tuple[list, ...]:
+def _signature(tensors: StateDict) -> tuple[list, ...]:
     """Keys and kinds of tensors, to be compared as a whole: a fraction of a microsecond for each."""
     values = tensors.values()
     if not {*map(type, values)} <= {Tensor, Parameter}:
-        return ()  # looks like nothing that needs no parsing
+        return ()  # no signature: to be parsed
     return list(tensors), *([get(x) for x in values] for get in map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 

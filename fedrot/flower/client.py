@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters.keys import factor_of, parse_key
 from ..errors import UpdateError
-from ..report.fold import fold_update
+from ..report.fold import merge_into_base
 from .arrays import from_arrays, to_arrays
 from .protocol import BASE, BASE_CONFIG, CLIENT, NAME, PERSONAL, TRAINED, settings_of
 
@@ -151,7 +151,7 @@ def _fold_new(model: Any, message: Message, context: Context, memory: _Memory) -
         if BASE.format(number) not in arrays:
             return
         config = json.loads(str(configs[BASE_CONFIG.format(number)]["json"]))
-        fold_update(model, from_arrays(arrays[BASE.format(number)], "the base update"), config)
+        merge_into_base(model, from_arrays(arrays[BASE.format(number)], "the base update"), config)
         memory.folded = number
 
 

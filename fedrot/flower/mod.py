@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, Error, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 
 from ..errors import UpdateError
-from ..methods.rotation import align, check_single
-from ..options import Alignment, AlignOn, RotationGroup
+from ..methods.align import align
+from ..options import OF_ALIGNMENT, AggregationOptions, shows_options
 from .arrays import from_arrays, to_arrays
 from .protocol import ROUND, settings_of
 
@@ -27,22 +28,20 @@ class AlignMod:
     Mods are listed outermost first: ``ClientApp(mods=[LocalDpMod(…), align_mod])`` aligns, then clips and adds noise.
 
     Args:
-        align_on, strength, group: as in ``fedrot.aggregate``. "alternate" reads the round from "server-round" in the
-            configuration that comes with a message, as Flower's strategies send it.
         keys: the names of the arrays, in their order, for apps of Flower's older API, which sends them without names; there
             the server's ``on_fit_config_fn`` must send "server-round", from 1.
+        **options: ``align_on``, ``strength`` and ``reflections`` of ``fedrot.AggregationOptions``. "alternate" reads the
+            round from "server-round" in the configuration that comes with a message, as Flower's strategies send it.
     """
 
+    @shows_options(*OF_ALIGNMENT)
     def __init__(
         self,
         *,
-        align_on: AlignOn = "alternate",
-        strength: float | None = None,
-        group: RotationGroup = "SO",
         keys: Sequence[str] | None = None,
+        **options: Any,
     ):
-        self.alignment = Alignment(align_on, strength, group)
-        check_single(self.alignment)
+        self.options = AggregationOptions.of_alignment(options)
         self.keys = None if keys is None else list(keys)
 
     def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
@@ -63,10 +62,10 @@ class AlignMod:
             aligned = align(
                 self._named(sent, "the reply"),
                 self._named(reference, "the message"),
-                align_on=self.alignment.align_on,
                 round=round,
-                strength=self.alignment.fixed_strength,
-                group=self.alignment.group,
+                align_on=self.options.align_on,
+                strength=self.options.strength,
+                reflections=self.options.reflections,
             )
         except UpdateError as error:
             return _refuse(msg, error)
@@ -75,7 +74,7 @@ class AlignMod:
         return out
 
     def _round(self, msg: Message) -> int:
-        if self.alignment.align_on != "alternate":
+        if self.options.align_on != "alternate":
             return 0
         number = settings_of(msg).get(ROUND)
         if not isinstance(number, int) or number < 1:

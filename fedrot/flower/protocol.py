@@ -1,4 +1,4 @@
-"""What the strategy tells clients beside the arrays: the keys of its records."""
+"""The protocol between strategy and clients beside the arrays: the keys of its records."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -23,10 +23,10 @@ def settings_of(message: Message) -> ConfigRecord:
     return next((record for record in records if ROUND in record), ConfigRecord())
 
 
-def tell(
+def add_instructions(
     messages: Iterable[Message], record: str, trained: str, personal: str, base: Sequence[tuple[dict[str, Tensor], Any]]
 ) -> list[Message]:
-    """The messages, with what clients need to know beside the adapter.
+    """Add to messages what clients need to know beside the adapter.
 
     Args:
         messages: as Flower's FedAvg makes them.

@@ -37,7 +37,7 @@ class Reply:
     update: Update | None
 
 
-class Asked:
+class PendingReplies:
     """The nodes that a round's messages went to, and what became of them.
 
     Attributes:

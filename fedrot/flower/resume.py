@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..server.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 
 State = dict[str, Tensor]
-_ADAPTER, _OPTIMIZER, _STRENGTHS, _BASE = "adapter", "optimizer", "strengths", "base-"
+_ADAPTER, _OPTIMIZER, _BASE = "adapter", "optimizer", "base-"
 
 
 @dataclass
@@ -23,14 +22,12 @@ class Progress:
         adapter: the global adapter; empty before the first round.
         optimizer: the server optimizer's state; empty without one.
         base_updates: every change of the base weights so far.
-        strengths: module → λ of the last round, where it is chosen.
         rounds_done: the number of rounds.
     """
 
     adapter: State = field(default_factory=dict)
     optimizer: State = field(default_factory=dict)
     base_updates: list[State] = field(default_factory=list)
-    strengths: dict[str, float] = field(default_factory=dict)
     rounds_done: int = 0
 
 
@@ -42,8 +39,7 @@ def save_progress(folder: Path, progress: Progress, options: Mapping[str, Any]) 
         progress: after a round.
         options: of the run, without which going on would be another run.
     """
-    strengths = {module: torch.tensor(x, dtype=torch.float64) for module, x in progress.strengths.items()}
-    parts = {_ADAPTER: progress.adapter, _OPTIMIZER: progress.optimizer, _STRENGTHS: strengths}
+    parts = {_ADAPTER: progress.adapter, _OPTIMIZER: progress.optimizer}
     parts |= {f"{_BASE}{number}": update for number, update in enumerate(progress.base_updates)}
     tensors = {f"{part}/{key}": x for part, state in parts.items() for key, x in state.items()}
     save_checkpoint(folder, tensors, progress.rounds_done, options=json.dumps(options))
@@ -59,13 +55,12 @@ def load_progress(folder: Path, options: Mapping[str, Any]) -> Progress:
     saved = json.loads(read_metadata(folder).get("options", "{}"))
     if changed := [f"{name} {saved.get(name)}" for name in options if rounds_done and saved.get(name) != options[name]]:
         raise ValueError(f"{folder} was run with {', '.join(changed)}; resume it as it was, or start another run")
-    parts: dict[str, State] = {_ADAPTER: {}, _OPTIMIZER: {}, _STRENGTHS: {}}
+    parts: dict[str, State] = {_ADAPTER: {}, _OPTIMIZER: {}}
     for full, x in (tensors or {}).items():
         part, key = full.split("/", 1)
         parts.setdefault(part, {})[key] = x
-    strengths = {module: float(x) for module, x in parts.pop(_STRENGTHS).items()}
     base = [parts[f"{_BASE}{number}"] for number in range(len(parts) - 2)]
-    return Progress(parts[_ADAPTER], parts[_OPTIMIZER], base, strengths, rounds_done)
+    return Progress(parts[_ADAPTER], parts[_OPTIMIZER], base, rounds_done)
 
 
 def check_no_checkpoint(folder: Path) -> None:

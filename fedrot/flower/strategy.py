@@ -12,24 +12,22 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from fedrot_kernels import Backend
-
 from ..adapters.checks import check_update
 from ..adapters.config import base_config, check_lora, plain_config
 from ..adapters.keys import factor_of
 from ..adapters.layout import Layout
 from ..adapters.update import Update, open_update
-from ..options import AlignOn, RotationGroup, Strength
-from ..report.fold import fold_update
+from ..methods.registry import make_method
+from ..options import OPTION_NAMES, AggregationOptions, refuse_old_spellings, shows_options
+from ..report.fold import merge_into_base
 from ..report.result import AggregationResult
-from ..server.aggregator import Towards
+from ..server.aggregator import FedRotAggregator
 from ..server.optimizer import ServerOptimizer
-from ..server.validation import OnInvalid
-from .aggregate import aggregate_replies, aggregator_of, log_dropped, open_all
+from .aggregate import aggregate_replies, log_dropped, open_all
 from .arrays import from_arrays, to_arrays
 from .metrics import average_metrics, measures
-from .protocol import tell
-from .replies import Asked, Reply, open_evaluation_reply, open_training_reply
+from .protocol import add_instructions
+from .replies import PendingReplies, Reply, open_evaluation_reply, open_training_reply
 from .resume import Progress, State, check_no_checkpoint, load_progress, save_progress
 
 _log = logging.getLogger("flwr")
@@ -50,10 +48,6 @@ class FedRot(FedAvg):
     With differential privacy or secure aggregation align on the client instead: FedAvg with ``fedrot.flower.align_mod``.
 
     Args:
-        method, align_on, strength, group, backend, report_error, seed: as in ``fedrot.aggregate``, where rounds count
-            from 0, and from 1 here: the first round aligns B.
-        reference: rotate clients towards what they were sent ("global"), or towards each other ("consensus").
-        on_invalid: "drop" wrong answers, or "raise" UpdateError on the first.
         configs: the ``peft.LoraConfig`` of all clients, which FLoRA and FedEx-LoRA need; ranks do not differ here. These
             methods send every change of the base weights so far with every message.
         server_optimizer: as in ``fedrot.FedRotAggregator``.
@@ -62,7 +56,9 @@ class FedRot(FedAvg):
             is refused, unless resuming.
         resume: ``start`` goes on after the checkpoint's last round, if there is one, as the same run with the same options.
         min_train_replies: the run ends with AggregationError when fewer good answers are left in a round.
-        fedavg: options of Flower's FedAvg, such as fraction_train, min_available_nodes or weighted_by_key.
+        **options: fields of ``fedrot.AggregationOptions``, and options of Flower's FedAvg, such as fraction_train,
+            min_available_nodes or weighted_by_key. ``on_invalid`` is "drop" here: wrong answers are left out, unless it is
+            "raise", which raises UpdateError on the first.
 
     Attributes:
         result: of the last round.
@@ -71,55 +67,40 @@ class FedRot(FedAvg):
         base_updates: what FLoRA and FedEx-LoRA have changed in the base weights so far.
     """
 
+    @shows_options(on_invalid="drop")
     def __init__(
         self,
         *,
-        method: str = "fedrot",
-        reference: Towards = "global",
-        align_on: AlignOn = "alternate",
-        strength: Strength | None = None,
-        group: RotationGroup = "SO",
-        on_invalid: OnInvalid = "drop",
-        backend: Backend = "auto",
-        report_error: bool = True,
         configs: Any = None,
-        seed: int = 0,
         server_optimizer: ServerOptimizer | None = None,
         device: str | torch.device = "cpu",
         checkpoint: str | os.PathLike | None = None,
         resume: bool = False,
         min_train_replies: int = 1,
-        **fedavg: Any,
+        **options: Any,
     ):
-        super().__init__(**fedavg)
-        self._options: dict[str, Any] = {
-            "method": method,
-            "reference": reference,
-            "align_on": align_on,
-            "strength": strength,
-            "group": group,
-            "on_invalid": on_invalid,
-            "backend": backend,
-            "report_error": report_error,
-            "configs": configs,
-            "seed": seed,
-            "server_optimizer": server_optimizer,
-        }
-        self.method = aggregator_of(self._options, None, 0).method
+        refuse_old_spellings(options)
+        ours = {name: options.pop(name) for name in OPTION_NAMES if name in options}
+        super().__init__(**options)
+        self.options = AggregationOptions.of({"on_invalid": "drop"} | ours)
+        self.method = make_method(self.options)
         self._personal = "".join(f for f in "AB" if f not in self.method.returns())
         if self._personal:  # of which the server knows nothing
-            self._options["report_error"] = False
+            self.options = replace(self.options, report_error=False)
+        self.configs = configs
         if isinstance(configs, Sequence):
             raise ValueError("configs must be one peft.LoraConfig, which all clients have")
         if configs is not None:
             check_lora(plain_config(configs), "configs")
-        elif self.method.folds:
-            raise ValueError(f"{method} needs the scaling of the adapters: pass configs=, the clients' peft.LoraConfig")
+        elif self.method.updates_base:
+            raise ValueError(
+                f"{self.method.name} needs the scaling of the adapters: pass configs=, the clients' peft.LoraConfig"
+            )
         if min_train_replies < 1:
             raise ValueError(f"min_train_replies must be at least 1, got {min_train_replies}")
         if resume and checkpoint is None:
             raise ValueError("resume needs checkpoint, the folder of the run to go on with")
-        self.on_invalid, self.server_optimizer, self.device = on_invalid, server_optimizer, torch.device(device)
+        self.server_optimizer, self.device = server_optimizer, torch.device(device)
         self.checkpoint, self.resume = None if checkpoint is None else Path(checkpoint), resume
         self.min_train_replies = min_train_replies
         self._first_moments = {} if server_optimizer is None else server_optimizer.state_dict()
@@ -131,19 +112,17 @@ class FedRot(FedAvg):
         self.result: AggregationResult | None = None
         self.train_metrics, self.evaluate_metrics = MetricRecord(), MetricRecord()
         self.base_updates: list[State] = []
-        self._strengths: dict[str, float] = {}
         self._rounds_before = 0
         self._expected: Update | None = None
         # Of the round under way.
         self._reference = ArrayRecord()
-        self._asked = Asked([], self._names)
+        self._pending = PendingReplies([], self._names)
         if self.server_optimizer is not None:
             self.server_optimizer.load_state_dict(self._first_moments)
 
     def summary(self) -> None:
         """Log the strategy's options."""
-        shown = {key: x for key, x in self._options.items() if key not in ("configs", "server_optimizer")}
-        _log.info("\t├──> FedRot: %s", ", ".join(f"{key} {x}" for key, x in shown.items()))
+        _log.info("\t├──> FedRot: %s", ", ".join(f"{key} {x}" for key, x in self.options.as_dict().items()))
         super().summary()
 
     def start(
@@ -193,7 +172,7 @@ class FedRot(FedAvg):
             self._expected = self._opened(arrays, "the server's adapter")
             _log.warning("FedRot under a wrapper: what that clips before, rotation may move further; see align_mod")
         self._reference = arrays
-        return self._tell(super().configure_train(round, arrays, config, grid), round)
+        return self._instruct(super().configure_train(round, arrays, config, grid), round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -204,7 +183,7 @@ class FedRot(FedAvg):
             AggregationError: fewer good answers than ``min_train_replies``.
             UpdateError: a wrong answer, with ``on_invalid="raise"``.
         """
-        if not self._asked.anyone:
+        if not self._pending.anyone:
             return None, None
         round = self._rounds_before + server_round
         reference = self._opened(self._reference, "the reference")
@@ -213,18 +192,15 @@ class FedRot(FedAvg):
         def open_reply(name: str, message: Message) -> Reply:
             return open_training_reply(name, message, self.weighted_by_key, expected, self.method, round - 1, reference)
 
-        good, dropped = open_all(self._asked, replies, open_reply, self.on_invalid)
-        result = aggregate_replies(
-            good, dropped, reference, round - 1, self.min_train_replies, self._options, self._strengths
-        )
+        good, dropped = open_all(self._pending, replies, open_reply, self.options.on_invalid)
+        result = aggregate_replies(good, dropped, self._aggregator(reference, round - 1), self.min_train_replies)
         log_dropped(f"round {round}", dropped)
         self.result = replace(result, report=replace(result.report, dropped=dropped))
-        self._strengths = {a.module: a.strength for a in result.report.adapters if a.strength is not None}
         if result.base_update is not None:
             self.base_updates.append(result.base_update)
         if self.checkpoint is not None:
             optimizer = self.server_optimizer.state_dict() if self.server_optimizer is not None else {}
-            progress = Progress(result.state_dict, optimizer, self.base_updates, self._strengths, round)
+            progress = Progress(result.state_dict, optimizer, self.base_updates, round)
             save_progress(self.checkpoint, progress, self._identity())
         ours = measures(self.result.report)
         metrics = average_metrics(good, self.weighted_by_key, self.train_metrics_aggr_fn, ours)
@@ -238,7 +214,7 @@ class FedRot(FedAvg):
     ) -> Iterable[Message]:
         """See Flower's FedAvg; of methods with base updates or personal factors clients are told what they need."""
         round = self._rounds_before + server_round
-        return self._tell(super().configure_evaluate(round, arrays, config, grid), round)
+        return self._instruct(super().configure_evaluate(round, arrays, config, grid), round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The average of the clients' metrics; wrong answers are dropped as in training."""
@@ -247,7 +223,7 @@ class FedRot(FedAvg):
         def open_reply(name: str, message: Message) -> Reply:
             return open_evaluation_reply(name, message, self.weighted_by_key)
 
-        good, dropped = open_all(self._asked, replies, open_reply, self.on_invalid)
+        good, dropped = open_all(self._pending, replies, open_reply, self.options.on_invalid)
         log_dropped(f"evaluation of round {round}", dropped)
         counted = any(reply.weight for reply in good)
         average = self.evaluate_metrics_aggr_fn
@@ -257,7 +233,7 @@ class FedRot(FedAvg):
     def fold_into(self, model: Any) -> None:
         """Add all base updates so far to a PEFT model as it was before the first round, for evaluation on the server."""
         for update in self.base_updates:
-            fold_update(model, update, self._base_config(update))
+            merge_into_base(model, update, self._base_config(update))
 
     def _restore(self, initial_arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
         """The adapter to go on from, and how many rounds are done."""
@@ -279,7 +255,7 @@ class FedRot(FedAvg):
         check_update(adapter, expected, Layout(expected.specs, expected.name))
         if self.server_optimizer is not None:
             self.server_optimizer.load_state_dict(saved.optimizer)
-        self.base_updates, self._strengths = saved.base_updates, saved.strengths
+        self.base_updates = saved.base_updates
         self._rounds_before = saved.rounds_done
         _log.info("resuming after round %d; Flower counts the rounds that are left", saved.rounds_done)
         return arrays, saved.rounds_done
@@ -287,9 +263,19 @@ class FedRot(FedAvg):
     def _identity(self) -> dict[str, Any]:
         """The options with which a checkpoint must be resumed."""
         optimizer = self.server_optimizer
-        options = {name: self._options[name] for name in ("method", "reference", "align_on", "group", "seed")}
-        options["strength"] = self.method.alignment.strength
+        names = ("method", "align_on", "reflections", "seed")
+        options = {name: x for name, x in self.options.as_dict().items() if name in names}
+        options["strength"] = self.method.strength
         return options | {"server_optimizer": None if optimizer is None else [optimizer.name, optimizer.lr]}
+
+    def _aggregator(self, reference: Update, index: int) -> FedRotAggregator:
+        return FedRotAggregator(
+            dict(reference),
+            round=index,
+            configs=self.configs,
+            server_optimizer=self.server_optimizer,
+            **self.options.as_dict(),
+        )
 
     def _whole(self, sent: Update) -> Update:
         """The adapter that clients have, by what they were sent and what is theirs alone."""
@@ -302,11 +288,11 @@ class FedRot(FedAvg):
         return open_update(from_arrays(arrays, name, self.device), name)
 
     def _base_config(self, update: State) -> dict[str, Any]:
-        return base_config(update, plain_config(self._options["configs"]))
+        return base_config(update, plain_config(self.configs))
 
-    def _tell(self, messages: Iterable[Message], round: int) -> list[Message]:
+    def _instruct(self, messages: Iterable[Message], round: int) -> list[Message]:
         base = [(update, self._base_config(update)) for update in self.base_updates]
         trained = "".join(self.method.trains(round - 1))
-        messages = tell(messages, self.configrecord_key, trained, self._personal, base)
-        self._asked = Asked(messages, self._names)
+        messages = add_instructions(messages, self.configrecord_key, trained, self._personal, base)
+        self._pending = PendingReplies(messages, self._names)
         return messages

@@ -1,7 +1,6 @@
-"""The registry of aggregation methods: one name for the API, the command line and the simulator."""
+"""How one round's clients become one adapter: a ``Round`` goes in, ``Averages`` come out, one file a paper."""
 
 from .base import Method
-from .registry import METHODS, get_method, methods_table
-from .round import Round
+from .registry import METHODS, make_method, methods_table
 
-__all__ = ["METHODS", "Method", "Round", "get_method", "methods_table"]
+__all__ = ["METHODS", "Method", "make_method", "methods_table"]

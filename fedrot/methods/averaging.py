@@ -9,45 +9,49 @@ import fedrot_kernels as fk
 
 from ..adapters.checks import is_finite
 from ..adapters.layout import Layout
-from ..adapters.update import Update
-from ..options import Alignment, Factor
+from ..adapters.update import StateDict, Update
+from ..options import Factor
 from .rotation import LARGEST_RESIDUAL
 from .round import Averages, Round
 from .running_mean import RunningMean
 
+Prepare = Callable[[int, Update, int, Layout, Update | None], tuple[StateDict, list[Tensor] | None]]
+
 
 def average_round(
-    layout: Layout,
-    clients: Sequence[Update],
-    weights: Sequence[float],
-    reference: Update | None,
-    on: tuple[Factor, ...],
-    alignment: Alignment,
-    backend: fk.Backend,
+    round: Round, backend: fk.Backend, on: tuple[Factor, ...] = (), strength: float = 1.0, *, reflections: bool = False
 ) -> Averages:
-    """Align on the given factors (none: as they come) and average. One synchronisation with a device."""
-    given = [[client.tensors[client.keys_given[key]] for key in layout.specs] for client in clients]
+    """Align clients on the given factors (none: as they come) and average them. One synchronisation with a device.
+
+    Args:
+        round: the updates.
+        backend: of the kernels.
+        on: the factors that are aligned.
+        strength: λ.
+        reflections: whether rotations are in O(r), not SO(r).
+    """
+    layout = round.layout
+    given = [[client.tensors[client.keys_given[key]] for key in layout.specs] for client in round.clients]
     tensors = dict(zip(layout.specs, zip(*given, strict=True), strict=True))
     A, B = ([matrices(tensors[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
-    keys = layout.plain if on else tuple(layout.specs)
+    keys = layout.other_keys if on else tuple(layout.specs)
     mean: dict[str, Tensor] = {}
     checks: list[Tensor] = []
     if keys:
-        means, finite = fk.average([tensors[key] for key in keys], weights, backend=backend)
+        means, finite = fk.average([tensors[key] for key in keys], round.weights, backend=backend)
         mean |= zip(keys, means, strict=True)
         checks.append(finite)
     R = residual = None
     if on:
-        assert reference is not None
-        A_ref, B_ref = ([_matrix(reference[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
+        A_ref, B_ref = ([_matrix(round.reference[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
         aligned = fk.align_average(
             A,
             B,
-            weights,
+            round.weights,
             A_ref=A_ref if "A" in on else None,
             B_ref=B_ref if "B" in on else None,
-            strength=alignment.fixed_strength,
-            special=alignment.group == "SO",
+            strength=strength,
+            special=not reflections,
             backend=backend,
         )
         R, residual = aligned.R, aligned.residual
@@ -58,25 +62,25 @@ def average_round(
     return Averages(mean, A, B, R, residual, bool(torch.stack(checks).all()))
 
 
-def stream_round(round: "Round", prepare: Callable) -> Averages:
+def stream_round(round: Round, prepare: Prepare) -> Averages:
     """Average what ``Method.prepare`` makes of every client, one after the other."""
     layout = round.layout
     mean = RunningMean(layout, round.clients[0].device)
     A: list[list[Tensor]] = [[] for _ in layout.adapters]
     B: list[list[Tensor]] = [[] for _ in layout.adapters]
     R: list[list[Tensor]] = [[] for _ in layout.adapters]
-    numbers = {a.key_A: i for i, a in enumerate(layout.adapters)}
-    for index, client, weight in zip(round.numbers, round.clients, round.weights, strict=True):
-        tensors, rotations = prepare(round.number, client, index, layout, round.reference)
+    places = {a.key_A: i for i, a in enumerate(layout.adapters)}
+    for position, client, weight in zip(round.positions, round.clients, round.weights, strict=True):
+        tensors, rotations = prepare(round.index, client, position, layout, round.reference)
         mean.add(tensors, weight, rotations)
         for i, (key_A, key_B) in enumerate(layout.factor_keys):
             A[i].append(_matrix(tensors[key_A]))
             B[i].append(_matrix(tensors[key_B]))
-        for batch, of_batch in zip(layout.batches, rotations or [], strict=rotations is not None):
-            for a, of_adapter in zip(batch.adapters, of_batch, strict=True):
-                R[numbers[a.key_A]].append(of_adapter)
+        for group, per_group in zip(layout.groups, rotations or [], strict=rotations is not None):
+            for a, per_adapter in zip(group.adapters, per_group, strict=True):
+                R[places[a.key_A]].append(per_adapter)
     state_dict = mean.state_dict()
-    rotated = [torch.stack(of_clients) for of_clients in R] if R[0] else None
+    rotated = [torch.stack(per_client) for per_client in R] if R[0] else None
     return Averages(state_dict, A, B, rotated, None, is_finite(list(state_dict.values())))
 
 

@@ -1,14 +1,14 @@
-"""What a method decides: which factors clients train and share, and how a round's updates become one."""
+"""The decisions of a method: which factors clients train and share, and how a round's updates become one."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..errors import UpdateError
-from ..options import Alignment, Factor
+from ..options import AggregationOptions, Factor
 from .round import Averages, Round
 
 
@@ -16,20 +16,25 @@ class Method(ABC):
     """An aggregation method.
 
     Attributes:
-        name: in the registry.
-        paper: where it is from.
+        name: the method's name in the registry.
+        paper: the paper that the method is from.
         up: what a client sends each round.
-        down: what it receives.
-        cost: of the server's work for one adapter from N clients, d = d_in + d_out.
+        down: what a client receives each round.
+        cost: the server's work for one adapter from N clients, d = d_in + d_out.
         exact: whether, or when, the result is Σ wᵢsᵢBᵢAᵢ.
-        rotates: whether the strength λ plays a part.
+        ablation: whether the method is an ablation of a paper, and no method to use.
+        uses: the options that play a part in the method, beside those that play one in all.
+        default_strength: λ where the options leave it open.
         needs_shared_start: whether clients must begin with the same adapter.
         needs_all: whether all updates are needed at once, so that they cannot be added one by one.
-        unequal_ranks: whether clients' ranks and scalings may differ.
-        pads: whether clients are then padded to the ranks and the scaling of the reference.
-        keeps_basis: whether each result is a mean in the basis of the last, towards which a server optimizer can step.
-        folds: whether a part of the result is to be added to the base weights.
+        unequal_ranks: "no" if clients must have one rank and scaling; "pad" if clients of smaller rank are padded to the
+            ranks and the scaling of the reference; "stack" if factors of any rank and scaling are combined.
+        supports_server_optimizer: whether each result is a mean in the basis of the last one, towards which a server
+            optimizer can step.
+        updates_base: whether a part of the result is to be added to the base weights.
         cannot_merge: endings of keys that clients' updates may not have.
+        options: the options of the aggregation.
+        strength: λ, as the options or the method's default give it.
     """
 
     name: ClassVar[str]
@@ -38,20 +43,23 @@ class Method(ABC):
     down: ClassVar[str] = "A, B"
     cost: ClassVar[str]
     exact: ClassVar[str]
-    rotates: ClassVar[bool] = False
+    ablation: ClassVar[bool] = False
+    uses: ClassVar[frozenset[str]] = frozenset()
+    default_strength: ClassVar[float] = 0.5
     needs_shared_start: ClassVar[bool] = False
-    needs_all: bool = False
-    unequal_ranks: ClassVar[bool] = False
-    pads: ClassVar[bool] = False
-    keeps_basis: ClassVar[bool] = True
-    folds: ClassVar[bool] = False
+    unequal_ranks: ClassVar[Literal["no", "pad", "stack"]] = "no"
+    supports_server_optimizer: ClassVar[bool] = True
+    updates_base: ClassVar[bool] = False
     cannot_merge: ClassVar[tuple[str, ...]] = ()
+    needs_all: bool = False
 
-    def __init__(self, alignment: Alignment, seed: int = 0):
-        self.alignment, self.seed = alignment, seed
+    def __init__(self, options: AggregationOptions):
+        """Take the options that play a part in the method."""
+        self.options = options
+        self.strength = self.default_strength if options.strength is None else options.strength
 
     def trains(self, round: int) -> tuple[Factor, ...]:
-        """The factors that clients train in a round; the others are frozen, the same in every update."""
+        """The factors that clients train in the round of this index; the others are frozen, the same in every update."""
         return ("A", "B")
 
     def returns(self) -> tuple[Factor, ...]:
@@ -60,7 +68,7 @@ class Method(ABC):
 
     def check(self, layout: Layout) -> None:
         """Raise UpdateError if the method cannot aggregate updates of this layout."""
-        if key := next((key for key in layout.plain if key.endswith(self.cannot_merge)), None):
+        if key := next((key for key in layout.other_keys if key.endswith(self.cannot_merge)), None):
             raise UpdateError(
                 f"{key} {layout.specs[key].shape}: {self.name} merges B·A into the base weights and cannot merge this; use "
                 "fedex-lora, or leave it out of the LoRA configuration"
@@ -72,13 +80,21 @@ class Method(ABC):
 
     @abstractmethod
     def aggregate(self, round: Round) -> Averages:
-        """A round's updates as one."""
+        """Average a round's updates."""
 
     def prepare(
-        self, round: int, client: Update, index: int, layout: Layout, reference: Update | None
+        self, round: int, client: Update, position: int, layout: Layout, reference: Update | None
     ) -> tuple[StateDict, list[Tensor] | None]:
-        """A client's tensors as they enter the mean, and for every batch of the layout its rotations (G, r, r), if any.
+        """Make of one client what enters the mean: the step of ``add``, which keeps no update.
 
-        What ``add`` does with a client whose update will not be kept.
+        Args:
+            round: the round's index.
+            client: the client's update, checked.
+            position: the client's place among all that sent something, from 0.
+            layout: of the result.
+            reference: what clients are aligned to, or None.
+
+        Returns:
+            The client's tensors, and for every group of the layout the client's rotations (G, r, r), or None.
         """
         return client, None

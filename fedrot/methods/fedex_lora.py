@@ -1,6 +1,7 @@
 """FedEx-LoRA (arXiv 2410.09432): averages the factors and adds what that loses to the base weights."""
 
 import torch
+from torch import Tensor
 
 from .low_rank import Combined, LowRankMethod, stacked
 
@@ -17,11 +18,12 @@ class FedExLoRA(LowRankMethod):
     down = "A, B and the residual"
     cost = "N r d"
     exact = "yes, through the base weights"
-    unequal_ranks = True
-    keeps_basis = False
-    folds = True
+    unequal_ranks = "stack"
+    supports_server_optimizer = False
+    updates_base = True
 
-    def combine(self, A, B, w, dtype):
+    def combine(self, A: Tensor, B: Tensor, w: Tensor, dtype: torch.dtype) -> Combined:
+        """See ``LowRankMethod.combine``."""
         A_mean, B_mean = (w[:, None, None] * A).sum(1), (w[:, None, None] * B).sum(1)
         A_sent, B_sent = A_mean.to(dtype).to(A.dtype), B_mean.to(dtype).to(B.dtype)
         A_base, B_base = stacked(A - A_sent[:, None], B - B_sent[:, None], w)

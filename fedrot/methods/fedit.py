@@ -2,6 +2,7 @@
 
 from .averaging import average_round
 from .base import Method
+from .round import Averages, Round
 
 
 class FedIT(Method):
@@ -12,5 +13,6 @@ class FedIT(Method):
     cost = "N r d"
     exact = "when all clients share A or B"
 
-    def aggregate(self, round):
-        return average_round(round.layout, round.clients, round.weights, None, (), self.alignment, round.backend)
+    def aggregate(self, round: Round) -> Averages:
+        """See ``Method.aggregate``."""
+        return average_round(round, self.options.backend)

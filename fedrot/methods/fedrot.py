@@ -1,42 +1,50 @@
 """FedRot-LoRA (arXiv 2602.23638): rotate every client's factors towards a common reference, then average."""
 
+from torch import Tensor
+
+from ..adapters.layout import Layout
+from ..adapters.update import StateDict, Update
+from ..options import Factor
 from .averaging import average_round, stream_round
 from .base import Method
-from .mutual import align_mutually
-from .rotation import rotations
+from .rotation import aligned_factors, rotations
+from .round import Averages, Round
 
 
 class FedRot(Method):
-    """Rotates as its ``Alignment`` says, towards the reference or each other; at strength 0 not at all: FedIT to the bit."""
+    """Rotates clients towards the reference, at λ = 0 not at all: then the result is FedIT's, to the bit."""
 
     name = "fedrot"
     paper = "arXiv 2602.23638"
     cost = "N r² d + N r³"
     exact = "when the clients' updates differ by rotations only (λ = 1)"
-    rotates = True
-    unequal_ranks = True
-    pads = True
+    uses = frozenset({"align_on", "strength", "reflections"})
+    unequal_ranks = "pad"
 
-    def __init__(self, alignment, seed=0):
-        super().__init__(alignment, seed)
-        self.needs_all = bool(alignment.mutual and alignment.strength)
+    def _on(self, round: int) -> tuple[Factor, ...]:
+        """The factors that are aligned in a round, none at λ = 0."""
+        return aligned_factors(self.options.align_on, round) if self.strength else ()
 
-    def _on(self, round):
-        return self.alignment.factors(round) if self.alignment.strength else ()
-
-    def needs_reference(self, round):
+    def needs_reference(self, round: int) -> bool:
+        """See ``Method.needs_reference``."""
         return bool(self._on(round))
 
-    def aggregate(self, round):
-        if self.needs_all:
-            return align_mutually(round, self.alignment)
-        on = self._on(round.number)
+    def aggregate(self, round: Round) -> Averages:
+        """See ``Method.aggregate``."""
+        on = self._on(round.index)
         if on and any(client.ranks for client in round.clients):
             return stream_round(round, self.prepare)
-        return average_round(round.layout, round.clients, round.weights, round.reference, on, self.alignment, round.backend)
+        return average_round(round, self.options.backend, on, self.strength, reflections=self.options.reflections)
 
-    def prepare(self, round, client, index, layout, reference):
+    def prepare(
+        self, round: int, client: Update, position: int, layout: Layout, reference: Update | None
+    ) -> tuple[StateDict, list[Tensor] | None]:
+        """See ``Method.prepare``."""
         on = self._on(round)
         if not on:
             return client, None
-        return client, [rotations(self.alignment, batch, client, reference, on) for batch in layout.batches]
+        assert reference is not None
+        reflections = self.options.reflections
+        return client, [
+            rotations(group, client, reference, on, self.strength, reflections=reflections) for group in layout.groups
+        ]

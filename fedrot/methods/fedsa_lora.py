@@ -1,12 +1,13 @@
 """FedSA-LoRA (arXiv 2410.01463): clients share A and keep their own B."""
 
+from ..options import Factor
 from .fedit import FedIT
 
 
 class FedSALoRA(FedIT):
-    """Averages A; B is personal. Heads and other plain tensors are averaged as by every method.
+    """Averages A; B is personal. Heads and other tensors that are no factors are averaged, as by every method.
 
-    The report's error is that of the mean of what clients continue from: Σ wᵢBᵢAᵢ − Σ wᵢBᵢĀ.
+    The report gives the error Σ wᵢBᵢAᵢ − Σ wᵢBᵢĀ, because client i continues from BᵢĀ.
     """
 
     name = "fedsa-lora"
@@ -15,5 +16,6 @@ class FedSALoRA(FedIT):
     cost = "N r d_in"
     exact = "no: client i continues from BᵢĀ"
 
-    def returns(self):
+    def returns(self) -> tuple[Factor, ...]:
+        """See ``Method.returns``."""
         return ("A",)

@@ -1,5 +1,6 @@
 """FFA-LoRA (arXiv 2403.12313): A stays as it was drawn, clients train B only, and the mean of B is exact."""
 
+from ..options import Factor
 from .fedit import FedIT
 
 
@@ -13,5 +14,6 @@ class FFALoRA(FedIT):
     exact = "yes"
     needs_shared_start = True
 
-    def trains(self, round):
+    def trains(self, round: int) -> tuple[Factor, ...]:
+        """See ``Method.trains``."""
         return ("B",)

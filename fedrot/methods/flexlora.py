@@ -1,6 +1,7 @@
 """FlexLoRA (arXiv 2402.11505): the best approximation of rank r of the mean update."""
 
 import torch
+from torch import Tensor
 
 from .low_rank import Combined, LowRankMethod, stacked
 
@@ -15,10 +16,11 @@ class FlexLoRA(LowRankMethod):
     paper = "arXiv 2402.11505"
     cost = "N² r² d + N³ r³"
     exact = "when the mean update has rank r"
-    unequal_ranks = True
-    keeps_basis = False
+    unequal_ranks = "stack"
+    supports_server_optimizer = False
 
-    def combine(self, A, B, w, dtype):
+    def combine(self, A: Tensor, B: Tensor, w: Tensor, dtype: torch.dtype) -> Combined:
+        """See ``LowRankMethod.combine``."""
         r = A.shape[2]
         S_A, S_B = stacked(A, B, w)
         Q_B, R_B = torch.linalg.qr(S_B)

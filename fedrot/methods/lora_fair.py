@@ -1,6 +1,7 @@
 """LoRA-FAIR (arXiv 2411.14961): averages the factors and corrects B̄, so that B̄Ā comes closer to the mean update."""
 
 import torch
+from torch import Tensor
 
 from .low_rank import Combined, LowRankMethod
 
@@ -18,7 +19,8 @@ class LoRAFAIR(LowRankMethod):
     cost = "N r² d + r³"
     exact = "when the rows of Ā span those of the mean update, up to μ"
 
-    def combine(self, A, B, w, dtype):
+    def combine(self, A: Tensor, B: Tensor, w: Tensor, dtype: torch.dtype) -> Combined:
+        """See ``LowRankMethod.combine``."""
         A_mean, B_mean = (w[:, None, None] * A).sum(1), (w[:, None, None] * B).sum(1)
         rows = torch.einsum("n,gnrd,gsd->gnrs", w, A - A_mean[:, None], A_mean)
         E = ((B - B_mean[:, None]) @ rows).sum(1)  # E Āᵀ

@@ -51,16 +51,17 @@ class LowRankMethod(Method):
 
     @full_precision
     def aggregate(self, round: Round) -> Averages:
+        """Combine the adapters of one shape at a time, and average what is no factor."""
         layout, mean, base, errors = round.layout, dict[str, Tensor](), dict[str, Tensor](), dict[str, tuple]()
-        if self.folds and round.scalings is None:
+        if self.updates_base and round.scalings is None:
             raise UpdateError(
                 f"{self.name} adds s·B·A to the base weights and needs the scaling s: pass folders, or the clients' LoRA "
                 "configuration (configs=model.peft_config['default'])"
             )
-        if layout.plain:
-            tensors = [[client[key] for client in round.clients] for key in layout.plain]
-            means, _ = average(tensors, round.weights, backend=round.backend)
-            mean |= zip(layout.plain, means, strict=True)
+        if layout.other_keys:
+            tensors = [[client[key] for client in round.clients] for key in layout.other_keys]
+            means, _ = average(tensors, round.weights, backend=self.options.backend)
+            mean |= zip(layout.other_keys, means, strict=True)
         for adapters, A, B in _stacks(round):
             w = torch.tensor(shares_of(round.weights), dtype=A.dtype, device=A.device)
             combined = self.combine(A, B, w, adapters[0].dtype)
@@ -70,26 +71,26 @@ class LowRankMethod(Method):
                     mean[key] = factor.to(spec.dtype, copy=True).reshape(spec.shape)
                 if combined.base is not None:
                     assert round.scalings is not None
-                    A_base, B_base = combined.base[0][i], round.scalings.of_result[a.module] * combined.base[1][i]
+                    A_base, B_base = combined.base[0][i], round.scalings.result[a.module] * combined.base[1][i]
                     base[a.key_A] = A_base.reshape(-1, *layout.specs[a.key_A].shape[1:]).clone()
                     base[a.key_B] = B_base.reshape(*B_base.shape, *layout.specs[a.key_B].shape[2:]).clone()
-            if round.report_error:
+            if self.options.report_error:
                 measured = zip(*_errors(A, B, w, combined, adapters[0].dtype), strict=True)
                 errors |= {a.key_A: values for a, values in zip(adapters, measured, strict=True)}
         sound = bool(torch.stack([x.isfinite().all() for x in (*mean.values(), *base.values())]).all())
-        in_order = [errors[a.key_A] for a in layout.adapters] if round.report_error else None
+        in_order = [errors[a.key_A] for a in layout.adapters] if self.options.report_error else None
         mean = {key: mean[key] for key in layout.specs}
         return Averages(mean, [], [], None, None, sound, base or None, in_order)
 
 
 def _stacks(round: Round) -> Iterator[tuple[Sequence[Adapter], Tensor, Tensor]]:
     """Some adapters of one shape at a time: they, A (G, N, r, d_in) and B (G, N, d_out, r), rows of zero up to rank r."""
-    for batch in round.layout.batches:
-        a = batch.adapters[0]
+    for group in round.layout.groups:
+        a = group.adapters[0]
         dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
         size = max(1, _ENTRIES // (len(round.clients) * a.rank * (a.d_in + a.d_out)))
-        for start in range(0, len(batch.adapters), size):
-            part = batch.adapters[start : start + size]
+        for start in range(0, len(group.adapters), size):
+            part = group.adapters[start : start + size]
             device = round.clients[0].device
             A = torch.zeros(len(part), len(round.clients), a.rank, a.d_in, dtype=dtype, device=device)
             B = torch.zeros(len(part), len(round.clients), a.d_out, a.rank, dtype=dtype, device=device)
@@ -99,7 +100,7 @@ def _stacks(round: Round) -> Iterator[tuple[Sequence[Adapter], Tensor, Tensor]]:
                     A[g, n, : len(A_n)] = A_n
                     B[g, n, :, : len(A_n)] = B_n
                     if (s := round.scalings) is not None:
-                        B[g, n] *= s.of_clients[n][adapter.module] / s.of_result[adapter.module]
+                        B[g, n] *= s.per_client[n][adapter.module] / s.result[adapter.module]
             yield part, A, B
 
 

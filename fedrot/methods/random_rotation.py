@@ -1,38 +1,43 @@
 """Ablation: rotate every client by a random rotation instead of the one that aligns it."""
 
 import torch
+from torch import Tensor
 
 import fedrot_kernels as fk
 
+from ..adapters.layout import Layout
+from ..adapters.update import StateDict, Update
 from ..seeding import generator
 from .averaging import stream_round
 from .base import Method
+from .round import Averages, Round
+from .running_mean import sum_dtype
 
 
 class RandomRotation(Method):
-    """R is polar(M) of a Gaussian M, hence uniform on the group, then as soft as the alignment's strength says."""
+    """Rotates by the polar factor of a Gaussian matrix, which is uniform on the group, softened by λ."""
 
     name = "random-rotation"
     paper = "ablation in arXiv 2602.23638"
     cost = "N r² d + N r³"
     exact = "no"
-    rotates = True
-    keeps_basis = False
+    ablation = True
+    uses = frozenset({"strength", "reflections", "seed"})
+    supports_server_optimizer = False
 
-    def __init__(self, alignment, seed=0):
-        if alignment.mutual:
-            raise ValueError("random-rotation needs a strength that is a number, and no consensus or least error")
-        super().__init__(alignment, seed)
-
-    def aggregate(self, round):
+    def aggregate(self, round: Round) -> Averages:
+        """See ``Method.aggregate``."""
         return stream_round(round, self.prepare)
 
-    def prepare(self, round, client, index, layout, reference):
-        numbers = generator(self.seed, round, index)
+    def prepare(
+        self, round: int, client: Update, position: int, layout: Layout, reference: Update | None
+    ) -> tuple[StateDict, list[Tensor] | None]:
+        """See ``Method.prepare``."""
+        numbers = generator(self.options.seed, round, position)
         rotations = []
-        for batch in layout.batches:
-            a = batch.adapters[0]
-            M = torch.randn(len(batch.adapters), a.rank, a.rank, generator=numbers, dtype=torch.float64)
-            R, _ = fk.procrustes(M, strength=self.alignment.fixed_strength, special=self.alignment.group == "SO")
-            rotations.append(R.to(client.device, a.dtype if a.dtype == torch.float64 else torch.float32))
+        for group in layout.groups:
+            a = group.adapters[0]
+            M = torch.randn(len(group.adapters), a.rank, a.rank, generator=numbers, dtype=torch.float64)
+            R, _ = fk.procrustes(M, strength=self.strength, special=not self.options.reflections)
+            rotations.append(R.to(client.device, sum_dtype(a.dtype)))
         return client, rotations

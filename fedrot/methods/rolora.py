@@ -1,5 +1,6 @@
 """RoLoRA (arXiv 2502.01755): clients train B in one round and A in the next, so that every mean is exact."""
 
+from ..options import Factor
 from .fedit import FedIT
 
 
@@ -13,5 +14,6 @@ class RoLoRA(FedIT):
     exact = "yes"
     needs_shared_start = True
 
-    def trains(self, round):
+    def trains(self, round: int) -> tuple[Factor, ...]:
+        """See ``Method.trains``."""
         return ("A",) if round % 2 else ("B",)

@@ -1,11 +1,9 @@
 """What goes into a method and what comes out: the updates of one round, and their averages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-
-import fedrot_kernels as fk
 
 from ..adapters.layout import Layout
 from ..adapters.update import Update
@@ -17,28 +15,22 @@ class Round:
     """The updates of one round.
 
     Attributes:
-        number: from 0.
-        layout: of the updates; with the largest ranks, where ranks differ.
+        index: the round's index, from 0.
+        layout: the layout of the result; with the largest ranks, where ranks differ.
         clients: the N updates.
-        numbers: of the clients among all that sent something, from 0.
+        positions: the place of each client among all that sent something, from 0.
         weights: one per client, non-negative, not all zero; only their ratios matter.
-        reference: the adapter that the clients started from, or what stands in for it.
-        scalings: of clients and result; None where they play no part, or no LoRA configuration was given.
-        strengths: module → λ of the last round, where it is chosen.
-        backend: of the kernels.
-        report_error: whether the aggregation error is asked for.
+        reference: the adapter that the clients started from, or the update that stands in for it.
+        scalings: the scalings of clients and result; None where they play no part, or no LoRA configuration was given.
     """
 
-    number: int
+    index: int
     layout: Layout
     clients: Sequence[Update]
-    numbers: Sequence[int]
+    positions: Sequence[int]
     weights: Sequence[float]
     reference: Update
     scalings: Scalings | None
-    strengths: Mapping[str, float]
-    backend: fk.Backend
-    report_error: bool
 
 
 @dataclass(frozen=True)
@@ -49,13 +41,13 @@ class Averages:
         mean: canonical key → mean, in the updates' shapes and dtypes, each with storage of its own.
         A, B: per adapter of the layout the N clients' factors as matrices, which may share memory with the updates; empty
             where the errors are given.
-        R: per adapter (N, r, r) what the clients' B were multiplied by, rotations but for the group GL; None if nothing was.
-        residual: (L, N) ‖RᵀR − I‖_max, or None.
-        sound: whether every mean is finite and every rotation is one.
-        base: key → factor, A (K, d_in, …) and B (d_out, K, …), of B·A to be added to the base weights, or None.
-        errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, where a method measured them itself; None where it was
-            not to.
-        strengths: per adapter λ, where it was chosen.
+        R: per adapter the clients' rotations (N, r, r), or None if no client was rotated.
+        residual: ‖RᵀR − I‖_max of every rotation, (L, N), or None.
+        sound: whether every mean is finite and every R is a rotation.
+        base: key → factor, A (K, d_in, …) and B (d_out, K, …), of the B·A that is to be added to the base weights, or None.
+        errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, where the method measured them itself; a pair of None
+            where it was to leave them out.
+        strengths: per adapter λ, where the method chose it.
     """
 
     mean: dict[str, Tensor]

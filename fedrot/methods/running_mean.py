@@ -25,24 +25,24 @@ class RunningMean:
     Attributes:
         unit: what weights are measured in, so that any magnitude fits the sums' dtype; 0 before the first.
         total_weight: Σ wᵢ, in units.
-        batches: of every batch of the layout Σ wᵢ RᵢᵀAᵢ (G, r, d_in) and Σ wᵢ BᵢRᵢ (G, d_out, r).
+        batches: of every group of the layout Σ wᵢ RᵢᵀAᵢ (G, r, d_in) and Σ wᵢ BᵢRᵢ (G, d_out, r).
         sums: canonical key → sum, those of factors as matrices in the memory of ``batches``.
     """
 
     def __init__(self, layout: Layout, device: torch.device):
         self.layout = layout
         self.unit = self.total_weight = 0.0
-        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.groups: list[tuple[Tensor, Tensor]] = []
         self.sums: dict[str, Tensor] = {}
-        for batch in layout.batches:
-            first, G = batch.adapters[0], len(batch.adapters)
+        for group in layout.groups:
+            first, G = group.adapters[0], len(group.adapters)
             dtype = sum_dtype(first.dtype)
             A = torch.zeros(G, first.rank, first.d_in, dtype=dtype, device=device)
             B = torch.zeros(G, first.d_out, first.rank, dtype=dtype, device=device)
-            self.batches.append((A, B))
-            for i, a in enumerate(batch.adapters):
+            self.groups.append((A, B))
+            for i, a in enumerate(group.adapters):
                 self.sums[a.key_A], self.sums[a.key_B] = A[i], B[i]
-        for key in layout.plain:
+        for key in layout.other_keys:
             spec = layout.specs[key]
             self.sums[key] = torch.zeros(spec.shape, dtype=sum_dtype(spec.dtype), device=device)
 
@@ -55,7 +55,7 @@ class RunningMean:
         Args:
             update: canonical key → tensor.
             weight: non-negative; only its ratio to the other weights matters.
-            rotations: for every batch of the layout R (G, r, r), or None for no rotation.
+            rotations: for every group of the layout R (G, r, r), or None for no rotation.
             sketch: of the same clients, to which this one is added too.
         """
         if weight == 0:
@@ -63,8 +63,8 @@ class RunningMean:
         self._keep_in_range(weight)
         weight = weight / self.unit
         self.total_weight += weight
-        for g, (batch, (sum_A, sum_B)) in enumerate(zip(self.layout.batches, self.batches, strict=True)):
-            A, B, R = batch.A(update), batch.B(update), rotations[g] if rotations is not None else None
+        for g, (group, (sum_A, sum_B)) in enumerate(zip(self.layout.groups, self.groups, strict=True)):
+            A, B, R = group.A(update), group.B(update), rotations[g] if rotations is not None else None
             if R is None:
                 sum_A.add_(A, alpha=weight)
                 sum_B.add_(B, alpha=weight)
@@ -73,7 +73,7 @@ class RunningMean:
                 rotate_add_(sum_B.mT, B.mT, R, weight)
             if sketch is not None:
                 sketch.add(g, A, B, R, weight / self.total_weight)
-        for key in self.layout.plain:
+        for key in self.layout.other_keys:
             total, x = self.sums[key], update[key]
             total.add_(x if x.shape == total.shape else x.reshape(total.shape), alpha=weight)
 

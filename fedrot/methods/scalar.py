@@ -1,13 +1,19 @@
 """Ablation: rescale every client towards the reference instead of rotating it."""
 
 import torch
+from torch import Tensor
 
+from ..adapters.layout import Layout
+from ..adapters.update import StateDict, Update
 from .averaging import stream_round
 from .base import Method
+from .rotation import aligned_factors
+from .round import Averages, Round
+from .running_mean import sum_dtype
 
 
 class Scalar(Method):
-    """cᵢ = ⟨Fᵢ, F_ref⟩ / ‖Fᵢ‖² on the factor F that the round aligns, and 1/cᵢ on the other, so that BᵢAᵢ stays.
+    """Scales the factor F that the round aligns by cᵢ = ⟨Fᵢ, F_ref⟩ / ‖Fᵢ‖² and the other by 1/cᵢ, so that BᵢAᵢ stays.
 
     Where cᵢ is zero, as towards the B = 0 of a common start, the client stays as it is.
     """
@@ -16,28 +22,37 @@ class Scalar(Method):
     paper = "ablation in arXiv 2602.23638"
     cost = "N r d"
     exact = "no"
+    ablation = True
+    uses = frozenset({"align_on"})
 
-    def needs_reference(self, round):
+    def needs_reference(self, round: int) -> bool:
+        """See ``Method.needs_reference``."""
         return True
 
-    def aggregate(self, round):
+    def aggregate(self, round: Round) -> Averages:
+        """See ``Method.aggregate``."""
         return stream_round(round, self.prepare)
 
-    def prepare(self, round, client, index, layout, reference):
-        on = self.alignment.factors(round)
-        scaled = {key: client[key] for key in layout.plain}
+    def prepare(
+        self, round: int, client: Update, position: int, layout: Layout, reference: Update | None
+    ) -> tuple[StateDict, list[Tensor] | None]:
+        """See ``Method.prepare``."""
+        assert reference is not None
+        on = aligned_factors(self.options.align_on, round)
+        scaled = {key: client[key] for key in layout.other_keys}
         for a in layout.adapters:
-            wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+            wide = sum_dtype(a.dtype)
             A, B = client[a.key_A].detach().to(wide), client[a.key_B].detach().to(wide)
             c = torch.ones((), dtype=wide, device=client.device)
             if "A" in on:
-                c = c * _towards(A, reference[a.key_A])
+                c = c * _scale_towards(A, reference[a.key_A])
             if "B" in on:
-                c = c / _towards(B, reference[a.key_B])
+                c = c / _scale_towards(B, reference[a.key_B])
             scaled[a.key_A], scaled[a.key_B] = c * A, B / c
         return scaled, None
 
 
-def _towards(F, F_ref):
+def _scale_towards(F: Tensor, F_ref: Tensor) -> Tensor:
+    """⟨F, F_ref⟩ / ‖F‖², or 1 where that is zero or not finite."""
     c = (F * F_ref.detach().to(F.dtype)).sum() / F.square().sum()
     return torch.where(c.isfinite() & (c != 0), c, 1)

@@ -13,7 +13,7 @@ from ..adapters.update import Update
 from .checks import _with_rank
 
 
-def padded(client: Update, layout: Layout, s_client: dict[str, float], s_result: dict[str, float]) -> Update:
+def pad(client: Update, layout: Layout, s_client: dict[str, float], s_result: dict[str, float]) -> Update:
     """The client in the layout's ranks and the result's scaling; factors in float32 (float64 for float64), not yet rounded.
 
     Args:
@@ -21,7 +21,7 @@ def padded(client: Update, layout: Layout, s_client: dict[str, float], s_result:
         layout: of the result.
         s_client, s_result: module → s.
     """
-    tensors = {key: client[key] for key in layout.plain}
+    tensors = {key: client[key] for key in layout.other_keys}
     ranks = {a.key_A: client.specs[a.key_A].shape[0] for a in layout.adapters}
     for a in layout.adapters:
         s = s_client[a.module] / s_result[a.module]
@@ -35,7 +35,7 @@ def padded(client: Update, layout: Layout, s_client: dict[str, float], s_result:
     return Update(client.name, layout.specs, keys_given, tensors, client.device, None, ranks if narrow else None)
 
 
-def trainable(mean: dict[str, Tensor], layout: Layout, reference: Update) -> dict[str, Tensor]:
+def revive_dead_ranks(mean: dict[str, Tensor], layout: Layout, reference: Update) -> dict[str, Tensor]:
     """The mean, with the reference's row of A where both a row of A and its column of B are zero: ranks that no client of a
     round has. B·A stays what it is; of two zeros neither would ever have a gradient again.
 
@@ -52,14 +52,14 @@ def trainable(mean: dict[str, Tensor], layout: Layout, reference: Update) -> dic
     return mean
 
 
-def widest(clients: Sequence[Update], weights: Sequence[float], layout: Layout) -> Update:
+def widest_client(clients: Sequence[Update], weights: Sequence[float], layout: Layout) -> Update:
     """Of the clients that count, the one of the largest ranks; of several that of the largest weight, of those the first."""
     total = sum(a.rank for a in layout.adapters)
     ranks = [total if client.ranks is None else sum(client.ranks.values()) for client in clients]
     return clients[max(range(len(clients)), key=lambda i: (weights[i] > 0, ranks[i], weights[i]))]
 
 
-def own_rows(adapter: Adapter, clients: Sequence[Update]) -> Tensor:
+def rank_mask(adapter: Adapter, clients: Sequence[Update]) -> Tensor:
     """(N, r, 1), bool: which rows of an adapter are the clients' own, not padded."""
     own = [adapter.rank if client.ranks is None else client.ranks[adapter.key_A] for client in clients]
     return torch.arange(adapter.rank)[None, :, None] < torch.tensor(own)[:, None, None]

@@ -18,13 +18,13 @@ class Scalings:
 
     Attributes:
         config: the result's adapter_config.json.
-        of_result: module → s under that configuration.
-        of_clients: per client module → s.
+        result: module → s under that configuration.
+        per_client: per client module → s.
     """
 
     config: dict[str, Any]
-    of_result: dict[str, float]
-    of_clients: list[dict[str, float]]
+    result: dict[str, float]
+    per_client: list[dict[str, float]]
 
 
 def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] | None = None) -> Scalings | None:
@@ -53,33 +53,33 @@ def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] |
                 f"{lacking.name} has no LoRA configuration, and ranks or scalings may differ; pass folders, or configs=[…]"
             )
         return None
-    of_clients = []
+    per_client = []
     for client in clients:
         ranks = {a.module: client.specs[a.key_A].shape[0] for a in layout.adapters}
         check_ranks(client, layout)
-        of_clients.append({m: scaling(client.config or {}, m, r, client.name) for m, r in ranks.items()})
+        per_client.append({m: scaling(client.config or {}, m, r, client.name) for m, r in ranks.items()})
     if config is None:
         widest = next((c for c in clients if all(c.specs[k].shape == spec.shape for k, spec in layout.specs.items())), None)
-        config = dict((widest or clients[0]).config or {}) | ({} if widest else _spelt_out(clients, layout, of_clients))
-    of_result = {a.module: scaling(config, a.module, a.rank, "the result") for a in layout.adapters}
-    return Scalings(config, of_result, of_clients)
+        config = dict((widest or clients[0]).config or {}) | ({} if widest else _spelt_out(clients, layout, per_client))
+    result = {a.module: scaling(config, a.module, a.rank, "the result") for a in layout.adapters}
+    return Scalings(config, result, per_client)
 
 
 def check_biases(layout: Layout, scalings: Scalings) -> None:
     """Raise UpdateError if clients of unequal scalings have biases of lora_B, which scale as B does."""
-    if any(s != scalings.of_result for s in scalings.of_clients) and (
-        bias := next((k for k in layout.plain if k.endswith(".lora_B.bias")), None)
+    if any(s != scalings.result for s in scalings.per_client) and (
+        bias := next((k for k in layout.other_keys if k.endswith(".lora_B.bias")), None)
     ):
         raise UpdateError(f"{bias}: clients of unequal scaling cannot average this tensor; use one LoRA configuration")
 
 
-def _spelt_out(clients: Sequence[Update], layout: Layout, of_clients: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _spelt_out(clients: Sequence[Update], layout: Layout, per_client: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Rank and α of every module, each with the scaling of the first client of its rank."""
     rslora = bool((clients[0].config or {}).get("use_rslora"))
     ranks, alphas = {}, {}
     for a in layout.adapters:
         s = next(
-            (s[a.module] for c, s in zip(clients, of_clients, strict=True) if c.specs[a.key_A].shape[0] == a.rank), None
+            (s[a.module] for c, s in zip(clients, per_client, strict=True) if c.specs[a.key_A].shape[0] == a.rank), None
         )
         if s is None:
             raise UpdateError(

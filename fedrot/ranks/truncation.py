@@ -40,9 +40,9 @@ def truncate(adapter: UpdateLike, to: Any) -> dict[str, Tensor]:
         raise UpdateError(f"{whole.name}, {found}")
     ranks, ratios = _by_rank(layout, to) if isinstance(to, int) else _by_config(whole, layout, to)
     state_dict = {key: x.detach().clone() for key, x in whole.items()}
-    for batch in layout.batches:
+    for group in layout.groups:
         by_rank: dict[int, list[Adapter]] = {}
-        for a in batch.adapters:
+        for a in group.adapters:
             by_rank.setdefault(ranks[a.module], []).append(a)
         for k, adapters in by_rank.items():
             _truncate(adapters, k, whole, ratios, state_dict)

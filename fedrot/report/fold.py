@@ -29,10 +29,10 @@ def fold(model: Any, result: "AggregationResult") -> None:
         UpdateError: the model lacks a module of the update, or has it in another shape.
     """
     if result.base_update is not None:
-        fold_update(model, result.base_update, result.base_config or {})
+        merge_into_base(model, result.base_update, result.base_config or {})
 
 
-def fold_update(model: Any, base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Add one base update, with its adapter_config.json: see ``fold``."""
 
     trained = {name: p.requires_grad for name, p in model.named_parameters()}

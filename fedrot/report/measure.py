@@ -32,8 +32,8 @@ def adapter_reports(
         angles = [[0.0] * len(shares)] * len(errors) if averages.R is None else _angles(averages.R)
         strengths: Sequence[float | None] = averages.strengths or [None] * len(errors)
         return tuple(
-            AdapterReport(a.module, a.rank, *pair, tuple(of_clients), strength)
-            for a, pair, of_clients, strength in zip(layout.adapters, errors, angles, strengths, strict=True)
+            AdapterReport(a.module, a.rank, *pair, tuple(per_client), strength)
+            for a, pair, per_client, strength in zip(layout.adapters, errors, angles, strengths, strict=True)
         )
     device = averages.A[0][0].device
     groups: dict[tuple, list[int]] = {}
@@ -69,11 +69,11 @@ def adapter_reports(
 
 def _angles(R: Sequence[Tensor]) -> list[list[float]]:
     """Per adapter the clients' angles, those of the orthogonal factors; R per adapter (N, r, r)."""
-    own = ((of_clients, of_clients.any(-1, keepdim=True)) for of_clients in R)  # not the rows that padded clients lack
-    return torch.stack([rotation_angle(polar(of_clients) * rows).double() for of_clients, rows in own]).tolist()
+    own = ((per_client, per_client.any(-1, keepdim=True)) for per_client in R)  # not the rows that padded clients lack
+    return torch.stack([rotation_angle(polar(per_client) * rows).double() for per_client, rows in own]).tolist()
 
 
 def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:
     """(G, N, …) in working precision of G adapters' N × (…)."""
-    S = torch.stack([x for of_clients in part for x in of_clients]).unflatten(0, (len(part), -1))
+    S = torch.stack([x for per_client in part for x in per_client]).unflatten(0, (len(part), -1))
     return S if S.dtype == torch.float64 else S.float()

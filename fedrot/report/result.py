@@ -1,10 +1,17 @@
-"""What an aggregation returns."""
+"""The result of an aggregation, and the folders that it is saved to."""
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ..adapters.files import check_new, new_folder
+from ..adapters.folder import write_adapter
+from ..adapters.update import UpdateLike, open_updates
+from ..errors import UpdateError
+from ..options import AggregationOptions
 from .report import Report
 
 
@@ -13,20 +20,64 @@ class AggregationResult:
     """The aggregated adapter.
 
     Attributes:
-        state_dict: the keys, shapes and dtypes of the first update; shapes of the largest ranks, where ranks differ.
-            Without base weights that PEFT saved beside an adapter (embeddings), where ``base_update`` changes them.
+        state_dict: the adapter in the keys, shapes and dtypes of the first update; in the shapes of the largest ranks, where
+            ranks differ. Without base weights that PEFT saved beside an adapter (embeddings), where ``base_update`` changes
+            them.
         report: aggregation error and rotation angles per adapter, clients used and dropped.
-        config: its adapter_config.json, from the reference's or else the clients' folders or configs; None without any.
-        base_update: of methods that change the base weights (FLoRA, FedEx-LoRA) the change, as the PEFT state dict of an
-            adapter to be merged into the base before ``state_dict`` is used, under the keys of a saved one: see
-            ``fedrot.fold``. None of other methods.
+        options: the options that the adapters were aggregated with.
+        config: the adapter's adapter_config.json, from the reference's or else the clients' folders or configs, or None.
+        base_update: the change of the base weights that FLoRA and FedEx-LoRA leave, as the PEFT state dict of an adapter to
+            be merged into the base before ``state_dict`` is used, under the keys of a saved one: see ``fedrot.fold``. None
+            for other methods.
         base_config: the adapter_config.json of that adapter.
         personal: keys that are not in ``state_dict``, of which each client keeps its own (B of FedSA-LoRA).
     """
 
     state_dict: dict[str, Tensor] = field(repr=False)
     report: Report
+    options: AggregationOptions
     config: dict[str, Any] | None = None
     base_update: dict[str, Tensor] | None = field(default=None, repr=False)
     base_config: dict[str, Any] | None = None
     personal: tuple[str, ...] = ()
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        updates: Sequence[UpdateLike] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the result as PEFT folders, whole or not at all, with its options and report in aggregation.json.
+
+        The folder itself is the adapter. Of methods that change the base weights it has two, ``adapter`` and
+        ``base_update``; of methods that leave clients a factor of their own one per client, ``client0`` and so on.
+
+        Args:
+            folder: must not exist.
+            updates: the updates that were aggregated, which have the clients' own factors; needed for those methods only.
+            record: what else aggregation.json keeps beside the options, such as the folders that were read.
+
+        Raises:
+            FileExistsError: the folder exists.
+            UpdateError: there is no LoRA configuration to write, or the clients' own factors are missing.
+        """
+        check_new(folder)
+        if self.config is None:
+            raise UpdateError("the adapters came without a LoRA configuration: aggregate folders, or pass configs=")
+        report = {"options": self.options.as_dict() | dict(record or {}), **self.report.as_dict()}
+        if self.base_update is not None:
+            with new_folder(folder) as new:
+                write_adapter(new / "adapter", self.state_dict, self.config, report)
+                write_adapter(new / "base_update", self.base_update, self.base_config or {})
+        elif self.personal:
+            if updates is None:
+                raise UpdateError(f"every client keeps its own {self.personal[0]} and others: pass updates= to save them")
+            with new_folder(folder) as new:
+                for number, client in enumerate(open_updates(updates)):
+                    if client.name not in self.report.dropped:
+                        own = {given: client[key] for key, given in client.keys_given.items()}
+                        config = client.config or self.config
+                        write_adapter(new / f"client{number}", {**own, **self.state_dict}, config, report)
+        else:
+            write_adapter(folder, self.state_dict, self.config, report)

@@ -36,17 +36,17 @@ class Sketch:
         self.layout, self.seed = layout, seed
         self._projections: dict[tuple, Tensor] = {}
         self._parts: list[dict[str, Tensor]] = []
-        for batch in layout.batches:
-            G, a = len(batch.adapters), batch.adapters[0]
+        for group in layout.groups:
+            G, a = len(group.adapters), group.adapters[0]
             shapes = {name: (G, *shape) for name, shape in part_shapes(a).items()}
             self._parts.append({n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()})
 
     @full_precision
     def add(self, index: int, A: Tensor, B: Tensor, R: Tensor | None, share: float) -> None:
-        """Add one client's factors of a batch.
+        """Add one client's factors of a group.
 
         Args:
-            index: of the layout's batch.
+            index: of the layout's group.
             A, B: (G, r, d_in) and (G, d_out, r).
             R: its rotations (G, r, r), or None.
             share: of the weights so far, its own among them, that is its own.
@@ -59,14 +59,14 @@ class Sketch:
 
     def merge(self, parts: dict[str, dict[str, Tensor]], share: float) -> None:
         """Add what ``parts`` of another sketch are; share as in ``add``, of all its clients."""
-        for batch, mine in zip(self.layout.batches, self._parts, strict=True):
-            theirs = {n: torch.stack([parts[a.key_A][n] for a in batch.adapters]).to(x.device) for n, x in mine.items()}
+        for group, mine in zip(self.layout.groups, self._parts, strict=True):
+            theirs = {n: torch.stack([parts[a.key_A][n] for a in group.adapters]).to(x.device) for n, x in mine.items()}
             _merge(mine, theirs, share)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """key_A → p̄ ("left"), q̄ ("right") and ΨᵀEΩ ("lost"), in the memory of this sketch."""
-        pairs = zip(self.layout.batches, self._parts, strict=True)
-        return {a.key_A: {n: x[i] for n, x in of.items()} for batch, of in pairs for i, a in enumerate(batch.adapters)}
+        pairs = zip(self.layout.groups, self._parts, strict=True)
+        return {a.key_A: {n: x[i] for n, x in of.items()} for group, of in pairs for i, a in enumerate(group.adapters)}
 
     def squares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """key_A → (k, k) whose mean estimates ‖E‖², and (k, k) whose mean estimates ‖Σ wᵢBᵢAᵢ‖² − ‖B̄Ā‖².

@@ -1,6 +1,6 @@
 """Server optimizers (FedOpt, arXiv 2003.00295): the mean of a round is a direction to step in, not the next adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -44,7 +44,7 @@ class ServerOptimizer:
         self._restored: dict[str, Tensor] | None = None
 
     def step(
-        self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: frozenset[str]
+        self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: Container[str]
     ) -> dict[str, Tensor]:
         """The adapter after one step.
 
@@ -79,7 +79,7 @@ class ServerOptimizer:
             raise UpdateError(f"{reference.name}, {found}; a server optimizer steps from it")
 
     def _step(
-        self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: frozenset[str]
+        self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: Container[str]
     ) -> dict[str, Tensor]:
         if self._optimizer is None:
             wide = {key: _wide(reference[key].to(x.device)).reshape(x.shape) for key, x in mean.items()}

@@ -8,14 +8,15 @@ from typing import Any
 from ..adapters.checks import check_update
 from ..adapters.update import Update
 from ..errors import UpdateError
+from ..methods.base import Method
 from .partial_file import read_stream, write_stream
-from .stream import Stream
+from .stream import StreamedRound
 
 _LONGEST = 200  # characters of another server's options in an error
 
 
 @dataclass(frozen=True, eq=False)
-class Partial:
+class PartialAggregate:
     """The clients that a ``FedRotAggregator`` has added, for another's ``merge``: see ``FedRotAggregator.partial``.
 
     It takes as much memory, and a file as much space, as one update in float32 (float64 for float64), and in float64 for
@@ -23,16 +24,16 @@ class Partial:
 
     Attributes:
         name: how errors call it.
-        options: what servers that merge their clients must have alike.
+        options: the options that servers must have alike to merge their clients.
         stream: the sums.
     """
 
     name: str
     options: Mapping[str, Any]
-    stream: Stream
+    stream: StreamedRound
 
     @classmethod
-    def of(cls, stream: Stream, options: Mapping[str, Any], name: str | None) -> "Partial":
+    def of(cls, stream: StreamedRound, options: Mapping[str, Any], name: str | None) -> "PartialAggregate":
         """A stream that is added to no more. With a name, its clients' names begin with it."""
         config = stream.reference.config if stream.reference is not None else None
         stream.first = replace(stream.first, specs=stream.layout.specs, config=config or stream.first.config)
@@ -73,7 +74,7 @@ class Partial:
         write_stream(path, self.stream, self.options)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Partial":
+    def load(cls, path: str | os.PathLike) -> "PartialAggregate":
         """Read what ``save`` wrote, called by its path in errors. Every shape and dtype is checked before memory is taken.
 
         Raises:
@@ -82,7 +83,14 @@ class Partial:
         return cls(str(os.fspath(path)), *reversed(read_stream(path)))
 
 
-def check_mergeable(partial: Partial, options: Mapping[str, Any], round: Stream) -> None:
+def compatibility(method: Method, index: int, streamed: StreamedRound) -> dict[str, Any]:
+    """The options that servers must have alike to merge their clients."""
+    reference = streamed.reference_digest if method.needs_reference(index) else None
+    options = {name: getattr(method.options, name) for name in ("method", "align_on", "reflections", "seed")}
+    return options | {"strength": method.strength, "round": index, "reference": reference}
+
+
+def check_mergeable(partial: PartialAggregate, options: Mapping[str, Any], round: StreamedRound) -> None:
     """Raise UpdateError unless a partial aggregation can be added to a round with these options."""
     for field in [*options, *(partial.options.keys() - options.keys())]:
         theirs, mine = partial.options.get(field), options.get(field)

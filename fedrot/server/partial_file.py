@@ -1,4 +1,4 @@
-"""Partial aggregations in files. What another server sent is data, never code, and is checked before it takes memory."""
+"""Partial aggregates in files. What another server sent is data, never code, and is checked before it takes memory."""
 
 import json
 import math
@@ -23,14 +23,14 @@ from ..adapters.update import Update
 from ..errors import UpdateError
 from ..methods.running_mean import sum_dtype
 from ..report.sketch import part_shapes
-from .stream import Stream, is_name
+from .stream import StreamedRound, is_name
 
-_HEADER, _VERSION = "fedrot-partial", 1
+_HEADER, _VERSION = "fedrot-partial", 2
 _NAMES = {dtype: name for name, dtype in DTYPES_SAVED.items()}
 _LONGEST = 200  # characters of a file's own words in an error
 
 
-def write_stream(path: str | os.PathLike, stream: Stream, options: Mapping[str, Any]) -> None:
+def write_stream(path: str | os.PathLike, stream: StreamedRound, options: Mapping[str, Any]) -> None:
     """Write one safetensors file, whole or not at all.
 
     Raises:
@@ -65,7 +65,7 @@ def write_stream(path: str | os.PathLike, stream: Stream, options: Mapping[str, 
         temporary.unlink(missing_ok=True)
 
 
-def read_stream(path: str | os.PathLike) -> tuple[Stream, dict[str, Any]]:
+def read_stream(path: str | os.PathLike) -> tuple[StreamedRound, dict[str, Any]]:
     """A stream and its options. Every name, shape and dtype is checked before a tensor is read.
 
     Raises:
@@ -84,12 +84,13 @@ def read_stream(path: str | os.PathLike) -> tuple[Stream, dict[str, Any]]:
                 scaling(header["config"], a.module, a.rank, f"{name}: its configuration")
             _check_tensors(name, file, _expected(name, layout, header))
             first = Update(name, specs, keys_given, {}, torch.device("cpu"), header["config"])
-            return _read(name, file, header, Stream(first, layout, None, 0 if header["sketch"] else None)), header["options"]
+            stream = StreamedRound(first, layout, None, 0 if header["sketch"] else None)
+            return _read(name, file, header, stream), header["options"]
     except (SafetensorError, OSError) as error:
         raise UpdateError(f"{name} is not a whole safetensors file ({error}); send it again") from error
 
 
-def _read(name: str, file: Any, header: Mapping[str, Any], stream: Stream) -> Stream:
+def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound) -> StreamedRound:
     layout = stream.layout
     stream.frozen = {key: torch.empty(layout.specs[key].shape, dtype=layout.specs[key].dtype) for key in header["frozen"]}
     stream.dropped = header["dropped"]
@@ -106,12 +107,12 @@ def _read(name: str, file: Any, header: Mapping[str, Any], stream: Stream) -> St
         )
     stream.weights = dict(zip(header["clients"], weights.tolist(), strict=True))
     columns = {key_A: i for i, (key_A, _) in enumerate(layout.factor_keys)}
-    in_batches = tables["angles"][:, [columns[a.key_A] for batch in layout.batches for a in batch.adapters]]
+    in_batches = tables["angles"][:, [columns[a.key_A] for group in layout.groups for a in group.adapters]]
     stream.angles = array("d", in_batches.contiguous().numpy().tobytes())
     return stream
 
 
-def _tensors(stream: Stream) -> dict[str, Tensor]:
+def _tensors(stream: StreamedRound) -> dict[str, Tensor]:
     """The sums of a stream by their names in a file, in its memory."""
     tensors = {f"sum/{key}": x for key, x in stream.mean.sums.items()}
     tensors |= {f"frozen/{key}": x for key, x in stream.frozen.items()}
@@ -129,7 +130,7 @@ def _expected(name: str, layout: Layout, header: Mapping[str, Any]) -> dict[str,
         found[f"sum/{a.key_B}"] = TensorSpec((a.d_out, a.rank), sum_dtype(a.dtype))
         if header["sketch"]:
             found |= {f"sketch/{n}/{a.key_A}": TensorSpec(shape, double) for n, shape in part_shapes(a).items()}
-    for key in layout.plain:
+    for key in layout.other_keys:
         found[f"sum/{key}"] = TensorSpec(layout.specs[key].shape, sum_dtype(layout.specs[key].dtype))
     for key in header["frozen"]:
         if not any(key in keys for keys in layout.factor_keys):
@@ -155,7 +156,7 @@ def _check_tensors(name: str, file: Any, expected: Mapping[str, TensorSpec]) -> 
 def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     text = (metadata or {}).get(_HEADER)
     if text is None:
-        raise UpdateError(f"{name} is a safetensors file, but no partial aggregation; send what Partial.save wrote")
+        raise UpdateError(f"{name} is a safetensors file, but no partial aggregation; send what PartialAggregate.save wrote")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -176,7 +177,7 @@ def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
         }
         wrong = next((field for field, fine in good.items() if not fine), None)
     if wrong is not None:
-        raise UpdateError(f"{name}: {wrong} in its header is not what Partial.save writes; send it again")
+        raise UpdateError(f"{name}: {wrong} in its header is not what PartialAggregate.save writes; send it again")
     return header
 
 

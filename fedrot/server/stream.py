@@ -1,4 +1,4 @@
-"""What is kept of a round's updates while they are added one by one."""
+"""A round whose updates are added one by one: what is kept of them, and how one enters."""
 
 import math
 from array import array
@@ -17,20 +17,20 @@ from ..report.report import AdapterReport
 from ..report.sketch import Sketch, mean_and_deviation
 
 
-class Stream:
-    """A round's clients so far: their names, weights and angles, and the sums of their tensors.
+class StreamedRound:
+    """The clients of a round so far: their names, weights and angles, and the sums of their tensors.
 
     Args:
         first: the first client, whose keys and shapes the others must have.
-        layout: of its update.
-        reference: what clients are aligned to, or None.
-        seed: of the sketch that estimates the aggregation error, or None for no sketch.
+        layout: the layout of the first client's update.
+        reference: the adapter that clients are aligned to, or None.
+        seed: the seed of the sketch that estimates the aggregation error, or None for no sketch.
 
     Attributes:
         weights: client → weight, in the order they came.
         dropped: client → why it was left out.
         frozen: key → the factor that no client trained.
-        angles: in degrees, of every client those of all adapters, in the order of the layout's batches.
+        angles: in degrees, every client's rotation angles of all adapters, in the order of the layout's groups.
     """
 
     def __init__(self, first: Update, layout: Layout, reference: Update | None, seed: int | None):
@@ -44,11 +44,12 @@ class Stream:
 
     @property
     def seen(self) -> int:
+        """The number of clients that were added or dropped."""
         return len(self.weights) + len(self.dropped)
 
     @cached_property
     def reference_digest(self) -> str:
-        """By which servers tell that they aligned to the same bits."""
+        """A hash of the reference's factors, by which servers tell that they aligned to the same bits."""
         digest = sha256()
         for key in sorted(key for keys in self.layout.factor_keys for key in keys):
             assert self.reference is not None
@@ -66,7 +67,7 @@ class Stream:
         for R in rotations or ():
             self.angles.extend(rotation_angle(R).tolist())
 
-    def merge(self, other: "Stream") -> None:
+    def merge(self, other: "StreamedRound") -> None:
         """Add another stream's clients, which have been checked. The other stays as it is."""
         share = self.mean.merge(other.mean)
         if self.sketch is not None and other.sketch is not None:
@@ -76,14 +77,14 @@ class Stream:
         self.weights |= other.weights
         self.dropped |= other.dropped
         self.frozen = self.frozen or {key: x.to(self.first.device, copy=True) for key, x in other.frozen.items()}
-        table = other.angle_table([a.key_A for batch in self.layout.batches for a in batch.adapters])
+        table = other.angle_table([a.key_A for group in self.layout.groups for a in group.adapters])
         self.angles.frombytes(table.numpy().tobytes())
 
     def angle_table(self, keys: list[str]) -> Tensor:
         """(N, L) in float64: a row per client, a column per adapter, in the order of these keys of A."""
         if not self.angles:
             return torch.empty(len(self.weights), len(keys), dtype=torch.float64)
-        columns = {a.key_A: i for i, a in enumerate(a for batch in self.layout.batches for a in batch.adapters)}
+        columns = {a.key_A: i for i, a in enumerate(a for group in self.layout.groups for a in group.adapters)}
         table = torch.frombuffer(self.angles, dtype=torch.float64).view(len(self.weights), -1)
         return table[:, [columns[key] for key in keys]]
 
@@ -92,24 +93,24 @@ class Stream:
         angles = self.angle_table([key_A for key_A, _ in self.layout.factor_keys]).T.tolist()
         pairs = list(zip(self.layout.adapters, map(tuple, angles), strict=True))
         if self.sketch is None:
-            return tuple(AdapterReport(a.module, a.rank, None, None, of_clients) for a, of_clients in pairs), None
+            return tuple(AdapterReport(a.module, a.rank, None, None, per_client) for a, per_client in pairs), None
         of_means: dict[str, float] = {}
-        for batch, sums in zip(self.layout.batches, self.mean.batches, strict=True):
+        for group, sums in zip(self.layout.groups, self.mean.groups, strict=True):
             A, B = (x.double() / self.mean.total_weight for x in sums)
-            of_means |= zip((a.key_A for a in batch.adapters), product_norm(B, A).tolist(), strict=True)
+            of_means |= zip((a.key_A for a in group.adapters), product_norm(B, A).tolist(), strict=True)
         reports = []
         squares = self.sketch.squares()
-        for a, of_clients in pairs:
+        for a, per_client in pairs:
             lost, added = (mean_and_deviation(x) for x in squares[a.key_A])
             error, of_error = _root(*lost)
             norm, of_norm = _root(of_means[a.key_A] ** 2 + added[0], added[1])
-            reports.append(AdapterReport(a.module, a.rank, error, norm, of_clients, deviations=(of_error, of_norm)))
+            reports.append(AdapterReport(a.module, a.rank, error, norm, per_client, deviations=(of_error, of_norm)))
         whole = torch.stack([lost for lost, _ in squares.values()]).sum(0)
         return tuple(reports), _root(*mean_and_deviation(whole))[1]
 
 
 def is_name(x: object) -> bool:
-    """Whether a client can be called so: one line of text that can be printed."""
+    """Whether x can be a client's name: one line of text that can be printed."""
     return isinstance(x, str) and x != "" and x.isprintable()
 
 

@@ -159,7 +159,7 @@ def _simulate(args: Namespace, folder: Path) -> None:
 
 def _where(method: str, folder: Path) -> str:
     """Where the final adapter is, and on which model it belongs."""
-    if METHODS[method].folds:
+    if METHODS[method].updates_base:
         return f"{folder}/adapter is the final adapter, a PEFT folder, for the model in {folder}/{FOLDED_MODEL}"
     if (folder / "adapter").exists():
         return f"{folder}/adapter is the final adapter, a PEFT folder"

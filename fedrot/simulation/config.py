@@ -7,11 +7,9 @@ from typing import Any, Literal
 
 import yaml
 
-from ..methods.registry import METHODS, get_method
-from ..options import Alignment, AlignOn, RotationGroup, Strength
-from ..server.aggregator import Towards
+from ..methods.registry import METHODS, make_method
+from ..options import AggregationOptions
 from ..server.optimizer import ServerOptimizerName
-from ..server.validation import OnInvalid
 
 Start = Literal["shared", "independent"]
 Partition = Literal["dirichlet", "iid", "column"]
@@ -21,9 +19,9 @@ TaskName = Literal["text-classification", "image-classification", "causal-lm"]
 EMBEDDED: dict[str, TaskName] = {"digits": "image-classification", "stdlib": "causal-lm"}
 
 
-@dataclass
-class SimulationConfig:
-    """A federated fine-tuning run."""
+@dataclass(frozen=True, kw_only=True)
+class SimulationConfig(AggregationOptions):
+    """A federated fine-tuning run: the options of its aggregations, and its own."""
 
     model: str = "digits"
     """A Transformers model by hub name or folder, or an embedded one: "digits", a small ViT, or "stdlib", a small Llama
@@ -115,21 +113,6 @@ class SimulationConfig:
     """shared: all clients start from one adapter, as in the paper. independent: each draws its own, so that the first
     aggregation has no common reference and takes the adapter of the client with most examples."""
 
-    method: str = "fedrot"
-    """The aggregation method."""
-    reference: Towards = "global"
-    """What clients are rotated towards: the global adapter that they started from, or each other."""
-    align_on: AlignOn = "alternate"
-    """The factor to align: odd rounds A and even rounds B, always one of them, or both; or error, to make the aggregation
-    error least."""
-    strength: Strength | None = None
-    """λ: 0 does not rotate, 1 rotates fully; auto chooses it by the predicted error. If not set, 0.5, and 1 with reference
-    consensus and align_on error."""
-    group: RotationGroup = "SO"
-    """Rotations only, or reflections too (O), or with align_on error invertible matrices (GL)."""
-    on_invalid: OnInvalid = "raise"
-    """What to do with a client whose factors hold NaN or Inf."""
-
     server_optimizer: ServerOptimizerName = "none"
     """FedOpt: step towards the round's mean by momentum or Adam instead of taking it as it is."""
     server_lr: float = 0.01
@@ -148,14 +131,13 @@ class SimulationConfig:
     """A torch device; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        alignment = Alignment(self.align_on, self.strength, self.group, self.reference == "consensus")
-        get_method(self.method, alignment)
-        self.strength = alignment.strength
+        super().__post_init__()
+        self._set("strength", make_method(self).strength if "strength" in METHODS[self.method].uses else None)
         if METHODS[self.method].needs_shared_start and self.start != "shared":
             raise ValueError(f"{self.method} freezes a factor that all clients have in common: it needs a shared start")
-        if self.server_optimizer != "none" and not METHODS[self.method].keeps_basis:
+        if self.server_optimizer != "none" and not METHODS[self.method].supports_server_optimizer:
             raise ValueError(f"{self.method}'s result is no mean to step towards: it cannot have a server optimizer")
-        if METHODS[self.method].folds and self.dtype != "float32":
+        if METHODS[self.method].updates_base and self.dtype != "float32":
             raise ValueError(f"{self.method} adds to the base weights what {self.dtype} would round away: use dtype float32")
         for name in ("clients", "rounds", "local_steps", "batch_size", "eval_every", "eval_batch_size"):
             if getattr(self, name) < 1:
@@ -188,7 +170,7 @@ class SimulationConfig:
         task = EMBEDDED.get(self.dataset)
         if task is not None and self.task not in (None, task):
             raise ValueError(f"the task of {self.dataset} is {task}: leave task out, or name another model and dataset")
-        self.task = self.task or task or "text-classification"
+        self._set("task", self.task or task or "text-classification")
         for name in ("max_length", "score_examples", "max_new_tokens"):
             least = 2 if name == "max_length" else 1
             if getattr(self, name) < least:
@@ -196,14 +178,18 @@ class SimulationConfig:
         if self.text_pair_column is not None and self.text_column is None:
             raise ValueError("text_pair_column needs text_column, the first text of the pair")
         if self.task != "causal-lm" and self.label_column is None:
-            self.label_column = "label"
+            self._set("label_column", "label")
         if self.partition is None:
             if self.dataset == "stdlib":
-                self.partition_column = self.partition_column or "package"
+                self._set("partition_column", self.partition_column or "package")
             unless_by_column: Partition = "dirichlet" if self.label_column is not None else "iid"
-            self.partition = unless_by_column if self.partition_column is None else "column"
+            self._set("partition", unless_by_column if self.partition_column is None else "column")
         if self.partition == "dirichlet" and self.label_column is None:
             raise ValueError("examples of causal-lm have no classes: use partition iid or column, or name a label_column")
+
+    def _set(self, name: str, value: Any) -> None:
+        """Set a field that follows from others."""
+        object.__setattr__(self, name, value)
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML, every field."""

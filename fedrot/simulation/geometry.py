@@ -13,7 +13,7 @@ from fedrot_kernels import NOISE, cross_covariance, full_precision, procrustes
 from fedrot_kernels.measures import error_bound
 
 from ..adapters.checks import check_updates, open_reference
-from ..adapters.layout import Batch, Layout
+from ..adapters.layout import AdapterGroup, Layout
 from ..adapters.update import StateDict, Update, UpdateLike, open_updates
 from ..methods.base import Method
 
@@ -67,7 +67,7 @@ def _distances(F: Tensor, F_ref: Tensor, method: Method) -> Tensor:
     noise = NOISE[torch.float64 if F.dtype == torch.float64 else torch.float32]
     F, F_ref = F.double(), F_ref.double()
     M = cross_covariance(F, F_ref)
-    R, _ = procrustes(M, special=method.alignment.group == "SO", noise=noise)
+    R, _ = procrustes(M, special=not method.options.reflections, noise=noise)
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     size = torch.linalg.matrix_norm(F_ref).expand(F.shape[:2])
     return torch.stack([*(torch.linalg.matrix_norm(D) for D in (F - F_ref, R.mT @ F - F_ref, R - eye)), size])
@@ -93,8 +93,8 @@ def _summary(factor: str, measured: Tensor, w: Tensor) -> dict[str, float]:
 def _bound(layout: Layout, clients: Sequence[Update], w: Tensor, target: Update, method: Method, round: int) -> float:
     prepared = [method.prepare(round, client, i, layout, target) for i, client in enumerate(clients)]
     bounds = []
-    for number, batch in enumerate(layout.batches):
-        for part, rows in _parts(batch, len(clients)):
+    for number, group in enumerate(layout.groups):
+        for part, rows in _parts(group, len(clients)):
             A = torch.stack([part.A(tensors) for tensors, _ in prepared], dim=1).double()
             B = torch.stack([part.B(tensors) for tensors, _ in prepared], dim=1).double()
             if prepared[0][1] is not None:
@@ -106,15 +106,15 @@ def _bound(layout: Layout, clients: Sequence[Update], w: Tensor, target: Update,
 
 def _frames(layout: Layout, clients: Sequence[Update], target: Update, factor: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Some adapters of one shape at a time: F (N, G, r, d) of the clients and F_ref (G, r, d)."""
-    for batch in layout.batches:
-        for part, _ in _parts(batch, len(clients)):
+    for group in layout.groups:
+        for part, _ in _parts(group, len(clients)):
             F = [part.A(x) if factor == "A" else part.B(x).mT for x in (*clients, target)]
             yield torch.stack(F[:-1]), F[-1]
 
 
-def _parts(batch: Batch, clients: int) -> Iterator[tuple[Batch, slice]]:
-    a = batch.adapters[0]
+def _parts(group: AdapterGroup, clients: int) -> Iterator[tuple[AdapterGroup, slice]]:
+    a = group.adapters[0]
     size = max(1, _ENTRIES // (clients * a.rank * max(a.d_in, a.d_out)))
-    for start in range(0, len(batch.adapters), size):
+    for start in range(0, len(group.adapters), size):
         rows = slice(start, start + size)
-        yield Batch(batch.adapters[rows]), rows
+        yield AdapterGroup(group.adapters[rows]), rows

@@ -147,7 +147,7 @@ def _save_adapters(server: Server, folder: Path) -> None:
             clients.load(state)
             with new_folder(folder / name) as temporary:
                 clients.model.save_pretrained(str(temporary))
-    if METHODS[clients.config.method].folds and not (folder / FOLDED_MODEL).exists():
+    if METHODS[clients.config.method].updates_base and not (folder / FOLDED_MODEL).exists():
         with new_folder(folder / FOLDED_MODEL) as temporary:
             base: Any = copy.deepcopy(clients.model)
             base.unload().save_pretrained(str(temporary))

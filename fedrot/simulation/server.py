@@ -10,9 +10,10 @@ from ..adapters.checks import check_updates
 from ..adapters.keys import factor_of
 from ..adapters.update import open_updates
 from ..methods.registry import METHODS
+from ..options import OPTION_NAMES
 from ..report.fold import fold
 from ..report.result import AggregationResult
-from ..server.aggregator import FedRotAggregator, towards
+from ..server.aggregator import FedRotAggregator
 from ..server.optimizer import ServerOptimizer
 from .clients import Clients, State
 from .config import SimulationConfig
@@ -36,22 +37,16 @@ class Server:
         self._optimizer = None
         if config.server_optimizer != "none":
             self._optimizer = ServerOptimizer(config.server_optimizer, config.server_lr)
-        self._folds = METHODS[config.method].folds
+        self._folds = METHODS[config.method].updates_base
         self._aggregator = self._make_aggregator()
 
     def _make_aggregator(self) -> FedRotAggregator:
-        config = self.config
         return FedRotAggregator(
-            **towards(config.reference, self.state),
-            method=config.method,
-            align_on=config.align_on,
+            self.state,
             round=self.rounds_done,
-            strength=config.strength,
-            group=config.group,
-            on_invalid=config.on_invalid,
             configs=self.clients.lora,
-            seed=config.seed,
             server_optimizer=self._optimizer,
+            **{name: getattr(self.config, name) for name in OPTION_NAMES},
         )
 
     def check(self) -> None:
@@ -125,8 +120,6 @@ class Server:
             parts["optimizer"] = self._optimizer.state_dict()
         if self._folds:
             parts["base"] = self._base_weights()
-        strengths = self._aggregator.strengths
-        parts["strengths"] = {module: torch.tensor(x, dtype=torch.float64) for module, x in strengths.items()}
         return {f"{part}/{name}": x for part, state in parts.items() for name, x in state.items()}
 
     def restore(self, tensors: dict[str, Tensor], rounds_done: int) -> None:
@@ -141,10 +134,8 @@ class Server:
         base = self._base_weights()
         for name, x in parts.pop("base", {}).items():
             base[name].copy_(x)
-        strengths = {module: float(x) for module, x in parts.pop("strengths", {}).items()}
         self._personal = {int(part.removeprefix("personal-")): state for part, state in parts.items()}
         self._aggregator = self._make_aggregator()
-        self._aggregator.strengths = strengths
 
     def _base_weights(self) -> State:
         with torch.no_grad():

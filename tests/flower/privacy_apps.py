@@ -83,7 +83,7 @@ class Client(NumPyClient):
         return [update[key].numpy() for key in KEYS], examples, {"client": self.client}
 
 
-def clipping_if_asked(message, context, call_next):
+def clipping_if_pending(message, context, call_next):
     """Flower's clipping mod where the server's strategy sends a norm; it raises where there is none."""
     asked = "clipping_norm" in message.content.config_records["fitins.config"]
     return (fixedclipping_mod_of_the_older_api if asked else _pass)(message, context, call_next)
@@ -101,7 +101,7 @@ APPS = {
 }
 SECURE = ClientApp(
     client_fn=lambda context: Client(int(context.node_config["partition-id"])).to_client(),
-    mods=[secaggplus_mod, clipping_if_asked, AlignMod(keys=KEYS)],
+    mods=[secaggplus_mod, clipping_if_pending, AlignMod(keys=KEYS)],
 )
 
 app = ClientApp()  # an engine takes one: it hands every message to the one that the server names

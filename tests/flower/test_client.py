@@ -174,7 +174,7 @@ def test_what_was_frozen_for_a_round_is_trained_in_the_next_and_nothing_else():
 
 
 @pytest.mark.parametrize("method", ["rolora", "ffa-lora", "fedrot"])
-def test_answers_have_the_dtypes_in_which_they_were_asked(method):
+def test_answers_have_the_dtypes_in_which_they_were_pending(method):
     """Of a bfloat16 model that is sent float32: a frozen factor comes back to the bit, though the model cannot hold it."""
     kind = KINDS["bfloat16"]
     grid = LocalGrid({c: client_app(kind) for c in range(3)})

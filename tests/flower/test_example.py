@@ -65,7 +65,7 @@ def outcome(folder: Path, method: str = "fedrot") -> dict[str, torch.Tensor]:
     if method == "flexlora":  # the signs of singular vectors are anybody's choice
         for key_B in [key for key in found if factor_of(key) == "B"]:
             found[key_B] = found[key_B] @ found.pop(key_B.replace("lora_B", "lora_A"))
-    if METHODS[method].folds:
+    if METHODS[method].updates_base:
         base, folded = (load_file(folder / name / "model.safetensors") for name in ("base_model", "folded_model"))
         found |= {f"base {key}": folded[key].double() - x.double() for key, x in base.items()}
     return found

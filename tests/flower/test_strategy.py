@@ -81,7 +81,7 @@ def test_every_method_is_the_aggregators_to_the_bit(method):
     strategy.fold_into(model)
     bases = [{n: p for n, p in m.named_parameters() if ".base_layer." in n} for m in (model, folded)]
     assert bases[0] and all(torch.equal(p, bases[1][name]) for name, p in bases[0].items())
-    assert len(strategy.base_updates) == (ROUNDS if METHODS[method].folds else 0)
+    assert len(strategy.base_updates) == (ROUNDS if METHODS[method].updates_base else 0)
     for round, reported in enumerate(expected, 1):
         metrics = result.train_metrics_clientapp[round]
         assert metrics["train-loss"] == pytest.approx((0 * 1 + 0.5 * 2 + 1.0 * 3) / 6)

@@ -9,6 +9,7 @@ from peft import get_peft_model_state_dict
 
 from fedrot import ServerOptimizer
 from fedrot.flower import FedRot, to_arrays
+from fedrot.options import OPTION_NAMES
 
 from . import task
 from .results import Results
@@ -25,13 +26,8 @@ def main(grid: Grid, context: Context) -> None:
     config = clients.config
     results = Results(str(options["output"]), config, bool(options["resume"]))
     strategy = FedRot(
-        method=config.method,
-        align_on=config.align_on,
-        strength=config.strength,
-        group=config.group,
-        on_invalid=config.on_invalid,
+        **{name: getattr(config, name) for name in OPTION_NAMES},
         configs=clients.lora,
-        seed=config.seed,
         server_optimizer=None if (o := config.server_optimizer) == "none" else ServerOptimizer(o, config.server_lr),
         device=clients.device,
         checkpoint=results.folder,

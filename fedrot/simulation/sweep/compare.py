@@ -7,6 +7,7 @@ import pandas as pd
 import yaml
 
 from ...adapters.files import check_new
+from ...options import OPTION_NAMES
 from ..config import SimulationConfig
 from ..plots import plot_comparison, plot_geometry, plot_sweep
 from ..run import BASE_MODEL, CONFIG, CURVES, simulate
@@ -21,7 +22,7 @@ SWEEP, GEOMETRY = "sweep.png", "geometry.png"
 _NOT_OF_THE_TASK = {
     *("lora", "partition", "dirichlet_alpha", "clients", "clients_per_round", "clients_per_pass", "rounds", "local_steps"),
     *("batch_size", "optimizer", "lr", "momentum", "weight_decay", "max_grad_norm", "start", "seed", "device"),
-    *("method", "align_on", "strength", "group", "reference", "on_invalid", "server_optimizer", "server_lr"),
+    *(*OPTION_NAMES, "server_optimizer", "server_lr"),
     *("eval_every", "eval_batch_size"),
 }
 

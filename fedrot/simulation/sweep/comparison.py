@@ -11,8 +11,8 @@ from ...methods.registry import METHODS
 from ..config import SimulationConfig, Start
 from .fields import LISTS, check_field, has_field, overlap, parse, set_fields, typed
 
-# What plays no part in a method that does not rotate, which then is run once for all values.
-_OF_ROTATION = ("strength", "align_on", "group", "reference")
+# Options that play no part in some methods, which then are run once for all values.
+_OF_SOME_METHODS = ("strength", "align_on", "reflections")
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Comparison:
                     said = f"{setting.name} was not run from an independent start: its clients must begin with one adapter"
                     notes[said] = None
                     continue
-                own = {name: value for name, value in varied.items() if method.rotates or name not in _OF_ROTATION}
+                own = {name: value for name, value in varied.items() if name in method.uses or name not in _OF_SOME_METHODS}
                 for seed, strength in product(self.seeds, setting.strengths):
-                    shown = method.rotates and strength is not None
+                    shown = "strength" in method.uses and strength is not None
                     name = f"{start}-{setting.folder}" + (f"-{strength:g}" if shown else "")
                     name += "".join(f"-{field}={value.name}" for field, value in own.items()) + f"-seed{seed}"
                     if name in runs:
@@ -93,7 +93,7 @@ class Comparison:
         per_method = {method: {name: typed(name, x) for name, x in own.items()} for method, own in self.per_method.items()}
         settings = []
         for method in self.methods:
-            strengths = self.strengths if METHODS[method].rotates else self.strengths[:1]
+            strengths = self.strengths if "strength" in METHODS[method].uses else self.strengths[:1]
             settings.append(_Setting(method, method, method, per_method.get(method, {}), strengths))
         for name, variant in self.variants.items():
             own = {field: typed(field, x) for field, x in variant.items()}
@@ -143,7 +143,7 @@ class Comparison:
                     raise ValueError(f"variants.{name}: unknown method {value!r}; known methods: {', '.join(METHODS)}")
 
     def _names(self, method: str) -> list[str]:
-        strengths = self.strengths if METHODS[method].rotates else ()
+        strengths = self.strengths if "strength" in METHODS[method].uses else ()
         return [method, *(f"{method}{between}{x:g}" for between in ("-", " λ=") for x in strengths)]
 
     def _values(self, name: str) -> list["_Value"]:

@@ -1,0 +1,76 @@
+"""Methods that align the clients of a round together, so that one client's rotation depends on the others."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+
+import fedrot_kernels as fk
+
+from .averaging import average_round, matrices
+from .base import Method
+from .rotation import LARGEST_RESIDUAL
+from .round import Averages, Round
+
+
+class GroupwiseMethod(Method):
+    """Aligns in Gram space. Subclasses name the target, and the factors that count."""
+
+    unequal_ranks = "pad"
+    target: ClassVar[fk.Target]
+
+    @abstractmethod
+    def on(self, round: int) -> str:
+        """The factors that count in the round of this index: "A", "B" or "AB"."""
+
+    @property
+    def chooses_strength(self) -> bool:
+        """Whether the method chooses λ for every adapter itself."""
+        return False
+
+    @property
+    def needs_all(self) -> bool:  # type: ignore[override]
+        """Whether all updates are needed at once: unless λ is 0, which is FedIT to the bit."""
+        return self.chooses_strength or self.strength > 0
+
+    def aggregate(self, round: Round) -> Averages:
+        """Align all clients of a round together and average them. The report's errors come with it."""
+        if not self.needs_all:
+            return average_round(round, self.options.backend)
+        layout, clients = round.layout, round.clients
+        A, B = (
+            [matrices([client[key] for client in clients]) for key in keys] for keys in zip(*layout.factor_keys, strict=True)
+        )
+        A_ref, B_ref = (matrices([round.reference[key] for key in keys]) for keys in zip(*layout.factor_keys, strict=True))
+        aligned = fk.align_together(
+            A,
+            B,
+            round.weights,
+            A_ref=A_ref,
+            B_ref=B_ref,
+            target=self.target,
+            on=self.on(round.index),
+            group="O" if self.options.reflections else "SO",
+            strength=None if self.chooses_strength else self.strength,
+        )
+        mean = {}
+        for (key_A, key_B), mean_A, mean_B in zip(layout.factor_keys, aligned.A, aligned.B, strict=True):
+            mean[key_A] = mean_A.view(layout.specs[key_A].shape)
+            mean[key_B] = mean_B.view(layout.specs[key_B].shape)
+        checks = [aligned.finite, (aligned.residual <= LARGEST_RESIDUAL).all()]
+        if layout.other_keys:
+            tensors = [[c[key] for c in clients] for key in layout.other_keys]
+            others, finite = fk.average(tensors, round.weights, backend=self.options.backend)
+            mean |= zip(layout.other_keys, others, strict=True)
+            checks.append(finite)
+        errors = list(zip(aligned.error.tolist(), aligned.update_norm.tolist(), strict=True))
+        return Averages(
+            {key: mean[key] for key in layout.specs},
+            A,
+            B,
+            aligned.G,
+            aligned.residual,
+            bool(torch.stack(checks).all()),
+            errors=errors if self.options.report_error else [(None, None)] * len(errors),
+            strengths=aligned.strengths.tolist() if self.chooses_strength else None,
+        )

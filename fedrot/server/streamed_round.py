@@ -1,0 +1,138 @@
+"""A round whose updates are added one by one: begin it, validate and add each client, merge what others added, average."""
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters.checks import as_sent, check_frozen
+from ..adapters.update import Update, UpdateLike, open_update, with_configs
+from ..errors import UpdateError
+from ..methods.base import Method
+from ..methods.round import Averages
+from ..methods.running_mean import shares_of
+from ..ranks.padding import pad, revive_dead_ranks
+from ..report.report import Report
+from .finish import AveragedRound, factors_except
+from .partial import PartialAggregate, check_mergeable, compatibility
+from .stream import StreamedRound, is_name
+from .validation import RoundValidator, nothing_left
+
+
+def check_streams(method: Method, name: str | None, *, merges: bool = False) -> None:
+    """Raise ValueError unless the method can add updates one by one, or merge their sums, under such a name."""
+    if method.needs_all:
+        raise ValueError(f"{method.name} needs all updates of a round at once: aggregate(updates)")
+    if merges and not method.supports_server_optimizer:
+        raise ValueError(
+            f"{method.name} draws for every client by its number in the round, which two servers would give twice: "
+            "add all clients to one aggregator"
+        )
+    if name is not None and not is_name(name):
+        raise ValueError(f"name must be a line of text, got {name!r}")
+
+
+def begin_stream(
+    first: Update, validator: RoundValidator, index: int, reference: UpdateLike | None, config: dict[str, Any] | None
+) -> StreamedRound:
+    """Begin a round of updates that are added one by one.
+
+    Args:
+        first: the first client, or a partial aggregate's; it is not added yet.
+        validator: of the method.
+        index: the round's index, from 0.
+        reference: the adapter that the clients started from, or None.
+        config: the reference's configuration, if the reference does not bring one.
+
+    Raises:
+        UpdateError: the method needs a reference, and there is none.
+    """
+    options = validator.method.options
+    if reference is None and validator.method.needs_reference(index):
+        raise UpdateError(
+            "updates that are added one by one need a reference; pass the adapter that the clients started from, "
+            "or aggregate(updates) the first round at once"
+        )
+    target, layout = validator.start(reference, config, [first])
+    return StreamedRound(first, layout, target, options.seed if options.report_error else None)
+
+
+def open_client(streamed: StreamedRound | None, update: UpdateLike, name: str | None, configs: Any) -> Update:
+    """Open one client's update, with the configuration of bare state dicts.
+
+    Raises:
+        UpdateError: not an update, or a client of that name is in the round already.
+    """
+    client = open_update(update, name or f"client {streamed.seen if streamed else 0}", streamed and streamed.first)
+    if streamed is not None and (client.name in streamed.weights or client.name in streamed.dropped):
+        raise UpdateError(f"{client.name} is in this round already; give every client a name of its own")
+    return with_configs([client], configs)[0]
+
+
+def add_client(streamed: StreamedRound, client: Update, weight: float, validator: RoundValidator, index: int) -> None:
+    """Validate one client and add its share to the sums; nothing else of the client is kept.
+
+    Raises:
+        UpdateError: an update that cannot be averaged; the round is as before.
+    """
+    method, layout = validator.method, streamed.layout
+    validator.check_next(client, streamed.first, layout, streamed.reference)
+    if not validator.is_valid(client, streamed.dropped):
+        return
+    if not streamed.weights:
+        streamed.frozen = untrained_factors(streamed, client, method, index)
+    check_frozen(client, streamed.frozen, streamed.frozen, method.name)
+    if method.unequal_ranks == "pad":
+        s = validator.scalings([streamed.first, client], layout, streamed.reference)
+        client = client if s is None else pad(client, layout, s.per_client[1], s.result)
+    streamed.add(client.name, weight, *method.prepare(index, client, streamed.seen, layout, streamed.reference))
+
+
+def untrained_factors(streamed: StreamedRound, first: Update, method: Method, index: int) -> dict[str, Tensor]:
+    """The factors that no client of the round trains: those that all must have started from."""
+    start, frozen = streamed.reference or first, factors_except(streamed.layout, method.trains(index))
+    return {key: as_sent(start[key], streamed.layout.specs[key]) for key in frozen}
+
+
+def merge_clients(
+    streamed: StreamedRound | None,
+    partial: PartialAggregate | str | os.PathLike[str],
+    validator: RoundValidator,
+    index: int,
+    reference: UpdateLike | None,
+    config: dict[str, Any] | None,
+) -> StreamedRound:
+    """Add the clients that another server has added to a round, which they may begin.
+
+    Raises:
+        UpdateError: see ``FedRotAggregator.merge``; the round is as before.
+    """
+    partial = partial if isinstance(partial, PartialAggregate) else PartialAggregate.load(partial)
+    method, theirs = validator.method, partial.first
+    streamed = streamed or begin_stream(theirs, validator, index, reference, config)
+    check_mergeable(partial, compatibility(method, index, streamed), streamed)
+    if partial.stream.weights:
+        expected = streamed.frozen if streamed.weights else untrained_factors(streamed, theirs, method, index)
+        check_frozen(theirs, expected, expected, method.name)
+    streamed.merge(partial.stream)
+    return streamed
+
+
+def average_stream(streamed: StreamedRound, validator: RoundValidator, index: int) -> AveragedRound:
+    """Average the clients that were added, of which the report estimates the aggregation error.
+
+    Raises:
+        UpdateError: no client of positive weight was added.
+    """
+    if not any(streamed.weights.values()):
+        raise nothing_left(streamed.dropped)
+    method, layout = validator.method, streamed.layout
+    shares = shares_of(tuple(streamed.weights.values()))
+    report = Report(method.name, index, tuple(streamed.weights), shares, streamed.dropped, *streamed.adapter_reports())
+    mean = streamed.mean.state_dict() | streamed.frozen
+    if method.unequal_ranks == "pad" and streamed.reference is not None:
+        mean = revive_dead_ranks(mean, layout, streamed.reference)
+    s = validator.scalings([streamed.first], layout, streamed.reference)
+    config = s.config if s else streamed.first.config
+    averages = Averages(mean, [], [], None, None, False)
+    return AveragedRound(streamed.first, layout, streamed.reference, averages, report, config, may_overflow=True)
