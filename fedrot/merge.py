@@ -68,7 +68,7 @@ def merge(
     rank = None if rank is None else int(rank)
     if alpha is not None and (not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
         raise ValueError(f"alpha must be a positive number, got {alpha!r}")
-    if method == "fedrot":
+    if str(method) == "fedrot":
         raise ValueError('method="fedrot" is a spelling of fedrot 0.1; write method="fedrot-least-error"')
     if method not in get_args(MergeMethod):
         raise ValueError(f"method must be one of {', '.join(get_args(MergeMethod))}, got {method!r}")

@@ -46,7 +46,8 @@ def _flag(name: str, value: Any) -> Any:
 
 
 def _strength(name: str, value: Any) -> Any:
-    if value is not None and (not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and (not is_number or not 0 <= value <= 1):
         raise ValueError(f"{name} must be between 0 (no rotation) and 1 (full rotation), got {value!r}")
     return value if value is None else float(value)
 
@@ -122,6 +123,7 @@ class AggregationOptions:
     )
 
     def __post_init__(self) -> None:
+        """Check every option."""
         for f in fields(AggregationOptions):
             object.__setattr__(self, f.name, f.metadata["check"](f.name, getattr(self, f.name)))
 

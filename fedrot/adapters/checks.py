@@ -15,7 +15,7 @@ from .update import StateDict, Update, UpdateLike, open_update
 
 
 def check_updates(clients: Sequence[Update]) -> Layout:
-    """The layout of clients; raise UpdateError unless all have it and one scaling."""
+    """The layout that all clients have; UpdateError unless they have one layout and one scaling."""
     first = clients[0]
     layout = Layout(first.specs, first.name)
     for other in clients[1:]:
@@ -32,7 +32,7 @@ def check_update(update: Update, first: Update, layout: Layout) -> None:
 
 
 def check_device(update: Update, first: Update) -> None:
-    """Raise UpdateError unless both are on one device."""
+    """Raise UpdateError unless both updates are on one device."""
     if update.device != first.device:
         raise UpdateError(
             f"{update.name} is on {update.device}, but {first.name} on {first.device}; move them to one device"
@@ -40,18 +40,37 @@ def check_device(update: Update, first: Update) -> None:
 
 
 def open_reference(reference: UpdateLike, first: Update, layout: Layout) -> Update:
-    """The reference as an Update with the adapters of the layout, all finite."""
+    """Open a reference that must have the adapters of the layout, all finite.
+
+    Args:
+        reference: what the caller passed.
+        first: the first client, on whose device the reference ends.
+        layout: the layout of the clients.
+
+    Raises:
+        UpdateError: another adapter, or NaN or Inf in a factor.
+    """
     opened = open_update(reference, "the reference", first)
     return check_reference(opened, first, layout, finite=opened is reference)
 
 
 def check_reference(opened: Update, first: Update, layout: Layout, *, finite: bool) -> Update:
-    """A reference that was opened, checked, and moved to the clients' device; ``finite``: it is known to be."""
+    """Check a reference that was opened, and move it to the clients' device.
+
+    Args:
+        opened: the reference.
+        first: the first client.
+        layout: the layout of the clients.
+        finite: whether the reference is known to be finite.
+
+    Raises:
+        UpdateError: another adapter, or NaN or Inf in a factor.
+    """
     if opened.specs is not first.specs:
         layout.check_reference(opened.specs, opened.name, first.name)
     check_scaling(opened.config, opened.name, first.config, first.name)
     factors = [key for a in layout.adapters for key in (a.key_A, a.key_B)]
-    if not finite and (found := not_finite(opened, factors)):  # a client is looked at as one
+    if not finite and (found := not_finite(opened, factors)):
         raise UpdateError(f"{opened.name}, {found}; pass the adapter that the clients started from")
     if opened.device != first.device:
         moved = {given: opened[key].to(first.device) for key, given in opened.keys_given.items()}
@@ -60,7 +79,12 @@ def check_reference(opened: Update, first: Update, layout: Layout, *, finite: bo
 
 
 def check_weights(weights: Sequence[float] | None, clients: Sequence[Update]) -> list[float]:
-    """One weight per client, non-negative and finite, not all zero; equal weights for None."""
+    """The weights as floats, one per client; UpdateError unless they are non-negative and finite, and not all zero.
+
+    Args:
+        weights: what the caller passed; None gives equal weights.
+        clients: the clients.
+    """
     if weights is None:
         return [1.0] * len(clients)
     if not isinstance(weights, Iterable):
@@ -75,7 +99,7 @@ def check_weights(weights: Sequence[float] | None, clients: Sequence[Update]) ->
 
 
 def check_weight(weight: float, client: Update) -> float:
-    """The weight as a float; raise UpdateError unless it is finite and non-negative."""
+    """The weight as a float; UpdateError unless it is finite and non-negative."""
     try:
         value = float(weight)
     except (TypeError, ValueError):
@@ -86,7 +110,7 @@ def check_weight(weight: float, client: Update) -> float:
 
 
 def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:
-    """«key shape holds NaN or Inf» for the first such tensor, or None. One synchronisation with a device."""
+    """The words «key shape holds NaN or Inf» for the first such tensor, or None. One synchronisation with a device."""
     keys = list(update) if keys is None else keys
     if is_finite([update[key] for key in keys]):
         return None
@@ -97,18 +121,25 @@ def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:
 @torch.no_grad()
 def is_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of one device hold no NaN and no Inf. One synchronisation with a device."""
-    # Extremes take a tenth of the time of isfinite, and NaN is one.
+    # aminmax takes a tenth of the time of isfinite, and both extremes are NaN where there is one.
     extremes = [x for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)]
     return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def as_sent(x: Tensor, spec: TensorSpec) -> Tensor:
-    """A copy of a factor that was not trained, as the clients' updates have it."""
+    """A copy of a factor that was not trained, in the shape and dtype that the clients' updates have."""
     return x.detach().to(spec.dtype, copy=True).reshape(spec.shape)
 
 
 def check_frozen(client: Update, expected: StateDict, frozen: Iterable[str], method: str) -> None:
-    """Raise UpdateError if a factor that clients do not train is not what it was."""
+    """Raise UpdateError if a client has changed a factor that clients do not train.
+
+    Args:
+        client: the client's update.
+        expected: canonical key → the factor that clients started from.
+        frozen: the keys of the factors that clients do not train.
+        method: the method's name in errors.
+    """
     for key in frozen:
         x, y = client[key].detach(), expected[key].detach()
         if not torch.equal(x, y.to(x.device, x.dtype).reshape(x.shape)):
@@ -119,7 +150,7 @@ def check_frozen(client: Update, expected: StateDict, frozen: Iterable[str], met
 
 
 def check_range(state_dict: StateDict, name: str) -> None:
-    """Raise UpdateError if a result overflowed its dtype."""
+    """Raise UpdateError if a result overflowed its dtype; ``name`` stands before the key."""
     if is_finite(list(state_dict.values())):
         return
     for key, x in state_dict.items():

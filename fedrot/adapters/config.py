@@ -13,32 +13,38 @@ from ..errors import UpdateError
 from .keys import parse_factor
 
 CONFIG = "adapter_config.json"
-
-
-# What scales B·A: adapters that differ here do not mean the same by the same factors.
+# What PEFT puts before the names of modules in a state dict, and not in its patterns.
+PREFIX = "base_model.model."
+# Fields that scale B·A: the same factors mean other updates under configurations that differ here.
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-
-
-# Virtual tokens have places; a mixture of two is another prompt, not the same one in another basis.
+# Virtual tokens have places: a mixture of two is another prompt, not the same one in another basis.
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-
-
 _REFUSED = {
     "target_parameters": "LoRA on the parameters of a mixture of experts stacks one adapter per expert in each factor",
     "use_bdlora": "block-diagonal factors",
     "kasa_config": "KaSA puts a diagonal between B and A",
     "monteclora_config": "MonteCLoRA samples between B and A",
 }
+# A client may have written a pattern, which is a regular expression: refuse those that could take forever to match.
+_QUANTIFIED_GROUP, _UNBOUNDED, _MOST = re.compile(r"\)[*+?{]"), re.compile(r"[*+]|\{\d*,"), 2
+# Fields that a base update has in common with the clients' adapters: the model, and whether its weights are transposed.
+_OF_THE_MODEL = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A ``peft.LoraConfig``, or what it holds, as adapter_config.json has it: lists for sets, strings for enumerations."""
+    """A configuration as adapter_config.json has it: lists for sets, strings for enumerations.
+
+    Args:
+        config: a ``peft.LoraConfig``, or a mapping of its fields.
+    """
     values = config if isinstance(config, Mapping) else config.to_dict()
-    return json.loads(json.dumps(dict(values), default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x)))
+    text = json.dumps(dict(values), default=lambda x: sorted(x) if isinstance(x, set | frozenset) else str(x))
+    plain: dict[str, Any] = json.loads(text)
+    return plain
 
 
 def check_lora(config: Any, name: str) -> None:
-    """Raise UpdateError unless this is the configuration of a LoRA adapter that can be rotated."""
+    """Raise UpdateError unless the configuration is of a LoRA adapter that can be rotated."""
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if peft_type != "LORA":
         instead = ": average the prompt_embeddings as they are" if peft_type in _PROMPTS else ""
@@ -60,7 +66,13 @@ def check_scaling(
     other_name: str,
     fields: Sequence[str] = _SCALING,
 ) -> None:
-    """Raise UpdateError unless the same factors mean the same update under both configurations, if there are two."""
+    """Raise UpdateError unless the same factors mean the same update under both configurations.
+
+    Args:
+        config, other: the configurations; None if one is unknown, and then nothing is compared.
+        name, other_name: the clients' names in errors.
+        fields: the fields that must agree.
+    """
     if config is None or other is None:
         return
     for field in fields:
@@ -72,49 +84,46 @@ def check_scaling(
             )
 
 
-PREFIX = "base_model.model."
-
-
-# Patterns are regular expressions that a client may have written: none that could take forever.
-_QUANTIFIED_GROUP, _UNBOUNDED, _MOST = re.compile(r"\)[*+?{]"), re.compile(r"[*+]|\{\d*,"), 2
-
-
 def scaling(config: Mapping[str, Any], module: str, rank: int, client: str) -> float:
-    """α/r, or α/√r for rsLoRA, of one module.
+    """The scaling s of one module: α/r, or α/√r for rsLoRA.
 
     Args:
         config: the content of adapter_config.json.
-        module: its name in a state dict.
+        module: the module's name in a state dict.
         rank: r.
-        client: the name to use in errors.
+        client: the client's name in errors.
 
     Raises:
-        UpdateError: an α that is not a positive number, or a pattern that is none.
+        UpdateError: an α that is not a positive number, or a pattern that is no safe regular expression.
     """
-    alpha = _of_module(config, "alpha_pattern", "lora_alpha", module, client)
+    alpha = _value(config, "alpha_pattern", "lora_alpha", module, client)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise UpdateError(f"{client}, {module}: lora_alpha is {alpha!r}; expected a positive number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def rank_of(config: Mapping[str, Any], module: str, client: str) -> int:
-    """r of one module under a configuration, as ``scaling`` reads it.
+    """The rank r of one module under a configuration.
+
+    Args:
+        config, module, client: as for ``scaling``.
 
     Raises:
-        UpdateError: an r that is not a positive whole number, or a pattern that is none.
+        UpdateError: an r that is not a positive whole number, or a pattern that is no safe regular expression.
     """
-    r = _of_module(config, "rank_pattern", "r", module, client)
+    r = _value(config, "rank_pattern", "r", module, client)
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise UpdateError(f"{client}, {module}: r is {r!r}; expected a positive whole number")
     return r
 
 
-def _of_module(config: Mapping[str, Any], field: str, otherwise: str, module: str, client: str) -> Any:
+def _value(config: Mapping[str, Any], field: str, otherwise: str, module: str, client: str) -> Any:
+    """The value of the first pattern in ``field`` that fits the module, or else that of the field ``otherwise``."""
     patterns = config.get(field) or {}
     if not isinstance(patterns, Mapping):
         raise UpdateError(f"{client}: {field} is {patterns!r}; expected a mapping of modules to numbers")
     name = module.removeprefix(PREFIX)
-    # PEFT: a pattern is a regular expression for the end of the module's name, and the first that fits counts.
+    # In PEFT a pattern is a regular expression for the end of the module's name, and the first one that fits counts.
     found = (value for end, value in patterns.items() if _ends_with(name, end, field, client))
     return next(found, config.get(otherwise, 8))
 
@@ -130,12 +139,8 @@ def _ends_with(name: str, pattern: str, field: str, client: str) -> bool:
 
 
 def whole_name(module: str) -> str:
-    """The pattern that fits this module and no other whose name ends alike."""
+    """A pattern that fits this module, and no other whose name has the same end."""
     return "^" + re.escape(module.removeprefix(PREFIX))
-
-
-# What the update has in common with the clients' adapters: the model, and whether its weights are transposed.
-_OF_THE_MODEL = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
 
 
 def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 
     Args:
         base_update: key → factor, under the keys of a saved adapter.
-        config: of the clients' adapters.
+        config: the configuration of the clients' adapters.
     """
     ranks = {p.module: x.shape[0] for key, x in base_update.items() if (p := parse_factor(key)) and p.factor == "A"}
     K = max(ranks.values())
@@ -161,7 +166,12 @@ def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 
 
 def rank_fields(ranks: Mapping[str, int], s: Mapping[str, float]) -> dict[str, Any]:
-    """r and lora_alpha of most modules, and patterns for the others."""
+    """The fields r and lora_alpha for most modules, and patterns for the others.
+
+    Args:
+        ranks: module → rank.
+        s: module → scaling.
+    """
     alphas = {module: _number(s[module] * r) for module, r in ranks.items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
@@ -173,5 +183,5 @@ def rank_fields(ranks: Mapping[str, int], s: Mapping[str, float]) -> dict[str, A
 
 
 def _number(x: float) -> float:
-    """Without the rounding of s·r, which is a whole number in most configurations."""
+    """The number s·r without its rounding: it is a whole number in most configurations."""
     return round(x) if abs(x - round(x)) <= 1e-12 * abs(x) else x

@@ -9,8 +9,12 @@ from pathlib import Path
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which gets its name only if nothing went wrong."""
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder to fill, which gets its name only if nothing goes wrong.
+
+    Raises:
+        FileExistsError: the path exists.
+    """
     path = Path(path)
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +28,20 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def check_new(path: str | os.PathLike) -> None:
+@contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file through a temporary one beside it, which takes its place only if nothing goes wrong."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_new(path: str | os.PathLike[str]) -> None:
     """Raise FileExistsError if the path exists: results never overwrite anything."""
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists; choose another output folder or remove it first")

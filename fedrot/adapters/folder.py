@@ -17,15 +17,9 @@ from .files import new_folder
 from .keys import TensorSpec, describe, parse_key
 
 WEIGHTS = "adapter_model.safetensors"
-
-
 REPORT = "aggregation.json"
-
-
-_MAX_CONFIG_BYTES = 1 << 20
-
-
 DTYPES_SAVED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 class AdapterFolder(Mapping[str, Tensor]):
@@ -33,13 +27,17 @@ class AdapterFolder(Mapping[str, Tensor]):
 
     Args:
         path: the folder.
-        client: the name to use in errors.
+        client: the client's name in errors.
+
+    Attributes:
+        config: the content of adapter_config.json.
+        specs: key → shape and dtype.
 
     Raises:
-        UpdateError: not a PEFT LoRA folder in safetensors format, truncated, or a variant that cannot be rotated.
+        UpdateError: no PEFT LoRA folder in safetensors format, a truncated one, or a variant that cannot be rotated.
     """
 
-    def __init__(self, path: str | os.PathLike, client: str):
+    def __init__(self, path: str | os.PathLike[str], client: str):
         self.path = Path(path)
         self.client = client
         self.config = self._read_config()
@@ -52,7 +50,7 @@ class AdapterFolder(Mapping[str, Tensor]):
                 )
             raise UpdateError(f"{client}: {self.path} has no {WEIGHTS}; pass a folder written by save_pretrained")
         try:
-            self._file = safe_open(file, framework="pt")
+            self._file = _open(file)
         except (SafetensorError, OSError) as error:
             raise UpdateError(f"{client}: {file} is not a whole safetensors file ({error}); send it again") from error
         self.specs = {key: self._spec(key) for key in self._file.keys()}  # noqa: SIM118, a safe_open is no mapping
@@ -66,7 +64,7 @@ class AdapterFolder(Mapping[str, Tensor]):
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise UpdateError(f"{self.client}: {file} is larger than {_MAX_CONFIG_BYTES} bytes; send a PEFT configuration")
         try:
-            config = json.loads(file.read_text("utf-8"))
+            config: dict[str, Any] = json.loads(file.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
             raise UpdateError(f"{self.client}: {file} is not JSON ({error}); send it again") from error
         check_lora(config, f"{self.client}: {file}")
@@ -85,7 +83,8 @@ class AdapterFolder(Mapping[str, Tensor]):
         return TensorSpec(shape, DTYPES_SAVED[dtype])
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._file.get_tensor(key)
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -94,18 +93,26 @@ class AdapterFolder(Mapping[str, Tensor]):
         return len(self.specs)
 
 
-def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict and the configuration of a PEFT LoRA folder.
+def _open(file: Path) -> Any:
+    """Open a safetensors file, whose methods have no type information."""
+    return safe_open(file, framework="pt")
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the state dict and the configuration of a PEFT LoRA folder.
+
+    Returns:
+        The tensors by the keys of the file, and the content of adapter_config.json.
 
     Raises:
-        UpdateError: see ``AdapterFolder``.
+        UpdateError: no PEFT LoRA folder in safetensors format, a truncated one, or a variant that cannot be rotated.
     """
     folder = AdapterFolder(path, "the adapter")
     return dict(folder), folder.config
 
 
 def write_adapter(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     state_dict: Mapping[str, Tensor],
     config: Mapping[str, Any],
     report: Mapping[str, Any] | None = None,
@@ -113,14 +120,14 @@ def write_adapter(
     """Write a PEFT folder, whole or not at all.
 
     Args:
-        path: must not exist.
+        path: the folder, which must not exist.
         state_dict: one adapter's tensors, with or without the adapter's name in the keys.
         config: the content of adapter_config.json.
-        report: written beside it as aggregation.json.
+        report: what is written beside it as aggregation.json.
 
     Raises:
         FileExistsError: the path exists.
-        ValueError: not a LoRA configuration, or two adapters in one state dict.
+        ValueError: a configuration that is not of LoRA, or two adapters in one state dict.
     """
     if not config or config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: config must be the adapter_config.json of a LoRA adapter, as read_adapter returns it")

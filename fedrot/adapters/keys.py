@@ -1,4 +1,4 @@
-"""The keys of PEFT state dicts: as a model holds them, as a saved adapter holds them, and what they say."""
+"""The keys of PEFT state dicts: in a model, in a saved adapter, and what they name."""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _MODULE_TO_SAVE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<name>[^.]+)\
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of a tensor before it is read."""
+    """The shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -30,7 +30,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FactorKey:
-    """What the key of a factor says.
+    """The parts of a factor's key.
 
     Attributes:
         module: the adapted module.
@@ -56,10 +56,17 @@ def parse_key(key: str) -> tuple[str, str | None]:
 
 
 def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Canonical key → spec, and canonical key → the caller's key, of one state dict.
+    """The specs of a state dict's tensors.
+
+    Args:
+        state_dict: one adapter's tensors, with or without the adapter's name in the keys.
+        client: the client's name in errors.
+
+    Returns:
+        Canonical key → spec, and canonical key → the caller's key.
 
     Raises:
-        UpdateError: something that is not a tensor, an unsupported dtype, or two adapters in one state dict.
+        UpdateError: something that is no tensor, an unsupported dtype, or two adapters in one state dict.
     """
     specs: dict[str, TensorSpec] = {}
     original: dict[str, str] = {}
@@ -89,7 +96,7 @@ def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, T
 
 @lru_cache(maxsize=65536)
 def parse_factor(saved: str) -> FactorKey | None:
-    """What the key of a saved factor says; None for any other tensor, such as the bias of a lora_B."""
+    """The parts of a saved factor's key; None for any other tensor, such as the bias of a lora_B."""
     m = _FACTOR.fullmatch(saved)
     if m is None or m["end"] == ".bias":
         return None
@@ -98,13 +105,13 @@ def parse_factor(saved: str) -> FactorKey | None:
 
 
 def factor_of(key: str) -> str | None:
-    """ "A" or "B" for the key of a factor, with or without an adapter's name; None for any other."""
+    """The factor, "A" or "B", of a key with or without an adapter's name; None for any other key."""
     parsed = parse_factor(parse_key(key)[0])
     return parsed.factor if parsed else None
 
 
 @lru_cache(maxsize=65536)
 def is_unknown_to_lora(saved: str) -> bool:
-    """Whether a key is LoRA's by its name, but of no tensor that plain LoRA and DoRA have."""
+    """Whether a key is LoRA's by its name, but names no tensor that plain LoRA and DoRA have."""
     known = _FACTOR.fullmatch(saved) or _MAGNITUDE.fullmatch(saved)
     return not known and re.search(r"(^|\.)lora_", saved) is not None

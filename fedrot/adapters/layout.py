@@ -1,8 +1,9 @@
-"""The adapters that an update's keys and shapes form, and what every client must send alike."""
+"""The adapters that an update's keys and shapes form, and the layout that all clients must have."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .keys import TensorSpec, is_unknown_to_lora, parse_factor
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA pair: A (r, d_in) and B (d_out, r), convolutions flattened; ΔW = s·B·A."""
+    """One LoRA pair, A (r, d_in) and B (d_out, r), convolutions flattened: ΔW = s·B·A."""
 
     module: str
     key_A: str
@@ -25,30 +26,37 @@ class Adapter:
 
 
 class AdapterGroup:
-    """Adapters of equal rank, shape and dtype, which are worked on together."""
+    """Adapters of equal rank, shape and dtype, whose tensors are worked on together."""
 
     def __init__(self, adapters: list[Adapter]):
         self.adapters = adapters
 
     def A(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(G, r, d_in), copied together."""
+        """A of all adapters of the group, (G, r, d_in), copied together."""
         a = self.adapters[0]
         return torch.stack([tensors[a.key_A] for a in self.adapters]).detach().view(-1, a.rank, a.d_in)
 
     def B(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(G, d_out, r), copied together."""
+        """B of all adapters of the group, (G, d_out, r), copied together."""
         a = self.adapters[0]
         return torch.stack([tensors[a.key_B] for a in self.adapters]).detach().view(-1, a.d_out, a.rank)
 
 
 class Layout:
-    """What the updates of one federation have in common: their keys, shapes and dtypes, and the adapters these form.
+    """The keys, shapes and dtypes that the updates of one federation have in common, and the adapters that these form.
 
-    Keys are canonical, those of a saved PEFT adapter, whichever form the caller's state dict used.
+    Keys are canonical: those of a saved PEFT adapter, whichever form the caller's state dict used.
 
     Args:
         specs: canonical key → spec, as ``describe`` returns it.
-        client: the name to use in errors.
+        client: the client's name in errors.
+
+    Attributes:
+        specs: as given.
+        adapters: the LoRA pairs.
+        factor_keys: the keys of A and B of every adapter.
+        other_keys: the keys of all other tensors, such as heads and biases.
+        groups: the adapters, those of equal shape together.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], client: str):
@@ -57,13 +65,13 @@ class Layout:
         self.factor_keys = tuple((a.key_A, a.key_B) for a in self.adapters)
         factors = {key for keys in self.factor_keys for key in keys}
         self.other_keys = tuple(key for key in specs if key not in factors)
-        batches: dict[tuple, list[Adapter]] = {}
+        groups: dict[tuple[Any, ...], list[Adapter]] = {}
         for a in self.adapters:
-            batches.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)
-        self.groups = tuple(AdapterGroup(adapters) for adapters in batches.values())
+            groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)
+        self.groups = tuple(AdapterGroup(adapters) for adapters in groups.values())
 
     def check(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
-        """Raise UpdateError unless these are the same keys, shapes and dtypes as this layout's, which ``first`` has."""
+        """Raise UpdateError unless a client's keys, shapes and dtypes are this layout's, which the client ``first`` has."""
         self.check_keys(specs, client, first)
         for key, mine in self.specs.items():
             theirs = specs[key]
@@ -78,14 +86,14 @@ class Layout:
                 )
 
     def check_keys(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
-        """Raise UpdateError unless these are the same keys as this layout's, which ``first`` has."""
+        """Raise UpdateError unless a client's keys are this layout's, which the client ``first`` has."""
         if missing := [key for key in self.specs if key not in specs]:
             raise UpdateError(f"{client} lacks {_listed(missing)}, which {first} has; all clients must send the same keys")
         if extra := [key for key in specs if key not in self.specs]:
             raise UpdateError(f"{client} has {_listed(extra)}, which {first} lacks; all clients must send the same keys")
 
     def check_reference(self, specs: Mapping[str, TensorSpec], name: str, first: str) -> None:
-        """Raise UpdateError unless the reference has these adapters in these shapes. Its plain tensors do not matter."""
+        """Raise UpdateError unless a reference has the layout's adapters. Its other tensors do not matter."""
         theirs = {key for key in specs if parse_factor(key)}
         for a in self.adapters:
             for key in (a.key_A, a.key_B):

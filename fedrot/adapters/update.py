@@ -17,21 +17,20 @@ from .folder import AdapterFolder
 from .keys import TensorSpec, describe
 
 StateDict = Mapping[str, Tensor]
-
-
-UpdateLike = StateDict | str | os.PathLike | tuple[StateDict, Any]
+UpdateLike = StateDict | str | os.PathLike[str] | tuple[StateDict, Any]
+Signature = tuple[list[Any], ...]
 
 
 @dataclass(frozen=True)
 class Update(Mapping[str, Tensor]):
-    """One client's tensors under canonical keys; those of a folder are read when asked for.
+    """One client's tensors under canonical keys; a folder's tensors are read one by one when they are needed.
 
     Attributes:
-        name: how errors and reports call the client.
+        name: the client's name in errors and reports.
         specs: canonical key → shape and dtype.
         keys_given: canonical key → the caller's key.
         tensors: the caller's state dict, or the folder.
-        device: where all tensors are.
+        device: the device of all tensors.
         config: the folder's adapter_config.json, or what the caller gave in its place, or None.
         ranks: key of A → rank, where the client's tensors were padded with zeros to others' ranks; else None.
     """
@@ -45,12 +44,12 @@ class Update(Mapping[str, Tensor]):
     ranks: dict[str, int] | None = None
 
     @cached_property
-    def signature(self) -> tuple[list, ...]:
-        """Of the caller's state dict, what another must have alike to be opened without parsing its keys."""
+    def signature(self) -> Signature:
+        """The keys and kinds of the caller's tensors. A state dict of the same signature needs no parsing."""
         return _signature(self.tensors)
 
     def without_tensors(self) -> "Update":
-        """What later updates are checked against, without keeping this one's memory."""
+        """The same update without its tensors, to check later updates against without keeping this one's memory."""
         kept = replace(self, tensors={})
         if type(self.tensors) is dict:
             kept.__dict__["signature"] = self.signature
@@ -67,12 +66,15 @@ class Update(Mapping[str, Tensor]):
 
 
 def open_update(update: UpdateLike, name: str, first: Update | None = None) -> Update:
-    """A state dict or PEFT folder as an Update. Reads no tensor of a folder yet.
+    """Open a state dict or a PEFT folder. Tensors of a folder are not read yet.
 
     Args:
         update: the state dict or folder, or a pair of a state dict and its LoRA configuration.
-        name: how errors call the client.
-        first: a client opened before. What has the same signature is opened without parsing a key.
+        name: the client's name in errors.
+        first: a client that was opened before. A state dict of the same signature is opened without parsing a key.
+
+    Raises:
+        UpdateError: something that is neither, or a tensor that cannot be averaged, by client, key and shape.
     """
     if isinstance(update, Update):
         return update
@@ -101,16 +103,24 @@ def open_update(update: UpdateLike, name: str, first: Update | None = None) -> U
     raise UpdateError(f"{name}: expected a state dict or a PEFT folder, got {type(update).__name__}")
 
 
-def _signature(tensors: StateDict) -> tuple[list, ...]:
-    """Keys and kinds of tensors, to be compared as a whole: a fraction of a microsecond for each."""
+def _signature(tensors: StateDict) -> Signature:
+    """Keys and kinds of tensors, empty for a state dict that must be parsed. A fraction of a microsecond per tensor."""
     values = tensors.values()
     if not {*map(type, values)} <= {Tensor, Parameter}:
-        return ()  # no signature: to be parsed
+        return ()
     return list(tensors), *([get(x) for x in values] for get in map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 
 def open_updates(updates: Sequence[UpdateLike], names: Sequence[str] | None = None) -> list[Update]:
-    """All clients' updates, not yet checked against each other; by default they are called client 0, client 1, …"""
+    """Open all clients' updates, which are not checked against each other yet.
+
+    Args:
+        updates: one per client.
+        names: one per client, all different; None for client 0, client 1, …
+
+    Raises:
+        UpdateError: no updates, names that do not fit, or see ``open_update``.
+    """
     if isinstance(updates, Mapping | str | os.PathLike) or not isinstance(updates, Iterable):
         raise UpdateError("updates must be a sequence of state dicts or folders, one per client; put a single one in a list")
     if names is not None and (len(names) != len(updates) or len(set(names)) < len(names)):
@@ -126,14 +136,15 @@ def open_updates(updates: Sequence[UpdateLike], names: Sequence[str] | None = No
 
 
 def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
-    """The clients with the LoRA configurations that the caller gave for their state dicts.
+    """Give clients the LoRA configurations that the caller passed for their state dicts.
 
     Args:
-        clients: opened.
+        clients: the clients, opened.
         configs: a ``peft.LoraConfig`` or the content of an adapter_config.json, for all clients or one each; or None.
 
     Raises:
-        UpdateError: not one per client, not of LoRA, or for an update that came with its own.
+        UpdateError: a number of configurations that does not fit, one that is not of LoRA, or one for an update that came
+            with its own.
     """
     if configs is None:
         return list(clients)

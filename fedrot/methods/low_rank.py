@@ -52,7 +52,7 @@ class LowRankMethod(Method):
     @full_precision
     def aggregate(self, round: Round) -> Averages:
         """Combine the adapters of one shape at a time, and average what is no factor."""
-        layout, mean, base, errors = round.layout, dict[str, Tensor](), dict[str, Tensor](), dict[str, tuple]()
+        layout, mean, base, errors = round.layout, dict[str, Tensor](), dict[str, Tensor](), dict[str, tuple[float, float]]()
         if self.updates_base and round.scalings is None:
             raise UpdateError(
                 f"{self.name} adds s·B·A to the base weights and needs the scaling s: pass folders, or the clients' LoRA "

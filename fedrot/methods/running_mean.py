@@ -1,7 +1,6 @@
-"""The weighted, rotated mean of updates, client by client: memory does not grow with their number."""
+"""The weighted, rotated mean of updates, client by client, in memory that does not grow with their number."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,22 +10,26 @@ from fedrot_kernels import full_precision, rotate_add_
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict
 
-if TYPE_CHECKING:
-    from ..report.sketch import Sketch
-
 _LARGEST_WEIGHT = 2.0**40  # in units; the first client's weight is one
+
+# Called with every group's index, A, B, rotations (or None) and the client's share of the weights so far.
+Watch = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
 
 
 class RunningMean:
-    """Σ wᵢ RᵢᵀAᵢ / Σ wᵢ and Σ wᵢ BᵢRᵢ / Σ wᵢ of every adapter, Σ wᵢ xᵢ / Σ wᵢ of every plain tensor.
+    """The means Σ wᵢ RᵢᵀAᵢ / Σ wᵢ and Σ wᵢ BᵢRᵢ / Σ wᵢ of every adapter, and Σ wᵢ xᵢ / Σ wᵢ of every other tensor.
 
     Sums are kept in float32 (float64 for float64) and rounded once, in ``state_dict``.
 
+    Args:
+        layout: the layout of the updates.
+        device: the device of the sums.
+
     Attributes:
-        unit: what weights are measured in, so that any magnitude fits the sums' dtype; 0 before the first.
+        unit: the unit that weights are measured in, so that any magnitude fits the sums' dtype; 0 before the first client.
         total_weight: Σ wᵢ, in units.
-        batches: of every group of the layout Σ wᵢ RᵢᵀAᵢ (G, r, d_in) and Σ wᵢ BᵢRᵢ (G, d_out, r).
-        sums: canonical key → sum, those of factors as matrices in the memory of ``batches``.
+        groups: for every group of the layout the sums Σ wᵢ RᵢᵀAᵢ (G, r, d_in) and Σ wᵢ BᵢRᵢ (G, d_out, r).
+        sums: canonical key → sum; those of factors are matrices in the memory of ``groups``.
     """
 
     def __init__(self, layout: Layout, device: torch.device):
@@ -47,16 +50,14 @@ class RunningMean:
             self.sums[key] = torch.zeros(spec.shape, dtype=sum_dtype(spec.dtype), device=device)
 
     @full_precision
-    def add(
-        self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None, sketch: "Sketch | None" = None
-    ) -> None:
-        """Add one client, already checked.
+    def add(self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None, watch: Watch | None = None) -> None:
+        """Add one client that has been checked.
 
         Args:
             update: canonical key → tensor.
             weight: non-negative; only its ratio to the other weights matters.
             rotations: for every group of the layout R (G, r, r), or None for no rotation.
-            sketch: of the same clients, to which this one is added too.
+            watch: is called with the client's factors of every group, so that they are copied once.
         """
         if weight == 0:
             return
@@ -71,8 +72,8 @@ class RunningMean:
             else:
                 rotate_add_(sum_A, A, R, weight)
                 rotate_add_(sum_B.mT, B.mT, R, weight)
-            if sketch is not None:
-                sketch.add(g, A, B, R, weight / self.total_weight)
+            if watch is not None:
+                watch(g, A, B, R, weight / self.total_weight)
         for key in self.layout.other_keys:
             total, x = self.sums[key], update[key]
             total.add_(x if x.shape == total.shape else x.reshape(total.shape), alpha=weight)
@@ -82,7 +83,7 @@ class RunningMean:
         """Add the clients of another mean of the same keys and shapes.
 
         Returns:
-            Their share of the weights of all.
+            The share of the other's clients in the weights of all.
         """
         if not other.total_weight:
             return 0.0
@@ -94,6 +95,7 @@ class RunningMean:
         return other.total_weight * scale / self.total_weight
 
     def _keep_in_range(self, weight: float) -> None:
+        """Take a weight as the unit if it is too large in units of the present one."""
         if weight > self.unit * _LARGEST_WEIGHT:
             for total in self.sums.values():
                 total.mul_(self.unit / weight)
@@ -110,7 +112,7 @@ class RunningMean:
 
 
 def shares_of(weights: Sequence[float]) -> tuple[float, ...]:
-    """The weights, summing to 1."""
+    """The weights divided by their sum."""
     largest = max(weights)
     relative = [w / largest for w in weights]  # whose sum cannot overflow
     total = sum(relative)
@@ -118,5 +120,5 @@ def shares_of(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That sums of tensors are kept in: float64 for float64, or else float32."""
+    """The dtype of sums of tensors: float64 for float64, float32 otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,10 +13,10 @@ from ..errors import UpdateError
 
 
 def widest_layout(clients: Sequence[Update]) -> Layout:
-    """The layout of clients that are alike but for their ranks, with the largest rank of each adapter.
+    """The layout of clients that differ in ranks only, with the largest rank of each adapter.
 
     Raises:
-        UpdateError: clients that differ in more, in keys, shapes or dtypes.
+        UpdateError: clients that differ in keys, other shapes or dtypes.
     """
     for client in clients:
         Layout(client.specs, client.name)  # refuses factors that do not fit each other
@@ -39,7 +39,7 @@ def widest_layout(clients: Sequence[Update]) -> Layout:
 
 
 def check_ranks(client: Update, layout: Layout) -> None:
-    """Raise UpdateError unless a client's tensors have the ranks that its configuration says."""
+    """Raise UpdateError unless a client's tensors have the ranks of its configuration."""
     config = client.config or {}
     for a in layout.adapters if "r" in config else ():
         shape, told = client.specs[a.key_A].shape, rank_of(config, a.module, client.name)
@@ -51,19 +51,20 @@ def check_ranks(client: Update, layout: Layout) -> None:
 
 
 def _rank_axes(client: Update) -> list[tuple[str, int]]:
+    """The keys of a client's factors, and the axes of their ranks."""
     parsed = ((key, parse_factor(key)) for key in client.specs)
     return [(key, 0 if p.factor == "A" else 1) for key, p in parsed if p]
 
 
 def are_alike(clients: Sequence[Update]) -> bool:
-    """Whether clients have the same shapes and, as far as their configurations are known, the same scaling."""
+    """Whether clients have one set of shapes and, as far as their configurations are known, one scaling."""
     first, configs = clients[0], [client.config for client in clients if client.config is not None]
     shapes = all(client.specs is first.specs or client.specs == first.specs for client in clients)
     return shapes and all(config is configs[0] or same_scaling(config, configs[0]) for config in configs)
 
 
 def common_layout(clients: Sequence[Update]) -> Layout:
-    """The layout of clients, with the largest rank of each adapter where ranks differ.
+    """The layout of clients whose ranks and scalings may differ, with the largest rank of each adapter.
 
     Raises:
         UpdateError: clients that differ in more than ranks and scalings.
@@ -79,7 +80,14 @@ def common_layout(clients: Sequence[Update]) -> Layout:
 
 
 def check_padded(client: Update, first: Update, layout: Layout, whose: str) -> None:
-    """Raise UpdateError unless the client has this layout but for smaller ranks; ``whose`` ranks the layout has."""
+    """Raise UpdateError unless a client has the layout, or smaller ranks than it.
+
+    Args:
+        client: the client.
+        first: the first client of the round.
+        layout: the layout of the result.
+        whose: the name of the update whose ranks the layout has, for errors.
+    """
     _check_kind(client, first)
     if client.specs == first.specs:
         return
@@ -88,23 +96,26 @@ def check_padded(client: Update, first: Update, layout: Layout, whose: str) -> N
     specs = dict(client.specs)
     for key, axis in _factors(layout):
         _check_narrow(client, key, axis, layout.specs[key].shape, whose)
-        specs[key] = _with_rank(specs[key], axis, layout.specs[key].shape[axis])
+        specs[key] = with_rank(specs[key], axis, layout.specs[key].shape[axis])
     layout.check(specs, client.name, first.name)
 
 
 def open_wide_reference(
     reference: UpdateLike, config: dict[str, Any] | None, clients: Sequence[Update], layout: Layout
 ) -> tuple[Update, Layout]:
-    """The reference as an Update, all finite and with its configuration, and the clients' layout in its ranks.
+    """Open the reference of clients that are padded to its ranks.
 
     Args:
-        reference: the clients' adapters, in ranks that none of the clients exceeds.
-        config: its configuration, if it does not bring one.
-        clients: of the layout, but for ranks.
-        layout: of the clients.
+        reference: the clients' adapters, in ranks that no client exceeds.
+        config: the reference's configuration, if the reference does not bring one.
+        clients: the clients, which have the layout but for their ranks.
+        layout: the clients' common layout.
+
+    Returns:
+        The reference, all finite and with its configuration, and the layout in the reference's ranks.
 
     Raises:
-        UpdateError: it lacks an adapter, or has one in another shape or of a smaller rank.
+        UpdateError: a reference that lacks an adapter, or has one in another shape or of a smaller rank.
     """
     first = clients[0]
     opened = open_update(reference, "the reference", first)
@@ -113,10 +124,10 @@ def open_wide_reference(
         for key, axis in _factors(layout):
             shape = specs[key].shape
             theirs = opened.specs[key].shape if key in opened.specs else shape
-            if theirs != shape and len(theirs) > axis and theirs == _with_rank(specs[key], axis, theirs[axis]).shape:
+            if theirs != shape and len(theirs) > axis and theirs == with_rank(specs[key], axis, theirs[axis]).shape:
                 for client in clients:
                     _check_narrow(client, key, axis, theirs, opened.name)
-                specs[key] = _with_rank(specs[key], axis, theirs[axis])
+                specs[key] = with_rank(specs[key], axis, theirs[axis])
         layout = layout if specs == layout.specs else Layout(specs, opened.name)
         first = replace(first, specs=layout.specs)
     check_scaling(opened.config, opened.name, first.config, first.name, ("use_dora",))
@@ -126,6 +137,7 @@ def open_wide_reference(
 
 
 def _check_kind(client: Update, first: Update) -> None:
+    """Raise UpdateError unless both clients are on one device, and both or neither of DoRA."""
     check_device(client, first)
     check_scaling(client.config, client.name, first.config, first.name, ("use_dora",))
 
@@ -139,9 +151,10 @@ def _check_narrow(client: Update, key: str, axis: int, shape: tuple[int, ...], w
 
 
 def _factors(layout: Layout) -> list[tuple[str, int]]:
-    """Keys and the axes that hold their ranks."""
+    """The keys of a layout's factors, and the axes of their ranks."""
     return [(key, axis) for keys in layout.factor_keys for axis, key in enumerate(keys)]
 
 
-def _with_rank(spec: TensorSpec, axis: int, rank: int) -> TensorSpec:
+def with_rank(spec: TensorSpec, axis: int, rank: int) -> TensorSpec:
+    """The spec with another size of one axis."""
     return replace(spec, shape=(*spec.shape[:axis], rank, *spec.shape[axis + 1 :]))

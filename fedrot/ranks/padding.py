@@ -1,4 +1,8 @@
-"""Clients of smaller ranks in the ranks of the result, by rows of zero."""
+"""Clients of smaller ranks in the ranks of the result, by rows of zero.
+
+B·A of a padded client stays what it was, and so does s·B·A, because B is multiplied by sᵢ/s. The rotation of a padded client
+is a partial isometry: only its first rᵢ rows are used; the others are zero.
+"""
 
 from collections.abc import Sequence
 
@@ -10,16 +14,19 @@ from fedrot_kernels import NOISE, full_precision, procrustes
 from ..adapters.keys import TensorSpec
 from ..adapters.layout import Adapter, Layout
 from ..adapters.update import Update
-from .checks import _with_rank
+from .checks import with_rank
 
 
 def pad(client: Update, layout: Layout, s_client: dict[str, float], s_result: dict[str, float]) -> Update:
-    """The client in the layout's ranks and the result's scaling; factors in float32 (float64 for float64), not yet rounded.
+    """Pad a client to the layout's ranks, and bring it to the result's scaling.
 
     Args:
-        client: of the layout, but for smaller ranks.
-        layout: of the result.
-        s_client, s_result: module → s.
+        client: the client, which has the layout or smaller ranks.
+        layout: the layout of the result.
+        s_client, s_result: module → s, of the client and of the result.
+
+    Returns:
+        The client with factors in float32 (float64 for float64), not rounded yet.
     """
     tensors = {key: client[key] for key in layout.other_keys}
     ranks = {a.key_A: client.specs[a.key_A].shape[0] for a in layout.adapters}
@@ -36,12 +43,14 @@ def pad(client: Update, layout: Layout, s_client: dict[str, float], s_result: di
 
 
 def revive_dead_ranks(mean: dict[str, Tensor], layout: Layout, reference: Update) -> dict[str, Tensor]:
-    """The mean, with the reference's row of A where both a row of A and its column of B are zero: ranks that no client of a
-    round has. B·A stays what it is; of two zeros neither would ever have a gradient again.
+    """Give ranks that no client of a round has the reference's rows of A, where A and B are both zero.
+
+    B·A stays what it is. A row of A and a column of B that are both zero would never have a gradient again.
 
     Args:
         mean: canonical key → mean, in the layout's shapes and dtypes.
-        reference: of the layout's ranks.
+        layout: the layout of the result.
+        reference: the reference, in the layout's ranks.
     """
     for a in layout.adapters:
         A, B = mean[a.key_A], mean[a.key_B]
@@ -53,14 +62,17 @@ def revive_dead_ranks(mean: dict[str, Tensor], layout: Layout, reference: Update
 
 
 def widest_client(clients: Sequence[Update], weights: Sequence[float], layout: Layout) -> Update:
-    """Of the clients that count, the one of the largest ranks; of several that of the largest weight, of those the first."""
+    """The client of the largest ranks among those of positive weight; of several the one of the largest weight.
+
+    Of several clients of one weight, the first is taken.
+    """
     total = sum(a.rank for a in layout.adapters)
     ranks = [total if client.ranks is None else sum(client.ranks.values()) for client in clients]
     return clients[max(range(len(clients)), key=lambda i: (weights[i] > 0, ranks[i], weights[i]))]
 
 
 def rank_mask(adapter: Adapter, clients: Sequence[Update]) -> Tensor:
-    """(N, r, 1), bool: which rows of an adapter are the clients' own, not padded."""
+    """Which rows of an adapter are the clients' own and not padding, (N, r, 1), bool."""
     own = [adapter.rank if client.ranks is None else client.ranks[adapter.key_A] for client in clients]
     return torch.arange(adapter.rank)[None, :, None] < torch.tensor(own)[:, None, None]
 
@@ -88,9 +100,10 @@ def partial_isometries(M: Tensor, rows: Tensor, strength: float) -> tuple[Tensor
 
 
 def _with_zeros(x: Tensor, axis: int, rank: int) -> Tensor:
+    """The tensor with zeros appended along an axis, up to a rank."""
     if x.shape[axis] == rank:
         return x
-    zeros = x.new_zeros(_with_rank(TensorSpec(tuple(x.shape), x.dtype), axis, rank - x.shape[axis]).shape)
+    zeros = x.new_zeros(with_rank(TensorSpec(tuple(x.shape), x.dtype), axis, rank - x.shape[axis]).shape)
     return torch.cat([x, zeros], dim=axis)
 
 

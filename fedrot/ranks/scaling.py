@@ -31,10 +31,10 @@ def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] |
     """The scalings of clients and of their result; None if no client has a configuration.
 
     Args:
-        clients: of the layout, but for ranks.
-        layout: of the result.
-        config: the result's configuration, if that is settled. Else it has that of the first client whose ranks are the
-            layout's, or one that spells ranks out.
+        clients: the clients, which have the layout but for their ranks.
+        layout: the layout of the result.
+        config: the result's configuration, if that is settled. Otherwise the result takes that of the first client whose
+            ranks are the layout's, or a configuration that spells ranks out.
 
     Raises:
         UpdateError: ranks differ and a client has no configuration, without which its B·A has no scale.
@@ -66,7 +66,7 @@ def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] |
 
 
 def check_biases(layout: Layout, scalings: Scalings) -> None:
-    """Raise UpdateError if clients of unequal scalings have biases of lora_B, which scale as B does."""
+    """Raise UpdateError if clients of unequal scalings have biases of lora_B, which would have to be scaled as B is."""
     if any(s != scalings.result for s in scalings.per_client) and (
         bias := next((k for k in layout.other_keys if k.endswith(".lora_B.bias")), None)
     ):
@@ -74,7 +74,7 @@ def check_biases(layout: Layout, scalings: Scalings) -> None:
 
 
 def _spelt_out(clients: Sequence[Update], layout: Layout, per_client: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Rank and α of every module, each with the scaling of the first client of its rank."""
+    """Fields that spell out the rank and α of every module, with the scaling of the first client of that rank."""
     rslora = bool((clients[0].config or {}).get("use_rslora"))
     ranks, alphas = {}, {}
     for a in layout.adapters:
@@ -92,12 +92,12 @@ def _spelt_out(clients: Sequence[Update], layout: Layout, per_client: Sequence[d
 
 
 def scalings_if_unlike(clients: Sequence[Update], layout: Layout, reference: Update | None) -> Scalings | None:
-    """The scalings of clients, of which some have other ranks or another scaling than the result; None if all are alike.
+    """The scalings of clients that differ from the result in ranks or scaling; None if all have those of the result.
 
     Args:
-        clients: of the layout, but for ranks.
-        layout: of the result.
-        reference: whose configuration the result has, if it has one.
+        clients: the clients, which have the layout but for their ranks.
+        layout: the layout of the result.
+        reference: the reference, whose configuration the result takes if there is one.
     """
     config = reference.config if reference is not None else None
     others = [] if config is None else [replace(clients[0], config=config)]

@@ -1,4 +1,4 @@
-"""A global adapter in the ranks and the scaling of one client: what a client of smaller rank downloads."""
+"""Truncation: a global adapter in the ranks and the scaling of one client, for the client to download."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,25 +14,27 @@ from ..errors import UpdateError
 
 
 def truncate(adapter: UpdateLike, to: Any) -> dict[str, Tensor]:
-    """The best approximation of an adapter in the ranks of another LoRA configuration.
+    """Approximate an adapter as well as possible in the ranks of another LoRA configuration.
 
-    A_k = WᵀA and B_k = s/s_k · U Uᵀ B W, where U (d_out × k) has the largest left singular vectors of B A, and W (r × k,
-    orthonormal) the row space of UᵀB: s_k B_k A_k is the best approximation of s B A of rank k. Where B A has fewer than k
-    directions, as in a fresh adapter, W is completed as close as possible to the first coordinates, with columns of zero in
-    B_k, so that they can be trained (B = 0 gives A_k = A[:k], and A = 0 B_k = B[:, :k]). Of all bases of these rows W is the
-    one nearest [I 0]ᵀ: the basis changes as little as possible. An adapter whose rank and scaling stay is returned to the
-    bit. Computed in float64, rounded once.
+    A_k = WᵀA and B_k = s/s_k · U Uᵀ B W, where the columns of U (d_out × k) are the leading left singular vectors of B A,
+    and those of W (r × k, orthonormal) span the row space of UᵀB. Then s_k B_k A_k is the best approximation of s B A of
+    rank k. Among all bases of that row space, W is the one nearest [I 0]ᵀ, so that the basis changes as little as possible.
+
+    Where B A has fewer than k directions, as in a fresh adapter, W is completed with the directions nearest the first
+    coordinates, and B_k has columns of zero there, which can be trained: B = 0 gives A_k = A[:k], and A = 0 gives
+    B_k = B[:, :k]. An adapter whose rank and scaling stay is returned to the bit. Computed in float64, rounded once.
 
     Args:
-        adapter: a PEFT folder, or a pair of a state dict and its LoRA configuration; where ``to`` is a number, a state dict.
-        to: the client's ``peft.LoraConfig`` or the content of its adapter_config.json (r, rank_pattern, lora_alpha,
-            alpha_pattern and use_rslora count); or a rank, for every adapter of a larger one, the scaling s unchanged.
+        adapter: a PEFT folder, or a pair of a state dict and its LoRA configuration; a bare state dict is enough where
+            ``to`` is a number.
+        to: the client's ``peft.LoraConfig`` or the content of its adapter_config.json, of which r, rank_pattern, lora_alpha,
+            alpha_pattern and use_rslora count; or a rank for every adapter of a larger one, which keeps the scaling s.
 
     Returns:
-        A state dict of the adapter's keys and dtypes, every tensor with storage of its own; plain tensors as they came.
+        A state dict of the adapter's keys and dtypes, every tensor with storage of its own; other tensors as they came.
 
     Raises:
-        UpdateError: a rank larger than the adapter's, or no configuration that says its scaling; NaN or Inf in a factor.
+        UpdateError: a rank larger than the adapter's, no configuration that gives its scaling, or NaN or Inf in a factor.
     """
     whole = open_update(adapter, "the adapter")
     layout = Layout(whole.specs, whole.name)
@@ -55,13 +57,14 @@ def truncate(adapter: UpdateLike, to: Any) -> dict[str, Tensor]:
 
 
 def _by_rank(layout: Layout, k: int) -> tuple[dict[str, int], dict[str, float]]:
+    """The mappings module → k and module → s/s_k = 1 for one rank."""
     if isinstance(k, bool) or k < 1:
         raise UpdateError(f"a rank is a whole number from 1, got {k!r}")
     return {a.module: min(k, a.rank) for a in layout.adapters}, dict.fromkeys((a.module for a in layout.adapters), 1.0)
 
 
 def _by_config(whole: Update, layout: Layout, to: Any) -> tuple[dict[str, int], dict[str, float]]:
-    """module → k, and module → s/s_k."""
+    """The mappings module → k and module → s/s_k under a configuration."""
     if not isinstance(to, Mapping) and not hasattr(to, "to_dict"):
         raise UpdateError(f"expected a rank or a LoRA configuration to truncate to, got {type(to).__name__}")
     config = plain_config(to)
@@ -87,13 +90,13 @@ def _by_config(whole: Update, layout: Layout, to: Any) -> tuple[dict[str, int], 
 def _truncate(
     adapters: Sequence[Adapter], k: int, whole: Update, ratios: Mapping[str, float], state_dict: dict[str, Tensor]
 ) -> None:
-    """Put adapters of one shape in rank k, with B times s/s_k, in a state dict."""
+    """Put adapters of one shape into a state dict in rank k, B multiplied by s/s_k."""
     s = [ratios[a.module] for a in adapters]
     A, B = (torch.stack([whole[key].detach().double().flatten(1) for key in keys]) for keys in zip(
         *((a.key_A, a.key_B) for a in adapters), strict=True
     ))  # fmt: skip
     if k < adapters[0].rank:
-        A, B = truncated(A, B, k)
+        A, B = truncate_factors(A, B, k)
     elif all(ratio == 1 for ratio in s):
         return
     B = B * torch.tensor(s, dtype=B.dtype, device=B.device)[:, None, None]
@@ -103,12 +106,15 @@ def _truncate(
         state_dict[a.key_B] = B[i].to(a.dtype, copy=True).reshape(shape_B)
 
 
-def truncated(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """WᵀA (G, k, d_in) and U Uᵀ B W (G, d_out, k) of ``truncate``.
+def truncate_factors(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Truncate the factors of G adapters to rank k; see ``truncate``.
 
     Args:
         A, B: (G, r, d_in) and (G, d_out, r), float64.
-        k: less than r.
+        k: the rank, less than r.
+
+    Returns:
+        WᵀA (G, k, d_in) and U Uᵀ B W (G, d_out, k).
     """
     r, dtype, device = A.shape[1], A.dtype, A.device
     R_A = torch.linalg.qr(A.mT, mode="r").R
@@ -118,11 +124,11 @@ def truncated(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
     U = U[:, :, :k] * (sigma[:, None, :k] > noise[:, :, None])
     C = U.mT @ R_B
     _, size, Vt = torch.linalg.svd(C, full_matrices=False)
-    # Rows of zero in U, as many as directions lack, are those of zero in C.
+    # Columns of zero in U, one for every direction that is lacking, are rows of zero in C.
     V = Vt.mT * (torch.arange(size.shape[1], device=device) < (sigma[:, :k] > noise).sum(1, keepdim=True))[:, None]
     P = V @ V.mT
-    # The eigenvectors of the largest eigenvalues: those of 2 are the row space, then what is nearest the first coordinates
-    # (if there is nothing to approximate, those coordinates to the bit).
+    # Eigenvectors of eigenvalue 2 span the row space; the next ones are nearest the first coordinates, which they are to the
+    # bit if there is nothing to approximate.
     E = torch.eye(r, k, dtype=dtype, device=device)
     rest = E - P @ E
     W = torch.linalg.eigh(2 * P + rest @ rest.mT).eigenvectors[:, :, -k:]

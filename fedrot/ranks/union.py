@@ -1,4 +1,4 @@
-"""Adapters from different LoRA configurations of one base model: what they have together, and how one adapter has it."""
+"""Unions: the layout and the configuration of one adapter with all modules of several."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,10 @@ from ..adapters.update import Update
 from ..errors import UpdateError
 from .checks import check_ranks
 
-# Initialisations that leave the base weights as they are; of others, an adapter is the difference to another base.
+# Initialisations that leave the base weights as they are. After any other, s·B·A is the difference to another base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-
-
-# Settings by which the same factors mean something else.
-_ALIKE = (
+# Fields by which the same factors mean something else.
+_MUST_AGREE = (
     "fan_in_fan_out",
     "bias",
     "lora_bias",
@@ -31,17 +29,15 @@ _ALIKE = (
     "trainable_token_indices",
     "alora_invocation_tokens",
 )
-
-
-# What an exact list of modules replaces.
+# Fields that choose modules, and that an expression for the modules' names replaces.
 _WHICH_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def check_plain(adapter: Update, first: Update) -> None:
-    """Raise UpdateError unless the adapter is a plain s·B·A, all finite, that means the same as the first's."""
+    """Raise UpdateError unless an adapter is a plain s·B·A, all finite, whose factors mean what the first adapter's do."""
     config, name = adapter.config, adapter.name
     if config is None:
-        raise UpdateError(f"{name} has no LoRA configuration, which says its scaling; pass a folder or (state dict, config)")
+        raise UpdateError(f"{name} has no LoRA configuration and so no known scaling; pass a folder or (state dict, config)")
     if config.get("use_dora"):
         raise UpdateError(f"{name}: DoRA normalises W + s·B·A, so that its updates do not add up; merge LoRA adapters")
     start = config.get("init_lora_weights", True)
@@ -51,7 +47,7 @@ def check_plain(adapter: Update, first: Update) -> None:
             "plain adapter (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     assert first.config is not None
-    for field in _ALIKE:
+    for field in _MUST_AGREE:
         if (config.get(field) or None) != (first.config.get(field) or None):
             raise UpdateError(
                 f"{name} has {field} = {config.get(field)!r}, but {first.name} has {first.config.get(field)!r}; they must "
@@ -64,7 +60,14 @@ def check_plain(adapter: Update, first: Update) -> None:
 
 
 def without_base(adapters: Sequence[Update]) -> tuple[list[Update], dict[str, Tensor]]:
-    """The adapters without base weights that PEFT saved with them (embeddings), and those, on which they must agree."""
+    """Separate adapters from base weights that PEFT saved with them, as it does for embeddings.
+
+    Returns:
+        The adapters without base weights, and the base weights by key.
+
+    Raises:
+        UpdateError: adapters whose base weights differ.
+    """
     base: dict[str, Tensor] = {}
     bare = []
     for adapter in adapters:
@@ -79,10 +82,14 @@ def without_base(adapters: Sequence[Update]) -> tuple[list[Update], dict[str, Te
 
 
 def union_layout(adapters: Sequence[Update], rank: int) -> Layout:
-    """The layout of all their modules, in the largest of their ranks and the given one, and in the widest dtypes.
+    """The layout of all modules of several adapters, in the widest dtypes.
+
+    Args:
+        adapters: the adapters.
+        rank: the least rank of every module; larger ranks of adapters stay.
 
     Raises:
-        UpdateError: shapes that differ in more than ranks, or a tensor that is no factor and that not all have.
+        UpdateError: shapes that differ in more than ranks, or a tensor that is no factor and that some adapters lack.
     """
     specs: dict[str, TensorSpec] = {}
     whose: dict[str, Update] = {}
@@ -91,7 +98,7 @@ def union_layout(adapters: Sequence[Update], rank: int) -> Layout:
             parsed = parse_factor(key)
             axis = None if parsed is None else "AB".index(parsed.factor)
             other = whose.setdefault(key, adapter)
-            if _but(spec.shape, axis) != _but(other.specs[key].shape, axis):
+            if _without_axis(spec.shape, axis) != _without_axis(other.specs[key].shape, axis):
                 raise UpdateError(
                     f"{adapter.name}, {key}: shape {spec.shape}, but {other.name} has {other.specs[key].shape}; adapters of "
                     "one base model can be merged"
@@ -111,19 +118,25 @@ def union_layout(adapters: Sequence[Update], rank: int) -> Layout:
     return Layout(specs, "the merged adapter")
 
 
-def _but(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    """The shape without one axis, or as it is."""
     return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
 
 
 def own_scaling(adapter: Update, layout: Layout) -> dict[str, float]:
-    """module → s, of the modules that an adapter has."""
+    """The scalings of the modules that an adapter has, module → s."""
     mine = [a for a in layout.adapters if a.key_A in adapter.specs]
     return {a.module: scaling(adapter.config or {}, a.module, adapter.specs[a.key_A].shape[0], adapter.name) for a in mine}
 
 
 def union_config(adapters: Sequence[Update], layout: Layout, s: Mapping[str, float]) -> dict[str, Any]:
-    """The adapter_config.json of one adapter with all their modules, in the layout's ranks and the scaling s: that of the
-    first adapter otherwise."""
+    """The adapter_config.json of one adapter with all modules of several; other fields are the first adapter's.
+
+    Args:
+        adapters: the adapters.
+        layout: the layout of their union, whose ranks the configuration has.
+        s: module → scaling.
+    """
     config = dict(adapters[0].config or {}) | rank_fields({a.module: a.rank for a in layout.adapters}, s)
     config |= {"use_rslora": False, "init_lora_weights": True, "target_modules": _modules(adapters, layout)}
     if isinstance(config["target_modules"], str):
@@ -132,7 +145,7 @@ def union_config(adapters: Sequence[Update], layout: Layout, s: Mapping[str, flo
 
 
 def _modules(adapters: Sequence[Update], layout: Layout) -> list[str] | str:
-    """The union of the adapters' target_modules, where all are lists of names; else an expression for the modules' names."""
+    """The union of the adapters' target_modules if all are lists of names, or else an expression for the modules' names."""
     configs = [adapter.config or {} for adapter in adapters]
     lists = [x if isinstance(x := config.get("target_modules"), list) else None for config in configs]
     if None not in lists and not any(config.get(field) for config in configs for field in _WHICH_MODULES):

@@ -1,12 +1,10 @@
-"""Adding to the base weights what a method leaves for them, as an adapter that PEFT merges."""
+"""Adding a base update, which some methods leave for the base weights, to a model: PEFT merges it as an adapter."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..errors import UpdateError
@@ -15,15 +13,17 @@ from .result import AggregationResult
 _NAME = "fedrot_base_update"
 
 
-def fold(model: Any, result: "AggregationResult") -> None:
-    """Add a result's ``base_update`` to the base weights of a PEFT model, in place. PEFT merges it, so that transposed
-    weights (``fan_in_fan_out``), convolutions, embeddings and quantised layers are treated as it treats them.
+def fold(model: Any, result: AggregationResult) -> None:
+    """Add a result's ``base_update`` to the base weights of a PEFT model, in place.
+
+    PEFT merges it, so that transposed weights (``fan_in_fan_out``), convolutions, embeddings and quantised layers are
+    treated as PEFT treats them.
 
     A base in half precision rounds what is added, and loses updates that are small beside its weights.
 
     Args:
         model: a ``peft.PeftModel``; its own adapter stays as it is.
-        result: of a method that changes the base weights; of another, nothing is done.
+        result: the result of an aggregation; one without a ``base_update`` changes nothing.
 
     Raises:
         UpdateError: the model lacks a module of the update, or has it in another shape.
@@ -33,7 +33,15 @@ def fold(model: Any, result: "AggregationResult") -> None:
 
 
 def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Add one base update, with its adapter_config.json: see ``fold``."""
+    """Add one base update to the base weights of a PEFT model; see ``fold``.
+
+    Args:
+        model: a ``peft.PeftModel``.
+        base_update: key → factor, under the keys of a saved adapter.
+        config: the update's adapter_config.json.
+    """
+    from peft import LoraConfig  # an aggregation needs no PEFT, a PeftModel does
+    from peft.tuners.lora import LoraLayer
 
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     active = model.active_adapter
@@ -55,6 +63,7 @@ def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mappi
 
 @torch.no_grad()
 def _set_factors(model: Any, base_update: Mapping[str, Tensor]) -> None:
+    """Copy the factors of a base update into the adapter that was added for them."""
     parameters = dict(model.named_parameters())
     for key, x in base_update.items():
         name = re.sub(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$", rf"\1.{_NAME}\2", key)

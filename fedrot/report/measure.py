@@ -1,11 +1,12 @@
 """Measuring an aggregation: errors and angles."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedrot_kernels import full_precision, polar
+from fedrot_kernels import full_precision
 from fedrot_kernels.measures import aggregation_error, rotation_angle
 
 from ..adapters.layout import Layout
@@ -22,25 +23,27 @@ def adapter_reports(
     """Measure every adapter of an aggregation, some of equal shape at a time. One synchronisation with a device.
 
     Args:
-        layout: of the updates.
-        averages: of the N clients.
-        shares: their weights, summing to 1.
+        layout: the layout of the result.
+        averages: the averages of the N clients.
+        shares: the clients' weights, summing to 1.
         with_error: whether to measure the aggregation error and the update norm.
     """
     if averages.errors is not None or not averages.A:
         errors = averages.errors or [(None, None)] * len(layout.adapters)
-        angles = [[0.0] * len(shares)] * len(errors) if averages.R is None else _angles(averages.R)
+        angles = [[0.0] * len(shares)] * len(errors)
+        if averages.R is not None:
+            angles = torch.stack([rotation_angle(R).double() for R in averages.R]).tolist()
         strengths: Sequence[float | None] = averages.strengths or [None] * len(errors)
         return tuple(
             AdapterReport(a.module, a.rank, *pair, tuple(per_client), strength)
             for a, pair, per_client, strength in zip(layout.adapters, errors, angles, strengths, strict=True)
         )
     device = averages.A[0][0].device
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, a in enumerate(layout.adapters):
         groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(i)
     indices: list[int] = []
-    columns: list[Tensor] = []  # per adapter: error, norm, and a client's angle each
+    columns: list[Tensor] = []  # per adapter: error, norm, and the angle of every client
     w = torch.tensor(shares, dtype=torch.float64, device=device)
     for group in groups.values():
         a = layout.adapters[group[0]]
@@ -67,13 +70,7 @@ def adapter_reports(
     return tuple(reports[i] for i in range(len(layout.adapters)))
 
 
-def _angles(R: Sequence[Tensor]) -> list[list[float]]:
-    """Per adapter the clients' angles, those of the orthogonal factors; R per adapter (N, r, r)."""
-    own = ((per_client, per_client.any(-1, keepdim=True)) for per_client in R)  # not the rows that padded clients lack
-    return torch.stack([rotation_angle(polar(per_client) * rows).double() for per_client, rows in own]).tolist()
-
-
 def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:
-    """(G, N, …) in working precision of G adapters' N × (…)."""
-    S = torch.stack([x for per_client in part for x in per_client]).unflatten(0, (len(part), -1))
-    return S if S.dtype == torch.float64 else S.float()
+    """Stack one factor of G adapters from N clients, (G, N, …), in working precision."""
+    S = torch.stack([x for per_client in part for x in per_client])
+    return (S if S.dtype == torch.float64 else S.float()).view(len(part), -1, *S.shape[1:])

@@ -7,18 +7,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter.
+    """The report of one adapter.
 
     Attributes:
         module: the adapted module.
         rank: r.
-        error: the aggregation error ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F after rotation (scaling left out); None where it was not asked
-            for.
-        update_norm: ‖Σ wᵢBᵢAᵢ‖_F, or None likewise.
-        angles: by how many degrees each client used was rotated (of an invertible matrix its orthogonal factor).
-        strength: λ, where it was chosen (``strength="auto"``), or None.
-        deviations: the standard deviations of ``error`` and ``update_norm`` where they are estimated, in a stream, which has
-            not kept the factors they would be computed from; None where they are exact.
+        error: the aggregation error ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F after rotation, without the scaling s; None without ``report_error``.
+        update_norm: ‖Σ wᵢBᵢAᵢ‖_F, without the scaling s; None without ``report_error``.
+        angles: the rotation angle of each client used, in degrees.
+        strength: the λ that the method chose, as fedrot-adaptive does; None for other methods.
+        deviations: the standard deviations of ``error`` and ``update_norm`` in a stream, which keeps no factors and
+            estimates both; None where they are exact.
     """
 
     module: str
@@ -37,15 +36,15 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class Report:
-    """An aggregation.
+    """The report of an aggregation. Printed, it is a table, in which rounds count from 1.
 
     Attributes:
-        method: its name in the registry.
-        round: the round it was for.
+        method: the method's name in the registry.
+        round: the round's index, from 0.
         clients: the clients that were averaged.
         weights: their weights, summing to 1.
-        dropped: client → why it was left out.
-        adapters: one report each.
+        dropped: client → the reason why it was left out.
+        adapters: one report per adapter.
         deviation: the standard deviation of ``error`` where it is estimated; None where it is exact.
     """
 
@@ -65,8 +64,10 @@ class Report:
 
     @property
     def relative_error(self) -> float | None:
-        """The whole model's aggregation error over the whole model's update norm, both without scalings: where modules
-        differ in s, not quite what the model's own update loses (``merge`` counts s)."""
+        """The whole model's aggregation error over the whole model's update norm, both without scalings.
+
+        Where modules differ in s, the loss of the model's own update is another number, which ``merge`` reports.
+        """
         return None if self.error is None else _ratio(self.error, math.hypot(*(a.update_norm or 0 for a in self.adapters)))
 
     @property
@@ -76,11 +77,13 @@ class Report:
         return sum(angles) / len(angles)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain Python data, for JSON, which has no infinities: None for those."""
+        """The report as plain Python data for JSON, with None for infinities, which JSON lacks."""
         values = asdict(self) | {"error": self.error, "relative_error": self.relative_error, "angle": self.angle}
-        return _without_infinities(values)
+        plain: dict[str, Any] = _without_infinities(values)
+        return plain
 
     def __str__(self) -> str:
+        """The report as a table."""
         lines = [f"{'adapter':<60} {'rank':>4} {'error':>10} {'relative':>9} {'mean angle':>11} {'max angle':>10}"]
         for a in self.adapters:
             mean = sum(a.angles) / len(a.angles)
@@ -92,12 +95,12 @@ class Report:
             f"{f'all {len(self.adapters)} adapters':<60} {'':>4} {_number(self.error, '10.3e')} "
             f"{_number(self.relative_error, '9.4f')} {self.angle:>10.1f}°"
         )
-        lines.append(f"{self.method}, round {self.round}, {len(self.clients)} clients averaged")
+        lines.append(f"{self.method}, round {self.round + 1}, {len(self.clients)} clients averaged")
         if strengths := [a.strength for a in self.adapters if a.strength is not None]:
             mean = sum(strengths) / len(strengths)
-            lines.append(f"strengths chosen: {min(strengths):g} to {max(strengths):g}, {mean:.2f} on the mean")
+            lines.append(f"strengths chosen: {min(strengths):g} to {max(strengths):g}, {mean:.2f} on average")
         if self.deviation is not None:
-            lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} of all adapters")
+            lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} for all adapters")
         lines += [f"dropped {client}: {why}" for client, why in self.dropped.items()]
         return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The aggregation error of updates that are not kept, estimated from a few random projections of each."""
+"""A sketch that estimates the aggregation error of updates that are not kept, from random projections of each."""
 
 import torch
 from torch import Tensor
@@ -8,33 +8,34 @@ from fedrot_kernels import full_precision
 from ..adapters.layout import Adapter, Layout
 from ..seeding import generator
 
-SIZE = 32  # k
-_STREAM = 0x5CE7C4  # apart from what methods draw with the same seed
+SIZE = 32  # k, the number of projections on either side
+_STREAM = 0x5CE7C4  # keeps the sketch's random numbers apart from those that methods draw with the same seed
 
 
 class Sketch:
-    """Of every adapter ΨᵀEΩ (k, k), E = Σ wᵢBᵢAᵢ − B̄Ā, with Gaussian Ψ (d_out, k) and Ω (d_in, k), one each per width.
+    """The sketch ΨᵀEΩ (k, k) of every adapter's error E = Σ wᵢBᵢAᵢ − B̄Ā.
 
-    Every client costs the products ΨᵀBᵢ (k, r) and AᵢΩ (r, k), and leaves its share of their means p̄ and q̄ and of
-    Σ wᵢ (ΨᵀBᵢ − p̄)(AᵢΩ − q̄), which is ΨᵀEΩ by the identity E = Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā). Deviations from a running mean
-    do not cancel: an error far smaller than the rounding of the update keeps its digits. The sums are float64.
+    Ψ (d_out, k) and Ω (d_in, k) are Gaussian, one of each per width. A client costs the products ΨᵀBᵢ (k, r) and AᵢΩ (r, k).
+    It leaves its share of their means p̄ and q̄ and of Σ wᵢ (ΨᵀBᵢ − p̄)(AᵢΩ − q̄), which is ΨᵀEΩ by the identity
+    E = Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā). Deviations from a running mean do not cancel, so that an error far smaller than the rounding of
+    the update keeps its digits. The sums are float64.
 
-    The mean square of the k² entries, Z, estimates ‖E‖² without bias, with the relative variance
-    2(1 + (2k + 1) ρ)/k², ρ = ‖E‖₄⁴/‖E‖_F⁴ (Schatten norms; 1 for rank one, 1/n for n equal singular values): at k = 32
-    that of 1024 independent projections for an E of high rank, of 16 for one of rank one. One-sided projections of E would
-    have half the variance for the same work, but keep d_out/k times as many sums.
+    The mean square of the k² entries estimates ‖E‖² without bias. Its relative variance is 2(1 + (2k + 1) ρ)/k² with
+    ρ = ‖E‖₄⁴/‖E‖_F⁴ in Schatten norms, which is 1 for rank one and 1/n for n equal singular values. At k = 32 that is the
+    variance of 1024 independent projections for an E of high rank, and of 16 for one of rank one. One-sided projections
+    would have half the variance for the same work, but keep d_out/k times as many sums.
 
-    Clients who know the seed could send updates whose error it does not see.
+    Clients who know the seed could send updates whose error the sketch does not see.
 
     Args:
-        layout: of the updates.
-        device: theirs.
-        seed: of Ψ and Ω; sketches can be merged if they have it in common.
+        layout: the layout of the result.
+        device: the device of the updates.
+        seed: the seed of Ψ and Ω; sketches can be merged if they have one seed.
     """
 
     def __init__(self, layout: Layout, device: torch.device, seed: int):
         self.layout, self.seed = layout, seed
-        self._projections: dict[tuple, Tensor] = {}
+        self._projections: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._parts: list[dict[str, Tensor]] = []
         for group in layout.groups:
             G, a = len(group.adapters), group.adapters[0]
@@ -46,10 +47,10 @@ class Sketch:
         """Add one client's factors of a group.
 
         Args:
-            index: of the layout's group.
+            index: the group's place in the layout.
             A, B: (G, r, d_in) and (G, d_out, r).
-            R: its rotations (G, r, r), or None.
-            share: of the weights so far, its own among them, that is its own.
+            R: the client's rotations (G, r, r), or None.
+            share: the client's part of the sum of all weights so far, its own among them.
         """
         right = A.to(dtype := _working(A.dtype)) @ self._projection("A", A.shape[-1], dtype, A.device)
         left = (B.to(dtype).mT @ self._projection("B", B.shape[-2], dtype, B.device)).mT
@@ -58,20 +59,22 @@ class Sketch:
         _merge(self._parts[index], {"left": left.double(), "right": right.double()}, share)
 
     def merge(self, parts: dict[str, dict[str, Tensor]], share: float) -> None:
-        """Add what ``parts`` of another sketch are; share as in ``add``, of all its clients."""
+        """Add the ``parts`` of another sketch; ``share`` is the part of its clients in the sum of all weights."""
         for group, mine in zip(self.layout.groups, self._parts, strict=True):
             theirs = {n: torch.stack([parts[a.key_A][n] for a in group.adapters]).to(x.device) for n, x in mine.items()}
             _merge(mine, theirs, share)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """key_A → p̄ ("left"), q̄ ("right") and ΨᵀEΩ ("lost"), in the memory of this sketch."""
+        """The sums of every adapter, key_A → p̄ ("left"), q̄ ("right") and ΨᵀEΩ ("lost"), in the memory of this sketch."""
         pairs = zip(self.layout.groups, self._parts, strict=True)
         return {a.key_A: {n: x[i] for n, x in of.items()} for group, of in pairs for i, a in enumerate(group.adapters)}
 
     def squares(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """key_A → (k, k) whose mean estimates ‖E‖², and (k, k) whose mean estimates ‖Σ wᵢBᵢAᵢ‖² − ‖B̄Ā‖².
+        """The squared projections of every adapter.
 
-        The latter is 2⟨B̄Ā, E⟩ + ‖E‖²: of the norm only what the mean factors do not tell.
+        Returns:
+            key_A → a matrix (k, k) whose mean estimates ‖E‖², and one whose mean estimates ‖Σ wᵢBᵢAᵢ‖² − ‖B̄Ā‖², which is
+            2⟨B̄Ā, E⟩ + ‖E‖²: the part of the norm that the mean factors do not give.
         """
         found = {}
         for key, x in self.parts().items():
@@ -87,15 +90,15 @@ class Sketch:
 
 
 def part_shapes(a: Adapter) -> dict[str, tuple[int, int]]:
-    """What a sketch keeps of an adapter, all float64."""
+    """The shapes of an adapter's sums, all float64."""
     return {"left": (SIZE, a.rank), "right": (a.rank, SIZE), "lost": (SIZE, SIZE)}
 
 
 def mean_and_deviation(squares: Tensor) -> tuple[float, float]:
-    """The mean of (k, k) squared projections, and its standard deviation.
+    """The mean of squared projections (k, k), and its standard deviation.
 
-    Entries of a row share a projection, as do those of a column: with the mean squares of rows, columns and residuals of a
-    two-way analysis of variance, the variance of the mean is (MS_rows + MS_columns − MS_residuals)/k², without bias.
+    The entries of a row share a projection, as do those of a column. A two-way analysis of variance therefore estimates the
+    variance of the mean without bias, as (MS_rows + MS_columns − MS_residuals)/k².
     """
     k, mean = len(squares), squares.mean()
     rows, columns = squares.mean(1) - mean, squares.mean(0) - mean
@@ -106,7 +109,7 @@ def mean_and_deviation(squares: Tensor) -> tuple[float, float]:
 
 
 def _merge(mine: dict[str, Tensor], theirs: dict[str, Tensor], share: float) -> None:
-    """Pairwise update of means and of the mean product of deviations; one client alone has none ("lost")."""
+    """Update means and the mean product of deviations pairwise; a single client has no deviations ("lost")."""
     left, right, lost = theirs["left"] - mine["left"], theirs["right"] - mine["right"], mine["lost"]
     lost.mul_(1 - share).baddbmm_(left, right, alpha=share * (1 - share))
     if "lost" in theirs:

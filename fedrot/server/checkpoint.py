@@ -1,30 +1,36 @@
-"""What a run needs to go on after an interrupt: the server's tensors and the round, in one file, never half written."""
+"""Checkpoints: the server's tensors and the number of rounds done, in one file that is never half written."""
 
-import os
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..adapters.files import replace_file
+
 CHECKPOINT = "checkpoint.safetensors"
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], rounds_done: int, **metadata: str) -> None:
-    """Replace the folder's checkpoint; the folder is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CHECKPOINT}"
+    """Replace the folder's checkpoint; the folder is made if there is none.
+
+    Args:
+        folder: the folder of a run.
+        tensors: the server's tensors, by name.
+        rounds_done: the number of rounds done.
+        **metadata: texts to keep beside the tensors.
+    """
     copies = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    save_file(copies, temporary, metadata={"rounds_done": str(rounds_done), **metadata})
-    os.replace(temporary, folder / CHECKPOINT)
+    with replace_file(folder / CHECKPOINT) as temporary:
+        save_file(copies, temporary, metadata={"rounds_done": str(rounds_done), **metadata})
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """What was saved beside the tensors of a checkpoint; empty without one."""
+    """The texts beside the tensors of a checkpoint; empty without a checkpoint."""
     if not (folder / CHECKPOINT).exists():
         return {}
     with safe_open(folder / CHECKPOINT, framework="pt") as file:
-        return file.metadata()
+        return dict(file.metadata())
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor] | None, int]:

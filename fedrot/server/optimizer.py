@@ -1,4 +1,4 @@
-"""Server optimizers (FedOpt, arXiv 2003.00295): the mean of a round is a direction to step in, not the next adapter."""
+"""Server optimizers (FedOpt, arXiv 2003.00295), which step towards the mean of a round instead of taking it."""
 
 from collections.abc import Container, Mapping
 from typing import Literal, get_args
@@ -16,17 +16,16 @@ _MOMENTUM, _BETAS, _EPS = 0.9, (0.9, 0.999), 1e-8
 
 
 class ServerOptimizer:
-    """Steps from the reference along reference − mean, as if that were a gradient, with torch's SGD or Adam.
+    """Steps from the reference with torch's SGD or Adam, which take reference − mean as the gradient.
 
-    The mean is that of rotated factors. Rotation decides what moments mean: they are kept entry by entry, in the basis of
-    the reference, and only clients that were rotated towards it contribute to the entries that they agree on. Unrotated
-    clients that hold one update in unlike bases cancel in the mean, and the moments see noise. Adam's step is not
-    equivariant (a rotated reference would step elsewhere): methods whose results change basis from round to round
-    (FlexLoRA, FLoRA) are refused.
+    Moments are kept entry by entry, in the basis of the reference. Rotated clients agree on that basis. Clients that hold
+    one update in different bases cancel in an unrotated mean, and the moments see noise. Adam's step is not equivariant:
+    from a rotated reference it would lead elsewhere. Methods whose results change basis from round to round (FlexLoRA,
+    FLoRA) are therefore refused.
 
-    Moments and the adapter itself are kept in float32 (float64 for float64), so that small steps add up in half
-    precision too: it steps from the adapter that it keeps, which begins as the first reference. A tensor that clients did
-    not train in a round does not move, nor do its moments.
+    Moments and the adapter itself are kept in float32 (float64 for float64), so that small steps add up in half precision
+    too: each step starts from the adapter kept here, which is the first reference at first. A tensor that clients did not
+    train in a round does not move, nor do its moments.
 
     Args:
         name: "momentum" (β 0.9) or "adam" (β 0.9 and 0.999, ε 1e-8, bias-corrected).
@@ -46,17 +45,20 @@ class ServerOptimizer:
     def step(
         self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: Container[str]
     ) -> dict[str, Tensor]:
-        """The adapter after one step.
+        """Take one step.
 
         Args:
-            reference: what the clients started from.
+            reference: the adapter that the clients started from.
             mean: canonical key → the round's mean.
             specs: canonical key → shape and dtype of the result.
             frozen: the keys that clients did not train.
 
+        Returns:
+            The next adapter, by canonical key.
+
         Raises:
             UpdateError: a reference that lacks a tensor or has it in another shape, or a step that overflows the dtype of
-                the result; the optimizer is as before.
+                the result. The optimizer is then as before.
         """
         self._check(reference, mean)
         before = self.state_dict()
@@ -98,7 +100,7 @@ class ServerOptimizer:
         return {key: p.detach().to(specs[key].dtype).clone() for key, p in self._parameters.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a restart needs, to be saved as safetensors; empty before the first step."""
+        """The tensors that a restart needs, which safetensors can save; empty before the first step."""
         if self._optimizer is None:
             return dict(self._restored or {})
         state = {f"value.{key}": p.detach().clone() for key, p in self._parameters.items()}

@@ -1,4 +1,4 @@
-"""A part of a round's clients, summed: what one server sends to another that merges it."""
+"""Partial aggregates: the sum of a part of a round's clients, which one server sends to another that merges it."""
 
 import os
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ _LONGEST = 200  # characters of another server's options in an error
 
 @dataclass(frozen=True, eq=False)
 class PartialAggregate:
-    """The clients that a ``FedRotAggregator`` has added, for another's ``merge``: see ``FedRotAggregator.partial``.
+    """The clients that a ``FedRotAggregator`` has added, for another's ``merge``; see ``FedRotAggregator.partial``.
 
-    It takes as much memory, and a file as much space, as one update in float32 (float64 for float64), and in float64 for
-    each adapter of rank r k² + 2 k r numbers (k = 32), unless errors are not reported, and one for each of its clients.
+    In memory and in a file it is as large as one update in float32 (float64 for float64). If errors are reported, every
+    adapter of rank r adds k² + 2 k r numbers in float64 (k = 32), and every client one number per adapter.
 
     Attributes:
-        name: how errors call it.
+        name: the partial aggregate's name in errors.
         options: the options that servers must have alike to merge their clients.
         stream: the sums.
     """
@@ -34,14 +34,14 @@ class PartialAggregate:
 
     @classmethod
     def of(cls, stream: StreamedRound, options: Mapping[str, Any], name: str | None) -> "PartialAggregate":
-        """A stream that is added to no more. With a name, its clients' names begin with it."""
+        """Take over a stream, to which nothing more is added. A name is put before the names of its clients."""
         config = stream.reference.config if stream.reference is not None else None
         stream.first = replace(stream.first, specs=stream.layout.specs, config=config or stream.first.config)
         stream.reference = None
         if name is not None:
             stream.weights = {f"{name}/{client}": weight for client, weight in stream.weights.items()}
             stream.dropped = {f"{name}/{client}": why for client, why in stream.dropped.items()}
-        return cls(name or "the partial aggregation", options, stream)
+        return cls(name or "the partial aggregate", options, stream)
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -55,17 +55,17 @@ class PartialAggregate:
 
     @property
     def dropped(self) -> dict[str, str]:
-        """Client → why it was left out."""
+        """The clients that were left out, and why."""
         return dict(self.stream.dropped)
 
     @property
     def first(self) -> Update:
-        """What all its clients have alike, of their tensors those that none of them trained."""
+        """What all its clients have in common, with the tensors that none of them trained."""
         first = self.stream.first
         frozen = {first.keys_given[key]: x for key, x in self.stream.frozen.items()}
         return replace(first, name=self.name, tensors=frozen)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all.
 
         Raises:
@@ -74,11 +74,11 @@ class PartialAggregate:
         write_stream(path, self.stream, self.options)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "PartialAggregate":
-        """Read what ``save`` wrote, called by its path in errors. Every shape and dtype is checked before memory is taken.
+    def load(cls, path: str | os.PathLike[str]) -> "PartialAggregate":
+        """Read what ``save`` wrote. Every shape and dtype is checked before memory is taken; errors name the path.
 
         Raises:
-            UpdateError: no such file, a truncated one, or one that contradicts itself.
+            UpdateError: a missing file, a truncated one, or one that contradicts itself.
         """
         return cls(str(os.fspath(path)), *reversed(read_stream(path)))
 

@@ -5,7 +5,6 @@ import math
 import os
 from array import array
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..adapters.checks import is_finite
 from ..adapters.config import check_lora, rank_of, scaling
-from ..adapters.files import check_new
+from ..adapters.files import check_new, replace_file
 from ..adapters.folder import DTYPES_SAVED
 from ..adapters.keys import TensorSpec, parse_key
 from ..adapters.layout import Layout
@@ -30,15 +29,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES_SAVED.items()}
 _LONGEST = 200  # characters of a file's own words in an error
 
 
-def write_stream(path: str | os.PathLike, stream: StreamedRound, options: Mapping[str, Any]) -> None:
+def write_stream(path: str | os.PathLike[str], stream: StreamedRound, options: Mapping[str, Any]) -> None:
     """Write one safetensors file, whole or not at all.
 
     Raises:
         FileExistsError: the path exists.
     """
     check_new(path)
-    path, first = Path(path), stream.first
-    path.parent.mkdir(parents=True, exist_ok=True)
+    first = stream.first
     header = {
         "version": _VERSION,
         "options": dict(options),
@@ -57,29 +55,26 @@ def write_stream(path: str | os.PathLike, stream: StreamedRound, options: Mappin
     tensors = {name: x.detach().cpu().clone().contiguous() for name, x in _tensors(stream).items()}
     tensors["weights"] = torch.tensor([*stream.weights.values()], dtype=torch.float64)
     tensors["angles"] = stream.angle_table([key_A for key_A, _ in stream.layout.factor_keys]).contiguous()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replace_file(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def read_stream(path: str | os.PathLike) -> tuple[StreamedRound, dict[str, Any]]:
-    """A stream and its options. Every name, shape and dtype is checked before a tensor is read.
+def read_stream(path: str | os.PathLike[str]) -> tuple[StreamedRound, dict[str, Any]]:
+    """Read a stream and its options. Every name, shape and dtype is checked before a tensor is read.
 
     Raises:
-        UpdateError: not a file of ``write_stream``, a truncated one, or one that contradicts itself.
+        UpdateError: a file that ``write_stream`` did not write, a truncated one, or one that contradicts itself.
     """
     name = str(os.fspath(path))
     try:
+        file: Any
         with safe_open(path, framework="pt") as file:
             header = _header(name, file.metadata())
             specs, keys_given = _specs(name, header["tensors"])
             if header["config"] is not None:
                 check_lora(header["config"], f"{name}: its configuration")
             layout = Layout(specs, name)
-            for a in layout.adapters if header["config"] is not None else ():  # both refuse what gives none
+            for a in layout.adapters if header["config"] is not None else ():
                 rank_of(header["config"], a.module, f"{name}: its configuration")
                 scaling(header["config"], a.module, a.rank, f"{name}: its configuration")
             _check_tensors(name, file, _expected(name, layout, header))
@@ -107,13 +102,13 @@ def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound
         )
     stream.weights = dict(zip(header["clients"], weights.tolist(), strict=True))
     columns = {key_A: i for i, (key_A, _) in enumerate(layout.factor_keys)}
-    in_batches = tables["angles"][:, [columns[a.key_A] for group in layout.groups for a in group.adapters]]
-    stream.angles = array("d", in_batches.contiguous().numpy().tobytes())
+    in_groups = tables["angles"][:, [columns[a.key_A] for group in layout.groups for a in group.adapters]]
+    stream.angles = array("d", in_groups.contiguous().numpy().tobytes())
     return stream
 
 
 def _tensors(stream: StreamedRound) -> dict[str, Tensor]:
-    """The sums of a stream by their names in a file, in its memory."""
+    """The sums of a stream by their names in a file, in the stream's memory."""
     tensors = {f"sum/{key}": x for key, x in stream.mean.sums.items()}
     tensors |= {f"frozen/{key}": x for key, x in stream.frozen.items()}
     if stream.sketch is not None:
@@ -122,7 +117,7 @@ def _tensors(stream: StreamedRound) -> dict[str, Tensor]:
 
 
 def _expected(name: str, layout: Layout, header: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """What a file with this header holds."""
+    """The specs of all tensors that a file with this header holds."""
     N, double = len(header["clients"]), torch.float64
     found = {"weights": TensorSpec((N,), double), "angles": TensorSpec((N, len(layout.adapters)), double)}
     for a in layout.adapters:
@@ -156,7 +151,7 @@ def _check_tensors(name: str, file: Any, expected: Mapping[str, TensorSpec]) -> 
 def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     text = (metadata or {}).get(_HEADER)
     if text is None:
-        raise UpdateError(f"{name} is a safetensors file, but no partial aggregation; send what PartialAggregate.save wrote")
+        raise UpdateError(f"{name} is a safetensors file, but no partial aggregate; send what PartialAggregate.save wrote")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -186,8 +181,8 @@ def _is_text(x: Any) -> bool:
     return isinstance(x, str) and x.encode("utf-8", "ignore").decode("utf-8") == x
 
 
-def _specs(name: str, tensors: list) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Canonical key → spec, and canonical key → the caller's key."""
+def _specs(name: str, tensors: list[Any]) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """The mappings canonical key → spec and canonical key → the caller's key, from a header."""
     specs, keys_given = dict[str, TensorSpec](), dict[str, str]()
     for entry in tensors:
         try:

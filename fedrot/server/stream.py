@@ -1,4 +1,4 @@
-"""A round whose updates are added one by one: what is kept of them, and how one enters."""
+"""The sums that are kept of updates that are added one by one."""
 
 import math
 from array import array
@@ -59,8 +59,8 @@ class StreamedRound:
         return digest.hexdigest()
 
     def add(self, name: str, weight: float, tensors: StateDict, rotations: list[Tensor] | None) -> None:
-        """Add a client that has been checked, as ``Method.prepare`` made it."""
-        self.mean.add(tensors, weight, rotations, self.sketch)
+        """Add a client that has been checked, in the form that ``Method.prepare`` gave it."""
+        self.mean.add(tensors, weight, rotations, None if self.sketch is None else self.sketch.add)
         self.weights[name] = weight
         if rotations is None:
             self.angles.extend([0.0] * len(self.layout.adapters))
@@ -81,7 +81,7 @@ class StreamedRound:
         self.angles.frombytes(table.numpy().tobytes())
 
     def angle_table(self, keys: list[str]) -> Tensor:
-        """(N, L) in float64: a row per client, a column per adapter, in the order of these keys of A."""
+        """The rotation angles (N, L) in float64: a row per client, a column per adapter in the order of these keys of A."""
         if not self.angles:
             return torch.empty(len(self.weights), len(keys), dtype=torch.float64)
         columns = {a.key_A: i for i, a in enumerate(a for group in self.layout.groups for a in group.adapters)}
@@ -89,7 +89,7 @@ class StreamedRound:
         return table[:, [columns[key] for key in keys]]
 
     def adapter_reports(self) -> tuple[tuple[AdapterReport, ...], float | None]:
-        """Of every adapter, errors estimated; and the standard deviation of the whole model's estimated error, if any."""
+        """The reports of all adapters, whose errors are estimates, and the standard deviation of the whole model's error."""
         angles = self.angle_table([key_A for key_A, _ in self.layout.factor_keys]).T.tolist()
         pairs = list(zip(self.layout.adapters, map(tuple, angles), strict=True))
         if self.sketch is None:

@@ -63,7 +63,9 @@ def open_client(streamed: StreamedRound | None, update: UpdateLike, name: str | 
     Raises:
         UpdateError: not an update, or a client of that name is in the round already.
     """
-    client = open_update(update, name or f"client {streamed.seen if streamed else 0}", streamed and streamed.first)
+    client = open_update(
+        update, name or f"client {streamed.seen if streamed else 0}", streamed.first if streamed is not None else None
+    )
     if streamed is not None and (client.name in streamed.weights or client.name in streamed.dropped):
         raise UpdateError(f"{client.name} is in this round already; give every client a name of its own")
     return with_configs([client], configs)[0]
