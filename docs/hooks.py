@@ -1,13 +1,15 @@
 """What ``mkdocs build`` takes from the code: the options, and whether the pages name everything that is public.
 
 ``options.md`` is filled from ``fedrot.AggregationOptions``, so that an option is described once. ``methods.md`` must name
-every method of the registry, and ``api.md`` must hold every name of ``__all__``; the build fails otherwise.
+every method of the registry and have the facts that its class states, and ``api.md`` must hold every name of ``__all__``.
+The build fails otherwise.
 """
 
 import ast
 import dataclasses
 import sys
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill the options page, and check the methods page."""
     if page.file.src_uri == "options.md":
         return markdown.replace("<!-- options -->", options_markdown(_fedrot().AggregationOptions))
-    if page.file.src_uri == "methods.md" and (missing := [m for m in _fedrot().METHODS if f"`{m}`" not in markdown]):
-        raise PluginError(f"docs/methods.md does not name {', '.join(missing)}: describe every method of fedrot.METHODS there")
+    if page.file.src_uri == "methods.md":
+        check_methods(markdown, _fedrot().METHODS)
     return markdown
 
 
@@ -57,6 +59,16 @@ def options_markdown(options: type) -> str:
     return "\n".join(sections)
 
 
+def check_methods(markdown: str, methods: Mapping[str, Any]) -> None:
+    """Raise PluginError unless the page names every method, and its table has the row that the class states."""
+    for name, method in methods.items():
+        if f"`{name}`" not in markdown:
+            raise PluginError(f"docs/methods.md does not name {name}: describe every method of fedrot.METHODS there")
+        row = "| " + " | ".join([f"`{name}`", method.up, method.down, method.cost, method.exact]) + " |"
+        if not method.ablation and row not in markdown:
+            raise PluginError(f"docs/methods.md has another row for {name} than its class; write: {row}")
+
+
 def public_names(file: Path) -> list[str]:
     """The ``__all__`` of a module, read without importing it."""
     for statement in ast.parse(file.read_text("utf-8")).body:
@@ -66,7 +78,7 @@ def public_names(file: Path) -> list[str]:
     raise PluginError(f"{file} has no __all__, which says what is public")
 
 
-def _choices(field: dataclasses.Field, hint: Any) -> list[Any]:
+def _choices(field: dataclasses.Field[Any], hint: Any) -> list[Any]:
     """The values that a field may have, where they can be listed."""
     if field.metadata.get("choices"):
         return [*field.metadata["choices"]]
