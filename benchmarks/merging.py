@@ -85,9 +85,8 @@ def ways(trained: Trained) -> dict[str, Callable[[], Any]]:
     return {
         PLAIN: lambda: fedrot.aggregate(pairs, strength=0, **of_plain),
         "fedrot, λ = 1": lambda: fedrot.aggregate(pairs, strength=1, align_on="joint", **of_plain),
-        "fedrot merge": lambda: fedrot.merge(pairs),
-        "fedrot merge, GL": lambda: fedrot.merge(pairs, group="GL"),
-        BEST: lambda: fedrot.merge(pairs, method="flexlora"),
+        "fedrot merge, least error": lambda: fedrot.merge(pairs, method="fedrot-least-error"),
+        BEST: lambda: fedrot.merge(pairs),
         "PEFT linear": peft("linear"),
         "PEFT ties": peft("ties", density=0.5),
         "PEFT svd": peft("svd", svd_rank=largest),

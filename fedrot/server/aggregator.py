@@ -9,7 +9,6 @@ from torch import Tensor
 from ..adapters.checks import check_weight, check_weights
 from ..adapters.update import UpdateLike, open_updates, with_configs
 from ..errors import UpdateError
-from ..methods.registry import make_method
 from ..options import AggregationOptions, refuse_old_spellings, shows_options
 from ..report.result import AggregationResult
 from .optimizer import ServerOptimizer
@@ -38,10 +37,6 @@ class FedRotAggregator(ServerState):
             round without a reference.
         **options: fields of ``AggregationOptions``.
 
-    Attributes:
-        options: the options.
-        method: the method that they name.
-
     Raises:
         ValueError: an option's value that there is not, or a method that takes no server optimizer.
         TypeError: a keyword that is no option.
@@ -59,14 +54,7 @@ class FedRotAggregator(ServerState):
         **options: Any,
     ):
         refuse_old_spellings({"reference": reference})
-        self.options = AggregationOptions.of(options)
-        self.method = make_method(self.options)
-        if server_optimizer is not None and not self.method.supports_server_optimizer:
-            raise ValueError(
-                f"{self.method.name}'s result is no mean in the basis of the last one, towards which a server optimizer "
-                "could step; leave it out, or take another method"
-            )
-        super().__init__(reference, round, server_optimizer)
+        super().__init__(AggregationOptions.of(options), reference, round, server_optimizer)
         self.configs = configs
         self._validator = RoundValidator(self.method)
         self._streamed: StreamedRound | None = None
@@ -84,7 +72,7 @@ class FedRotAggregator(ServerState):
         if self._streamed is not None:
             raise RuntimeError("updates were added one by one; finish() that round first")
         clients = with_configs(open_updates(updates, names), self.configs)
-        return self.close(average_whole(clients, check_weights(weights, clients), *self._start()), self.method)
+        return self.close(average_whole(clients, check_weights(weights, clients), *self._start()))
 
     def add(self, update: UpdateLike, weight: float = 1.0, name: str | None = None) -> None:
         """Add one client's update to the round; nothing of it is kept but its share of the sums.
@@ -141,7 +129,7 @@ class FedRotAggregator(ServerState):
         Raises:
             UpdateError: none was added, or none of positive weight is left; the next ``add`` begins the round anew.
         """
-        return self.close(average_stream(self._take("finish"), self._validator, self.round), self.method)
+        return self.close(average_stream(self._take("finish"), self._validator, self.round))
 
     def state_dict(self) -> dict[str, Any]:
         """See ``ServerState.state_dict``; RuntimeError while updates that were added wait for ``finish``."""

@@ -6,23 +6,45 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.update import UpdateLike, open_update
-from ..methods.base import Method
-from ..options import whole_number
+from ..methods.registry import make_method
+from ..options import AggregationOptions, whole_number
 from ..report.result import AggregationResult
 from .finish import AveragedRound, factors_except, finish, restore
 from .optimizer import ServerOptimizer
 
 
 class ServerState:
-    """The state of a server between two rounds.
+    """The state of a server between two rounds, and its step from one to the next.
 
     Args:
+        options: the options, which name the method.
         reference: the adapter that the clients start from, or None.
         round: the index of the next round, from 0.
         server_optimizer: steps from the reference towards each round's mean, or None.
+
+    Attributes:
+        options: as given.
+        method: the method that the options name.
+        round: the index of the next round.
+        server_optimizer: as given.
+
+    Raises:
+        ValueError: an unknown method, or one that takes no server optimizer.
     """
 
-    def __init__(self, reference: UpdateLike | None, round: int, server_optimizer: ServerOptimizer | None):
+    def __init__(
+        self,
+        options: AggregationOptions,
+        reference: UpdateLike | None,
+        round: int,
+        server_optimizer: ServerOptimizer | None,
+    ):
+        self.options, self.method = options, make_method(options)
+        if server_optimizer is not None and not self.method.supports_server_optimizer:
+            raise ValueError(
+                f"{self.method.name}'s result is no mean in the basis of the last one, towards which a server optimizer "
+                "could step; leave it out, or take another method"
+            )
         self.round, self.server_optimizer = whole_number("round", round), server_optimizer
         self._reference: dict[str, Tensor] | None = None
         self._config: dict[str, Any] | None = None
@@ -76,8 +98,9 @@ class ServerState:
         self.reference = state["reference"]
         self.round, self._config = index, state["config"]
 
-    def close(self, averaged: AveragedRound, method: Method) -> AggregationResult:
+    def close(self, averaged: AveragedRound) -> AggregationResult:
         """Restore, step and finish a round; the result becomes the next round's reference."""
+        method = self.method
         mean, reference, optimizer = restore(averaged, method), averaged.reference, self.server_optimizer
         check = averaged.may_overflow
         if optimizer is not None and reference is not None:
