@@ -11,7 +11,7 @@ from torch import Tensor
 from fedrot_kernels import average, full_precision
 from fedrot_kernels.measures import product_norm
 
-from .adapters.checks import check_range, check_weights
+from .adapters.checks import check_range, check_weights, own_scalings
 from .adapters.config import rank_fields
 from .adapters.keys import TensorSpec
 from .adapters.layout import Adapter, Layout
@@ -20,7 +20,7 @@ from .methods.running_mean import shares_of
 from .options import AggregationOptions
 from .ranks.padding import pad
 from .ranks.truncation import truncate
-from .ranks.union import check_plain, own_scaling, union_config, union_layout, without_base
+from .ranks.union import check_plain, union_config, union_layout, without_base
 from .report.report import AdapterReport, Report
 from .report.result import AggregationResult
 from .server.aggregator import FedRotAggregator
@@ -85,7 +85,7 @@ def merge(
     clients: dict[str, list[Update]] = {}
     angles: dict[str, dict[str, float]] = {}
     for some, part in _by_adapters(opened, layout):
-        factors = [pad(adapter, part, own_scaling(adapter, part), s) for adapter in some]
+        factors = [pad(adapter, part, own_scalings(adapter, part), s) for adapter in some]
         aggregator = FedRotAggregator(method=method, reflections=reflections, report_error=False)
         result = aggregator.aggregate(factors, [shares[adapter.name] for adapter in some])
         total = sum(shares[adapter.name] for adapter in some)
@@ -115,7 +115,7 @@ def merge(
 
 def _scaling(adapters: Sequence[Update], layout: Layout) -> dict[str, float]:
     """module → s of the first adapter of the largest rank."""
-    scalings = [own_scaling(adapter, layout) for adapter in adapters]
+    scalings = [own_scalings(adapter, layout) for adapter in adapters]
     s = {}
     for a in layout.adapters:
         having = [(x.specs[a.key_A].shape[0], i) for i, x in enumerate(adapters) if a.key_A in x.specs]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
-from .config import check_scaling
+from ..options import OnInvalid
+from .config import check_scaling, rank_of, scaling
 from .keys import TensorSpec
-from .layout import Layout
+from .layout import Adapter, Layout
 from .update import StateDict, Update, UpdateLike, open_update
 
 
@@ -37,6 +38,30 @@ def check_device(update: Update, first: Update) -> None:
         raise UpdateError(
             f"{update.name} is on {update.device}, but {first.name} on {first.device}; move them to one device"
         )
+
+
+def check_ranks(client: Update, adapters: Sequence[Adapter]) -> None:
+    """Raise UpdateError unless a client's tensors have the ranks of its configuration."""
+    config = client.config or {}
+    for a in adapters if "r" in config else ():
+        shape, told = client.specs[a.key_A].shape, rank_of(config, a.module, client.name)
+        if shape[0] != told:
+            raise UpdateError(
+                f"{client.name}, {a.key_A}: shape {shape}, but its LoRA configuration says rank {told}; pass the "
+                "configuration that it was trained with"
+            )
+
+
+def own_scalings(client: Update, layout: Layout) -> dict[str, float]:
+    """The scalings s of the layout's modules that a client has, module → s, from the client's configuration and ranks.
+
+    Raises:
+        UpdateError: tensors of other ranks than the configuration has, or an α that is not a positive number.
+    """
+    mine = [a for a in layout.adapters if a.key_A in client.specs]
+    check_ranks(client, mine)
+    config = client.config or {}
+    return {a.module: scaling(config, a.module, client.specs[a.key_A].shape[0], client.name) for a in mine}
 
 
 def open_reference(reference: UpdateLike, first: Update, layout: Layout) -> Update:
@@ -107,6 +132,36 @@ def check_weight(weight: float, client: Update) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise UpdateError(f"{client.name} has weight {weight}; weights are non-negative numbers, such as example counts")
     return value
+
+
+def valid_clients(
+    clients: Sequence[Update], weights: Sequence[float], on_invalid: OnInvalid, dropped: dict[str, str]
+) -> tuple[list[Update], list[float]]:
+    """The clients without NaN and Inf, and their weights; the others are added to ``dropped``.
+
+    Raises:
+        UpdateError: there is one, with ``on_invalid="raise"``, or none of positive weight is left.
+    """
+    kept = [(client, w) for client, w in zip(clients, weights, strict=True) if is_valid(client, on_invalid, dropped)]
+    if not any(w for _, w in kept):
+        raise nothing_left(dropped)
+    return [client for client, _ in kept], [w for _, w in kept]
+
+
+def is_valid(client: Update, on_invalid: OnInvalid, dropped: dict[str, str]) -> bool:
+    """Whether a client has neither NaN nor Inf; see ``valid_clients``."""
+    found = not_finite(client)
+    if found and on_invalid == "raise":
+        raise UpdateError(f'{client.name}, {found}; leave this client out, or drop such clients (on_invalid="drop")')
+    if found:
+        dropped[client.name] = found
+    return not found
+
+
+def nothing_left(dropped: dict[str, str]) -> UpdateError:
+    """The error of a round without a client that counts."""
+    reasons = "".join(f"; dropped {client}: {why}" for client, why in dropped.items())
+    return UpdateError(f"nothing to average: no client of positive weight is left{reasons}")
 
 
 def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:

@@ -1,10 +1,11 @@
 """The decisions of a method: which factors clients train and share, and how a round's updates become one."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
+from ..adapters.common import UnequalRanks
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..errors import UpdateError
@@ -47,7 +48,7 @@ class Method(ABC):
     uses: ClassVar[frozenset[str]] = frozenset()
     default_strength: ClassVar[float] = 0.5
     needs_shared_start: ClassVar[bool] = False
-    unequal_ranks: ClassVar[Literal["no", "pad", "stack"]] = "no"
+    unequal_ranks: ClassVar[UnequalRanks] = "no"
     supports_server_optimizer: ClassVar[bool] = True
     updates_base: ClassVar[bool] = False
     cannot_merge: ClassVar[tuple[str, ...]] = ()

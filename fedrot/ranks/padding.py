@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fedrot_kernels import NOISE, full_precision, procrustes
 
+from ..adapters.common import with_rank
 from ..adapters.keys import TensorSpec
 from ..adapters.layout import Adapter, Layout
 from ..adapters.update import Update
-from .checks import with_rank
 
 
 def pad(client: Update, layout: Layout, s_client: dict[str, float], s_result: dict[str, float]) -> Update:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..adapters.checks import own_scalings
+from ..adapters.common import UnequalRanks, are_alike
 from ..adapters.config import scaling, whole_name
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..errors import UpdateError
-from .checks import are_alike, check_ranks
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,28 @@ class Scalings:
     config: dict[str, Any]
     result: dict[str, float]
     per_client: list[dict[str, float]]
+
+
+def round_scalings(
+    clients: Sequence[Update], layout: Layout, reference: Update | None, unequal_ranks: UnequalRanks
+) -> Scalings | None:
+    """The scalings of a round's clients and of its result; None where they play no part.
+
+    Args:
+        clients: the clients, which have the layout but for their ranks.
+        layout: the layout of the result.
+        reference: the reference, whose configuration the result takes if clients are padded to its ranks.
+        unequal_ranks: whether ranks and scalings may differ.
+
+    Raises:
+        UpdateError: a scaling that is needed and unknown, or tensors that unequal scalings forbid.
+    """
+    if unequal_ranks == "pad":
+        return scalings_if_unlike(clients, layout, reference)
+    s = scalings(clients, layout) if unequal_ranks == "stack" else None
+    if s is not None:
+        check_biases(layout, s)
+    return s
 
 
 def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] | None = None) -> Scalings | None:
@@ -53,11 +76,7 @@ def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] |
                 f"{lacking.name} has no LoRA configuration, and ranks or scalings may differ; pass folders, or configs=[…]"
             )
         return None
-    per_client = []
-    for client in clients:
-        ranks = {a.module: client.specs[a.key_A].shape[0] for a in layout.adapters}
-        check_ranks(client, layout)
-        per_client.append({m: scaling(client.config or {}, m, r, client.name) for m, r in ranks.items()})
+    per_client = [own_scalings(client, layout) for client in clients]
     if config is None:
         widest = next((c for c in clients if all(c.specs[k].shape == spec.shape for k, spec in layout.specs.items())), None)
         config = dict((widest or clients[0]).config or {}) | ({} if widest else _spelt_out(clients, layout, per_client))

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.checks import check_device, not_finite
-from ..adapters.config import PREFIX, plain_config, rank_fields, scaling
+from ..adapters.checks import check_device, check_ranks, not_finite
+from ..adapters.config import PREFIX, plain_config, rank_fields
 from ..adapters.keys import TensorSpec, parse_factor
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..errors import UpdateError
-from .checks import check_ranks
 
 # Initialisations that leave the base weights as they are. After any other, s·B·A is the difference to another base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -54,7 +53,7 @@ def check_plain(adapter: Update, first: Update) -> None:
                 "agree to be merged"
             )
     check_device(adapter, first)
-    check_ranks(adapter, Layout(adapter.specs, name))
+    check_ranks(adapter, Layout(adapter.specs, name).adapters)
     if found := not_finite(adapter):
         raise UpdateError(f"{name}, {found}; leave it out")
 
@@ -121,12 +120,6 @@ def union_layout(adapters: Sequence[Update], rank: int) -> Layout:
 def _without_axis(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     """The shape without one axis, or as it is."""
     return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
-
-
-def own_scaling(adapter: Update, layout: Layout) -> dict[str, float]:
-    """The scalings of the modules that an adapter has, module → s."""
-    mine = [a for a in layout.adapters if a.key_A in adapter.specs]
-    return {a.module: scaling(adapter.config or {}, a.module, adapter.specs[a.key_A].shape[0], adapter.name) for a in mine}
 
 
 def union_config(adapters: Sequence[Update], layout: Layout, s: Mapping[str, float]) -> dict[str, Any]:

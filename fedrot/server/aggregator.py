@@ -9,6 +9,7 @@ from torch import Tensor
 from ..adapters.checks import check_weight, check_weights
 from ..adapters.update import UpdateLike, open_updates, with_configs
 from ..errors import UpdateError
+from ..methods.base import Method
 from ..options import AggregationOptions, refuse_old_spellings, shows_options
 from ..report.result import AggregationResult
 from .optimizer import ServerOptimizer
@@ -16,7 +17,6 @@ from .partial import PartialAggregate, compatibility
 from .state import ServerState
 from .stream import StreamedRound
 from .streamed_round import add_client, average_stream, begin_stream, check_streams, merge_clients, open_client
-from .validation import RoundValidator
 from .whole_round import average_whole
 
 
@@ -56,7 +56,6 @@ class FedRotAggregator(ServerState):
         refuse_old_spellings({"reference": reference})
         super().__init__(AggregationOptions.of(options), reference, round, server_optimizer)
         self.configs = configs
-        self._validator = RoundValidator(self.method)
         self._streamed: StreamedRound | None = None
 
     def aggregate(
@@ -89,7 +88,7 @@ class FedRotAggregator(ServerState):
         client = open_client(self._streamed, update, name, self.configs)
         weight = check_weight(weight, client)
         streamed = self._streamed or begin_stream(client, *self._start())
-        add_client(streamed, client, weight, self._validator, self.round)
+        add_client(streamed, client, weight, self.method, self.round)
         self._streamed = streamed
 
     def partial(self, name: str | None = None) -> PartialAggregate:
@@ -129,7 +128,7 @@ class FedRotAggregator(ServerState):
         Raises:
             UpdateError: none was added, or none of positive weight is left; the next ``add`` begins the round anew.
         """
-        return self.close(average_stream(self._take("finish"), self._validator, self.round))
+        return self.close(average_stream(self._take("finish"), self.method, self.round))
 
     def state_dict(self) -> dict[str, Any]:
         """See ``ServerState.state_dict``; RuntimeError while updates that were added wait for ``finish``."""
@@ -137,8 +136,8 @@ class FedRotAggregator(ServerState):
             raise RuntimeError("updates were added one by one; finish() that round before saving the state")
         return super().state_dict()
 
-    def _start(self) -> tuple[RoundValidator, int, dict[str, Tensor] | None, dict[str, Any] | None]:
-        return self._validator, self.round, self._reference, self._config
+    def _start(self) -> tuple[Method, int, dict[str, Tensor] | None, dict[str, Any] | None]:
+        return self.method, self.round, self._reference, self._config
 
     def _take(self, what: str) -> StreamedRound:
         streamed, self._streamed = self._streamed, None

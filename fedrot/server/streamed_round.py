@@ -5,18 +5,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.checks import as_sent, check_frozen
+from ..adapters.checks import as_sent, check_frozen, is_valid, nothing_left
+from ..adapters.common import check_next, start_round
 from ..adapters.update import Update, UpdateLike, open_update, with_configs
 from ..errors import UpdateError
 from ..methods.base import Method
 from ..methods.round import Averages
 from ..methods.running_mean import shares_of
 from ..ranks.padding import pad, revive_dead_ranks
+from ..ranks.scaling import round_scalings
 from ..report.report import Report
 from .finish import AveragedRound, factors_except
 from .partial import PartialAggregate, check_mergeable, compatibility
 from .stream import StreamedRound, is_name
-from .validation import RoundValidator, nothing_left
 
 
 def check_streams(method: Method, name: str | None, *, merges: bool = False) -> None:
@@ -33,13 +34,13 @@ def check_streams(method: Method, name: str | None, *, merges: bool = False) -> 
 
 
 def begin_stream(
-    first: Update, validator: RoundValidator, index: int, reference: UpdateLike | None, config: dict[str, Any] | None
+    first: Update, method: Method, index: int, reference: UpdateLike | None, config: dict[str, Any] | None
 ) -> StreamedRound:
     """Begin a round of updates that are added one by one.
 
     Args:
         first: the first client, or a partial aggregate's; it is not added yet.
-        validator: of the method.
+        method: the method.
         index: the round's index, from 0.
         reference: the adapter that the clients started from, or None.
         config: the reference's configuration, if the reference does not bring one.
@@ -47,13 +48,15 @@ def begin_stream(
     Raises:
         UpdateError: the method needs a reference, and there is none.
     """
-    options = validator.method.options
-    if reference is None and validator.method.needs_reference(index):
+    options = method.options
+    if reference is None and method.needs_reference(index):
         raise UpdateError(
             "updates that are added one by one need a reference; pass the adapter that the clients started from, "
             "or aggregate(updates) the first round at once"
         )
-    target, layout = validator.start(reference, config, [first])
+    whole = method.returns() == ("A", "B")
+    layout, target = start_round([first], method.unequal_ranks, reference, config, whole=whole)
+    method.check(layout)
     return StreamedRound(first, layout, target, options.seed if options.report_error else None)
 
 
@@ -71,21 +74,21 @@ def open_client(streamed: StreamedRound | None, update: UpdateLike, name: str | 
     return with_configs([client], configs)[0]
 
 
-def add_client(streamed: StreamedRound, client: Update, weight: float, validator: RoundValidator, index: int) -> None:
+def add_client(streamed: StreamedRound, client: Update, weight: float, method: Method, index: int) -> None:
     """Validate one client and add its share to the sums; nothing else of the client is kept.
 
     Raises:
         UpdateError: an update that cannot be averaged; the round is as before.
     """
-    method, layout = validator.method, streamed.layout
-    validator.check_next(client, streamed.first, layout, streamed.reference)
-    if not validator.is_valid(client, streamed.dropped):
+    layout = streamed.layout
+    check_next(client, streamed.first, layout, streamed.reference, method.unequal_ranks)
+    if not is_valid(client, method.options.on_invalid, streamed.dropped):
         return
     if not streamed.weights:
         streamed.frozen = untrained_factors(streamed, client, method, index)
     check_frozen(client, streamed.frozen, streamed.frozen, method.name)
     if method.unequal_ranks == "pad":
-        s = validator.scalings([streamed.first, client], layout, streamed.reference)
+        s = round_scalings([streamed.first, client], layout, streamed.reference, method.unequal_ranks)
         client = client if s is None else pad(client, layout, s.per_client[1], s.result)
     streamed.add(client.name, weight, *method.prepare(index, client, streamed.seen, layout, streamed.reference))
 
@@ -99,7 +102,7 @@ def untrained_factors(streamed: StreamedRound, first: Update, method: Method, in
 def merge_clients(
     streamed: StreamedRound | None,
     partial: PartialAggregate | str | os.PathLike[str],
-    validator: RoundValidator,
+    method: Method,
     index: int,
     reference: UpdateLike | None,
     config: dict[str, Any] | None,
@@ -110,8 +113,8 @@ def merge_clients(
         UpdateError: see ``FedRotAggregator.merge``; the round is as before.
     """
     partial = partial if isinstance(partial, PartialAggregate) else PartialAggregate.load(partial)
-    method, theirs = validator.method, partial.first
-    streamed = streamed or begin_stream(theirs, validator, index, reference, config)
+    theirs = partial.first
+    streamed = streamed or begin_stream(theirs, method, index, reference, config)
     check_mergeable(partial, compatibility(method, index, streamed), streamed)
     if partial.stream.weights:
         expected = streamed.frozen if streamed.weights else untrained_factors(streamed, theirs, method, index)
@@ -120,7 +123,7 @@ def merge_clients(
     return streamed
 
 
-def average_stream(streamed: StreamedRound, validator: RoundValidator, index: int) -> AveragedRound:
+def average_stream(streamed: StreamedRound, method: Method, index: int) -> AveragedRound:
     """Average the clients that were added, of which the report estimates the aggregation error.
 
     Raises:
@@ -128,13 +131,13 @@ def average_stream(streamed: StreamedRound, validator: RoundValidator, index: in
     """
     if not any(streamed.weights.values()):
         raise nothing_left(streamed.dropped)
-    method, layout = validator.method, streamed.layout
+    layout = streamed.layout
     shares = shares_of(tuple(streamed.weights.values()))
     report = Report(method.name, index, tuple(streamed.weights), shares, streamed.dropped, *streamed.adapter_reports())
     mean = streamed.mean.state_dict() | streamed.frozen
     if method.unequal_ranks == "pad" and streamed.reference is not None:
         mean = revive_dead_ranks(mean, layout, streamed.reference)
-    s = validator.scalings([streamed.first], layout, streamed.reference)
+    s = round_scalings([streamed.first], layout, streamed.reference, method.unequal_ranks)
     config = s.config if s else streamed.first.config
     averages = Averages(mean, [], [], None, None, False)
     return AveragedRound(streamed.first, layout, streamed.reference, averages, report, config, may_overflow=True)

@@ -1,15 +1,62 @@
-"""Refusing clients that differ in more than their ranks and scalings."""
+"""The layout that the clients of a round have in common, with the largest ranks where ranks may differ."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from ..adapters.checks import check_device, check_reference, check_updates
-from ..adapters.config import check_scaling, rank_of, same_scaling
-from ..adapters.keys import TensorSpec, parse_factor
-from ..adapters.layout import Layout
-from ..adapters.update import Update, UpdateLike, open_update
 from ..errors import UpdateError
+from .checks import check_device, check_reference, check_update, check_updates, open_reference
+from .config import check_scaling, same_scaling
+from .keys import TensorSpec, parse_factor
+from .layout import Layout
+from .update import Update, UpdateLike, open_update
+
+# "no" if clients must have one rank and scaling, "pad" if they are padded to those of the reference, "stack" if any will do.
+UnequalRanks = Literal["no", "pad", "stack"]
+
+
+def start_round(
+    clients: Sequence[Update],
+    unequal_ranks: UnequalRanks,
+    reference: UpdateLike | None,
+    config: dict[str, Any] | None,
+    *,
+    whole: bool,
+) -> tuple[Layout, Update | None]:
+    """Find the layout of a round's clients, and open the reference.
+
+    Args:
+        clients: the clients, at least one.
+        unequal_ranks: whether their ranks and scalings may differ; with "pad" the layout has the reference's ranks.
+        reference: the adapter that the clients started from, if that is known.
+        config: the reference's LoRA configuration, if the reference does not bring one.
+        whole: whether the reference must have both factors in the clients' shapes.
+
+    Raises:
+        UpdateError: clients that cannot be averaged, or another reference than theirs.
+    """
+    if unequal_ranks == "pad":
+        layout = common_layout(clients)
+        return (layout, None) if reference is None else open_wide_reference(reference, config, clients, layout)
+    if unequal_ranks == "no":
+        layout = check_updates(clients)
+    else:
+        for client in clients[1:]:
+            check_device(client, clients[0])
+        layout = widest_layout(clients)
+    if reference is None:
+        return layout, None
+    if whole and unequal_ranks == "no":
+        return layout, open_reference(reference, clients[0], layout)
+    return layout, open_update(reference, "the reference")
+
+
+def check_next(client: Update, first: Update, layout: Layout, reference: Update | None, unequal_ranks: UnequalRanks) -> None:
+    """Raise UpdateError unless a client fits a round that another one began."""
+    if unequal_ranks == "pad":
+        check_padded(client, first, layout, (reference or first).name)
+    else:
+        check_update(client, first, layout)
 
 
 def widest_layout(clients: Sequence[Update]) -> Layout:
@@ -36,18 +83,6 @@ def widest_layout(clients: Sequence[Update]) -> Layout:
     for client, specs in zip(clients[1:], widened[1:], strict=True):
         layout.check(specs, client.name, clients[0].name)
     return layout
-
-
-def check_ranks(client: Update, layout: Layout) -> None:
-    """Raise UpdateError unless a client's tensors have the ranks of its configuration."""
-    config = client.config or {}
-    for a in layout.adapters if "r" in config else ():
-        shape, told = client.specs[a.key_A].shape, rank_of(config, a.module, client.name)
-        if shape[0] != told:
-            raise UpdateError(
-                f"{client.name}, {a.key_A}: shape {shape}, but its LoRA configuration says rank {told}; pass the "
-                "configuration that it was trained with"
-            )
 
 
 def _rank_axes(client: Update) -> list[tuple[str, int]]:
@@ -102,7 +137,7 @@ def check_padded(client: Update, first: Update, layout: Layout, whose: str) -> N
 
 def open_wide_reference(
     reference: UpdateLike, config: dict[str, Any] | None, clients: Sequence[Update], layout: Layout
-) -> tuple[Update, Layout]:
+) -> tuple[Layout, Update]:
     """Open the reference of clients that are padded to its ranks.
 
     Args:
@@ -112,7 +147,7 @@ def open_wide_reference(
         layout: the clients' common layout.
 
     Returns:
-        The reference, all finite and with its configuration, and the layout in the reference's ranks.
+        The layout in the reference's ranks, and the reference, all finite and with its configuration.
 
     Raises:
         UpdateError: a reference that lacks an adapter, or has one in another shape or of a smaller rank.
@@ -133,7 +168,7 @@ def open_wide_reference(
     check_scaling(opened.config, opened.name, first.config, first.name, ("use_dora",))
     bare = first if first.config is None else replace(first, config=None)
     checked = check_reference(opened, bare, layout, finite=opened is reference)
-    return (checked if checked.config or not config else replace(checked, config=config)), layout
+    return layout, checked if checked.config or not config else replace(checked, config=config)
 
 
 def _check_kind(client: Update, first: Update) -> None:
