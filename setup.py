@@ -1,8 +1,8 @@
-"""Packaging of fedrot; the tested versions are in constraints.txt."""
+"""Metadata and dependencies of fedrot. The tested versions are in constraints.txt, the tools' settings in pyproject.toml."""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 SIMULATE = [
     "transformers>=5.0",
@@ -20,31 +20,40 @@ SIMULATE = [
 
 FLOWER = ["flwr[simulation]>=1.41,<2", "numpy>=1.26"]
 NVFLARE = ["nvflare>=2.9,<3", "numpy>=1.26"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 
 setup(
     name="fedrot",
-    version="0.1.0",
+    version="0.2.0.dev0",
     description="Federated averaging of LoRA adapters in a common basis (FedRot-LoRA)",
     long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    packages=[
-        "fedrot",
-        "fedrot.flower",
-        "fedrot.methods",
-        "fedrot.simulation",
-        "fedrot.simulation.presets",
-        "fedrot.simulation.tasks",
-        "fedrot_kernels",
+    project_urls={"Paper": "https://arxiv.org/abs/2602.23638"},
+    keywords=["federated learning", "LoRA", "PEFT", "adapter merging", "model merging", "Procrustes", "PyTorch", "Triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
-    package_data={"fedrot": ["py.typed", "simulation/presets/*.yaml"], "fedrot_kernels": ["py.typed"]},
+    packages=find_packages(include=["fedrot", "fedrot.*", "fedrot_kernels", "fedrot_kernels.*"]),
+    package_data={"": ["py.typed", "*.yaml"]},
+    include_package_data=False,
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "safetensors[torch]>=0.4.3"],
     extras_require={
         "simulate": SIMULATE,
         "flower": FLOWER,
         "nvflare": NVFLARE,
+        "docs": DOCS,
         "test": [
             *SIMULATE,
             *FLOWER,
@@ -56,6 +65,10 @@ setup(
             "scipy>=1.13",
             "ruff>=0.14",
             "mypy>=1.15",
+            # What the wheel is built and checked with.
+            "setuptools>=77",
+            "build>=1.2",
+            "twine>=6.1",
         ],
     },
     entry_points={"console_scripts": ["fedrot = fedrot.cli:main"]},
