@@ -18,6 +18,7 @@ from .server.optimizer import ServerOptimizer
 from .server.partial import PartialAggregate
 
 __version__ = version("fedrot")
+"""The version of the package that is installed."""
 
 __all__ = [
     "METHODS",

@@ -24,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
         *(FedSALoRA, LoRAFAIR, RandomRotation, Scalar),
     )
 }
+"""The aggregation methods, name → class."""
 
 
 def make_method(options: AggregationOptions) -> Method:
