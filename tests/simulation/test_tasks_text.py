@@ -12,8 +12,8 @@ from fedrot.simulation import SimulationConfig, load_task
 from fedrot.simulation.clients import Clients
 from fedrot.simulation.tasks.data import GLUE, encode_classes, hub_name
 
-from .language_models import train_two
-from .test_simulation import tiny_bert  # noqa: F401, a fixture
+from ..language_models import train_two
+from .test_run import tiny_bert  # noqa: F401, a fixture
 
 COLUMNS = {
     "sst2": ("sentence",),

@@ -17,7 +17,7 @@ from fedrot import UpdateError, read_adapter
 from fedrot.simulation import SimulationConfig, load_task, simulate
 from fedrot.simulation.clients import Clients
 
-from .test_simulation import QUICK, tiny_bert  # noqa: F401, a fixture
+from .test_run import QUICK, tiny_bert  # noqa: F401, a fixture
 
 BERT_LORA = {"r": 2, "target_modules": ["query"]}
 

@@ -11,7 +11,7 @@ from fedrot.simulation import SimulationConfig, load_task, simulate
 from fedrot.simulation.clients import Clients
 from fedrot.simulation.tasks.encoding import Encoder
 
-from .language_models import save_llama, train_two
+from ..language_models import save_llama, train_two
 
 CPU = torch.device("cpu")
 ROWS = [

@@ -11,7 +11,7 @@ from fedrot.options import Alignment
 from fedrot.simulation.geometry import alignment_geometry
 from fedrot_kernels.measures import error_bound
 
-from .peft_models import KINDS, client_updates, factor_keys, turned_clients
+from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
 
 WEIGHTS = [1.0, 2.0, 4.5]
 

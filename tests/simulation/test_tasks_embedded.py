@@ -14,7 +14,7 @@ from fedrot.simulation.tasks import stdlib
 from fedrot.simulation.tasks.cache import cache_folder, cached_model
 from fedrot.simulation.tasks.digits import digits_model
 
-from .language_models import SIZES
+from ..language_models import SIZES
 
 CPU = torch.device("cpu")
 

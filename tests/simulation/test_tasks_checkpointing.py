@@ -6,7 +6,7 @@ import torch
 from fedrot.simulation import load_task
 from fedrot.simulation.clients import Clients
 
-from .language_models import train_two
+from ..language_models import train_two
 from .test_tasks_language import configure, llama  # noqa: F401, fixtures
 
 LORAS = {
