@@ -1,9 +1,10 @@
-"""The clients of a simulation: the model they share, their examples and where each starts from."""
+"""The clients of a simulation: the model that they share, their examples and the adapter that each starts from."""
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from .training.local_training import draw_batches, train_clients
 from .training.memory import clients_that_fit, pass_memory
 from .training.stacked import trainable_parameters
 
-# Streams of random numbers, apart from each other and, by the second number, from the partition's.
+# Streams of random numbers. The second number tells them from each other and from the partition's, which is 0.
 _SAMPLING, _EXAMPLES, _DROPOUT, _START = 1, 2, 3, 4
 
-# Of a client's parameters while it trains: where it starts, what it trains, the gradient and two moments.
+# How often a client's parameters are kept while it trains: the start, the trained value, the gradient and two moments.
 _COPIES = 5
 
 State = dict[str, Tensor]
@@ -34,12 +35,23 @@ class Clients:
 
     Attributes:
         model: the PEFT model.
+        parameters: the model's trainable parameters by name.
+        device: where the model is.
         examples: for every client the indices of its examples.
-        column: (n,) value of partition_column, or None.
+        column: (n,) the value of partition_column of every example, or None.
         lora: the configuration of every client's adapter.
     """
 
     def __init__(self, task: Task, config: SimulationConfig):
+        """Share out the task's examples and make the model.
+
+        Args:
+            task: the data and the base model, which is copied.
+            config: the run's configuration.
+
+        Raises:
+            ValueError: options that the data, PEFT or this machine do not have.
+        """
         self.task, self.config = task, config
         self.device = _open_device(config.device)
         self.column = None if config.partition_column is None else np.array(task.train[config.partition_column])
@@ -58,7 +70,7 @@ class Clients:
             )
         self.model = get_peft_model(copy.deepcopy(task.base_model), self.lora).to(self.device)
         self.parameters = trainable_parameters(self.model)
-        # Not yet known of "auto".
+        # None: "auto", which the first pass measures.
         self._per_pass = None if config.clients_per_pass == "auto" else config.clients_per_pass or len(self.examples)
 
     def state(self) -> State:
@@ -72,32 +84,36 @@ class Clients:
             p.copy_(state[name])
 
     def sample(self, round: int) -> list[int]:
-        """The clients that take part in a round."""
+        """Draw the clients that take part in the round of this index."""
         n, k = len(self.examples), self.config.clients_per_round
         if k is None:
             return list(range(n))
         return sorted(self._rng(_SAMPLING, round).choice(n, k, replace=False).tolist())
 
     def own_start(self, client: int) -> State:
-        """An adapter of the client's own: PEFT's initialisation, drawn with its seed."""
+        """Draw the adapter that a client starts from alone: PEFT's initialisation, by the client's own seed."""
         shared = self.state()
         torch.manual_seed(self._torch_seed(_START, client))
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 for adapter in module.active_adapters:
-                    module.reset_lora_parameters(adapter, self.lora.init_lora_weights)
+                    reset: Any = module.reset_lora_parameters
+                    reset(adapter, self.lora.init_lora_weights)
         own = self.state()
         self.load(shared)
         return own
 
     def batches(self, round: int, client: int) -> np.ndarray:
-        """(local_steps, batch) indices of the examples that a client trains on in a round."""
+        """Draw the examples that a client trains on in the round of this index: (local_steps, batch) indices."""
         return draw_batches(self.examples[client], self.config, self._rng(_EXAMPLES, round, client))
 
     @contextmanager
     def dropout(self, round: int, client: int) -> Iterator[None]:
-        """Within the context PyTorch's dropouts have the masks that a client meets in a round, for training it by other
-        means. Nothing but the model may draw from PyTorch's global generator meanwhile."""
+        """Give PyTorch's dropouts, within the context, the masks that a client meets in the round of this index.
+
+        This is for training the client by other means than ``train``. Within the context nothing but the model may draw from
+        PyTorch's global generator.
+        """
         torch.manual_seed(self._torch_seed(_DROPOUT, round))
         seeds = [self._torch_seed(_DROPOUT, round, client)]
         with ClientDropout(seeds, self.config.batch_size, self.device).active():
@@ -114,11 +130,11 @@ class Clients:
         """Train the chosen clients of a round, in as few passes as ``clients_per_pass`` allows.
 
         Args:
-            round: its number.
+            round: the round index, from 0.
             chosen: client numbers.
             starts: the adapter that each of them starts from.
             on_step: called after every local step of a pass with the number of its clients.
-            trained: the parameters that are trained; the others stay as they start. None: all.
+            trained: the parameters that are trained; the others stay as they start. None trains all.
 
         Returns:
             For every chosen client its trained state, views of the stacked tensors, and its mean loss.
@@ -160,7 +176,7 @@ class Clients:
         return results
 
     def evaluate(self, state: State, rows: np.ndarray | None = None) -> dict[str, float]:
-        """Score and loss of an adapter on the test examples, or some rows of them."""
+        """Measure an adapter's score and loss on the test examples, or on some rows of them."""
         self.load(state)
         return self.task.evaluate(self.model, self.config.eval_batch_size, self.device, rows)
 

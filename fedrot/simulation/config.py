@@ -1,4 +1,4 @@
-"""One dataclass is the command line, the YAML file and what is saved with a run."""
+"""The configuration of a simulation: one dataclass is the command line, the YAML file and what is saved with a run."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import yaml
 
-from ..methods.registry import METHODS, make_method
-from ..options import AggregationOptions
+from ..methods.registry import make_method
+from ..options import OPTION_NAMES, AggregationOptions, refuse_old_spellings
 from ..server.optimizer import ServerOptimizerName
 
 Start = Literal["shared", "independent"]
 Partition = Literal["dirichlet", "iid", "column"]
 TaskName = Literal["text-classification", "image-classification", "causal-lm"]
 
-# Data sets that come with a model of their own, pretrained in process; they need no network.
+# Datasets that come with a model of their own, pretrained in process; they need no network.
 EMBEDDED: dict[str, TaskName] = {"digits": "image-classification", "stdlib": "causal-lm"}
 
 
@@ -24,120 +24,131 @@ class SimulationConfig(AggregationOptions):
     """A federated fine-tuning run: the options of its aggregations, and its own."""
 
     model: str = "digits"
-    """A Transformers model by hub name or folder, or an embedded one: "digits", a small ViT, or "stdlib", a small Llama
-    over bytes, both pretrained in process once and then kept in the cache."""
+    """The base model: a Transformers model by hub name or folder, or an embedded one. The embedded ones are digits, a small
+    ViT, and stdlib, a small Llama over bytes. They are pretrained in process once and then kept in the cache."""
     task: TaskName | None = None
-    """What the model does; if not set, text-classification, or what an embedded model does."""
+    """What the model does. If not set, it is text-classification, or what an embedded model does."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base model's weights; those of the adapters are float32."""
+    """The dtype of the base model's weights. The adapters' weights are float32."""
     gradient_checkpointing: bool = False
-    """Keep no activations within the base model's blocks but compute them again for the gradient: slower, less memory."""
+    """Keep no activations within the base model's blocks but compute them again for the gradient. This takes less memory
+    and more time."""
     lora: dict[str, Any] = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
-    """Options of peft.LoraConfig; on the command line --lora.r 4 --lora.target_modules [query,value]."""
+    """Options of peft.LoraConfig. On the command line they are --lora.r 4 --lora.target_modules [query,value]."""
 
     dataset: str = "digits"
-    """A dataset by hub name or GLUE name (sst2, qnli, qqp, rte, mnli), a local CSV, TSV, JSON or JSONL file, "digits", or
-    "stdlib": the source of Python's standard library, a client per package."""
+    """The data: a dataset by hub name or GLUE name (sst2, qnli, qqp, rte, mnli), a local CSV, TSV, JSON or JSONL file,
+    digits, or stdlib, which is the source of Python's standard library with a client per package."""
     dataset_config: str | None = None
     """The hub dataset's configuration, such as sst2 of glue."""
     train_split: str = "train"
     """The hub dataset's split that the clients share out."""
     test_split: str = "validation"
-    """The hub dataset's split that the server evaluates on; validation of MNLI is validation_matched."""
+    """The hub dataset's split that the server evaluates on. For MNLI, validation is validation_matched."""
     test_dataset: str | None = None
-    """Another dataset by hub name, or a local file, to evaluate on; without one, the test_split of the hub dataset, or
+    """Another dataset by hub name, or a local file, to evaluate on. If not set, it is the test_split of the hub dataset, or
     test_fraction of the local training file."""
     test_fraction: float = 0.1
     """The part of a local training file that is held out when there is no test_dataset."""
     max_train_examples: int | None = None
-    """Use only so many training examples, drawn at random."""
+    """Use at most this many training examples, drawn at random."""
     max_test_examples: int | None = None
-    """Use only so many test examples, drawn at random."""
+    """Use at most this many test examples, drawn at random."""
     text_column: str | None = None
-    """The column holding the text; if not set, those that GLUE's tasks have, or the only text of a language model."""
+    """The column that holds the text. If not set, it is the column, or the pair of columns, of a GLUE task, or the only
+    column of text that a language model's data has."""
     text_pair_column: str | None = None
-    """The column holding the second text of a pair."""
+    """The column that holds the second text of a pair."""
     image_column: str = "image"
-    """The column holding the image."""
+    """The column that holds the image."""
     label_column: str | None = None
-    """The column holding the class; if not set, label; a language model needs none but for the partition."""
+    """The column that holds the class. If not set, it is label; a language model needs one only for the partition."""
     max_length: int = 128
-    """Tokens after which texts are cut; a language model goes on with the rest as another example."""
+    """The number of tokens after which a text is cut. A language model takes the rest as another example."""
     prompt_template: str | None = None
-    """What a language model is given, with columns in braces, such as "Question: {question} Answer:"."""
+    """The prompt of a language model, with columns in braces, such as "Question: {question} Answer:"."""
     response_template: str | None = None
-    """What it learns to answer, such as " {answer}"; without templates it learns all of the text column."""
+    """The response that a language model learns, such as " {answer}". Without templates it learns the whole text column."""
     score: Literal["exact_match", "pass_at_1"] | None = None
-    """Of greedy answers, beside the loss: exact_match of the last number with the response's, as for GSM8K; pass_at_1 of
-    test data with HumanEval's columns."""
+    """The score of a language model's greedy answers, beside the loss: exact_match compares the last number with the
+    response's, as for GSM8K; pass_at_1 runs code on test data that has HumanEval's columns."""
     score_examples: int = 100
-    """Score so many test examples, the first ones; generating is slow."""
+    """The number of test examples that are scored, the first ones. Generating answers is slow."""
     max_new_tokens: int = 256
-    """Tokens of an answer that is scored."""
+    """The maximum number of tokens of an answer that is scored."""
     execute_generated_code: bool = False
-    """Allow pass_at_1 to run what the model wrote, in a process of its own with limits on time and memory, but with your
-    permissions."""
+    """Allow pass_at_1 to run what the model wrote. It runs in a process of its own with limits on time and memory, but with
+    your permissions."""
 
     partition: Partition | None = None
-    """How examples are shared out: label-Dirichlet, evenly at random, or a client per value of partition_column; if not
-    set, dirichlet where there are classes, column (package) for the stdlib and iid otherwise."""
+    """How examples are shared out: dirichlet (each class by shares from a Dirichlet distribution), iid (evenly, at random),
+    or column (a client per value of partition_column). If not set, it is dirichlet where there are classes, column (package)
+    for stdlib, and iid otherwise."""
     dirichlet_alpha: float = 0.5
-    """The concentration of the label-Dirichlet partition; smaller is less alike."""
+    """The concentration of the Dirichlet partition. The smaller it is, the less alike are the clients."""
     partition_column: str | None = None
-    """The column whose values are the clients, for partition column."""
+    """The column whose values are the clients, if partition is column."""
 
     clients: int = 10
-    """N, the number of clients; with partition column the number of values, whatever is set here."""
+    """N, the number of clients. If partition is column, it is the number of values, whatever is set here."""
     clients_per_round: int | None = None
-    """K clients drawn at random each round; all of them if not set."""
+    """K, the number of clients that are drawn at random each round. If not set, all take part."""
     rounds: int = 6
-    """Communication rounds."""
+    """The number of communication rounds."""
     local_steps: int = 20
-    """Optimizer steps each client takes in a round."""
+    """The number of optimizer steps that each client takes in a round."""
     batch_size: int = 16
-    """Examples per step and client."""
+    """The number of examples per step and client."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
-    """The clients' optimizer; its state starts anew each round."""
+    """The clients' optimizer. Its state starts anew each round."""
     lr: float = 1e-2
     """The clients' learning rate."""
     momentum: float = 0.0
-    """Of SGD."""
+    """The momentum of SGD."""
     weight_decay: float = 0.0
-    """Of either optimizer."""
+    """The weight decay of either optimizer."""
     max_grad_norm: float | None = None
-    """Clip each client's gradient to this norm."""
+    """The norm that each client's gradient is clipped to. If not set, gradients are not clipped."""
     clients_per_pass: int | Literal["auto"] | None = "auto"
-    """Train at most so many clients in one pass, to bound memory; auto: as many as fit into what is free, measured at the
-    start; all at once if not set. Results depend on it by rounding only."""
+    """Train at most this many clients in one pass, to bound memory. auto takes as many as fit into the memory that is free
+    at the start; if not set (null), all train at once. Results depend on it by rounding only."""
     start: Start = "shared"
-    """shared: all clients start from one adapter, as in the paper. independent: each draws its own, so that the first
-    aggregation has no common reference and takes the adapter of the client with most examples."""
+    """What clients start from. shared: all start from one adapter, as in the paper. independent: each draws its own, so that
+    the first aggregation has no common reference and takes the adapter of the client with most examples."""
 
     server_optimizer: ServerOptimizerName = "none"
-    """FedOpt: step towards the round's mean by momentum or Adam instead of taking it as it is."""
+    """FedOpt: step towards the round's mean by momentum or adam instead of taking the mean itself."""
     server_lr: float = 0.01
     """The server optimizer's learning rate."""
 
     eval_every: int = 1
-    """Evaluate on the server after every so many rounds, and after the last."""
+    """Evaluate on the server after every this many rounds, and after the last."""
     eval_batch_size: int = 64
-    """Examples per evaluation batch."""
+    """The number of examples per evaluation batch."""
     geometry: bool = False
-    """Measure per round what the paper's analysis rests on: how far clients moved from the reference, which part of that
-    rotation removes, and the bound on the aggregation error; see docs/reproduction.md."""
+    """Measure in every round the quantities of the paper's analysis: how far clients moved from the reference, which part of
+    that rotation removes, and the bound on the aggregation error. See docs/reproduction.md."""
     seed: int = 0
-    """Of the partition, the initialisation, the sampling of clients and examples, and dropout."""
+    """The seed of everything that is drawn at random: the partition, the initialisation, the sampling of clients and
+    examples, dropout, and what a method draws (random-rotation's rotations, the factors that FLoRA begins anew with)."""
     device: str = "auto"
-    """A torch device; auto takes a GPU if there is one."""
+    """A torch device. auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
+        """Check the values, and set the fields that follow from others.
+
+        Raises:
+            ValueError: a value that there is not, values that contradict each other, or a value of fedrot 0.1.
+        """
+        refuse_old_spellings({name: getattr(self, name) for name in OPTION_NAMES})
         super().__post_init__()
-        self._set("strength", make_method(self).strength if "strength" in METHODS[self.method].uses else None)
-        if METHODS[self.method].needs_shared_start and self.start != "shared":
+        method = make_method(self)
+        self._set("strength", method.strength if "strength" in method.uses else None)
+        if method.needs_shared_start and self.start != "shared":
             raise ValueError(f"{self.method} freezes a factor that all clients have in common: it needs a shared start")
-        if self.server_optimizer != "none" and not METHODS[self.method].supports_server_optimizer:
+        if self.server_optimizer != "none" and not method.supports_server_optimizer:
             raise ValueError(f"{self.method}'s result is no mean to step towards: it cannot have a server optimizer")
-        if METHODS[self.method].updates_base and self.dtype != "float32":
+        if method.updates_base and self.dtype != "float32":
             raise ValueError(f"{self.method} adds to the base weights what {self.dtype} would round away: use dtype float32")
         for name in ("clients", "rounds", "local_steps", "batch_size", "eval_every", "eval_batch_size"):
             if getattr(self, name) < 1:
@@ -150,7 +161,7 @@ class SimulationConfig(AggregationOptions):
         for name in ("dirichlet_alpha", "lr", "server_lr", "max_grad_norm"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("momentum", "weight_decay", "seed"):
+        for name in ("momentum", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.test_fraction < 1:

@@ -1,6 +1,7 @@
-"""What the analysis of FedRot-LoRA (arXiv 2602.23638) rests on, measured: how far clients moved, and what turning explains.
+"""The quantities of FedRot-LoRA's analysis (arXiv 2602.23638): how far clients moved, and which part rotation removes.
 
-All numbers are of float64, whatever the clients train in: near the reference, distances are small differences.
+All numbers are computed in float64, whatever the clients train in, because distances near the reference are small
+differences of large numbers.
 """
 
 import math
@@ -16,34 +17,39 @@ from ..adapters.checks import check_updates, open_reference
 from ..adapters.layout import AdapterGroup, Layout
 from ..adapters.update import StateDict, Update, UpdateLike, open_updates
 from ..methods.base import Method
+from ..methods.groupwise import GroupwiseMethod
+from ..methods.round import Round
 
-_ENTRIES = 1 << 22  # of clients' factors that are copied at a time
+_ENTRIES = 1 << 22  # how many entries of the clients' factors are copied at a time
 
 
 def alignment_geometry(
     states: Sequence[StateDict], weights: Sequence[float], reference: UpdateLike | None, method: Method, round: int
 ) -> dict[str, float]:
-    """The geometry of one round's N clients, over all adapters of the model, for F = A and for F = Bᵀ.
+    """Measure the geometry of one round's N clients, over all adapters of the model, for F = A and for F = Bᵀ.
 
-    With Rᵢ the full Procrustes rotation of the method's group, whatever the strength and the factor of the round, so that
-    methods can be compared:
+    Rᵢ is the full Procrustes rotation, or rotation and reflection if the method allows these, whatever the strength and the
+    factor of the round, so that methods can be compared.
 
-    - removed_F: 1 − Σ wᵢ‖RᵢᵀFᵢ − F_ref‖² / Σ wᵢ‖Fᵢ − F_ref‖², sums over clients and adapters: the part of the squared
-      distance to the reference that rotation removes. Left out where no client has moved;
-    - turn_per_distance_F and turn_per_distance_F_max: ‖Rᵢ − I‖_F / ‖Fᵢ − F_ref‖_F, the mean over adapters and, by weight,
-      clients, and the largest. Left out where no client has moved;
-    - smallest_distance_F and smallest_relative_distance_F: the least ‖Fᵢ − F_ref‖_F, and ‖Fᵢ − F_ref‖_F / ‖F_ref‖_F, over
-      clients and adapters. The latter is left out where F_ref = 0, as B of a shared start, from which nothing turns;
-    - error_bound: the bound Σ wᵢ ‖Bᵢ−B̄‖_F ‖Aᵢ−Ā‖_F on the aggregation error, of the factors as the method averages them,
-      the root of the sum of squares over adapters as the error is.
+    - removed_F is 1 − Σ wᵢ‖RᵢᵀFᵢ − F_ref‖² / Σ wᵢ‖Fᵢ − F_ref‖², sums over clients and adapters: the part of the squared
+      distance to the reference that rotation removes. It is left out if no client has moved.
+    - turn_per_distance_F and turn_per_distance_F_max are ‖Rᵢ − I‖_F / ‖Fᵢ − F_ref‖_F, the mean over adapters and, by weight,
+      clients, and the largest. They are left out if no client has moved.
+    - smallest_distance_F and smallest_relative_distance_F are the least ‖Fᵢ − F_ref‖_F and ‖Fᵢ − F_ref‖_F / ‖F_ref‖_F over
+      clients and adapters. The latter is left out if F_ref = 0, as is B of a shared start, from which nothing turns.
+    - error_bound is the bound Σ wᵢ ‖Bᵢ−B̄‖_F ‖Aᵢ−Ā‖_F on the aggregation error, for the factors as the method averages
+      them: the root of the sum of squares over adapters, as the error is.
 
     Args:
-        states: the trained adapters that were averaged: those of clients that were dropped are not among them.
+        states: the trained adapters that were averaged, without those of dropped clients.
         weights: one per client, non-negative, not all zero.
-        reference: the adapter they started from. None, if they have none in common, takes that of the largest weight, as
-            ``aggregate`` does; the client's own distance, zero, does not count.
-        method: what averages them.
-        round: its number.
+        reference: the adapter that the clients started from. None, if they have none in common, takes the adapter of the
+            largest weight, as ``aggregate`` does; that client's own distance, zero, does not count.
+        method: the method that averages them.
+        round: the round index, from 0.
+
+    Returns:
+        The quantities by name.
     """
     clients = open_updates(states)
     layout = check_updates(clients)
@@ -62,8 +68,8 @@ def alignment_geometry(
 
 @full_precision
 def _distances(F: Tensor, F_ref: Tensor, method: Method) -> Tensor:
-    """‖F − F_ref‖, ‖RᵀF − F_ref‖, ‖R − I‖ and ‖F_ref‖, (4, N, G), of F (N, G, r, d) and F_ref (G, r, d)."""
-    # In which directions the clients' own precision leaves R undetermined, it does not rotate: so the run has it.
+    """‖F − F_ref‖, ‖RᵀF − F_ref‖, ‖R − I‖ and ‖F_ref‖, (4, N, G), for F (N, G, r, d) and F_ref (G, r, d)."""
+    # Directions that the clients' own precision leaves undetermined are not rotated, as in the run itself.
     noise = NOISE[torch.float64 if F.dtype == torch.float64 else torch.float32]
     F, F_ref = F.double(), F_ref.double()
     M = cross_covariance(F, F_ref)
@@ -74,7 +80,7 @@ def _distances(F: Tensor, F_ref: Tensor, method: Method) -> Tensor:
 
 
 def _summary(factor: str, measured: Tensor, w: Tensor) -> dict[str, float]:
-    """The metrics of one factor, from (4, N, L)."""
+    """Summarise the distances of one factor (4, N, L), by the clients' weights (N,)."""
     before, after, turn, size = measured
     w = w[:, None].expand_as(before)
     moved = before > 0
@@ -91,8 +97,8 @@ def _summary(factor: str, measured: Tensor, w: Tensor) -> dict[str, float]:
 
 
 def _bound(layout: Layout, clients: Sequence[Update], w: Tensor, target: Update, method: Method, round: int) -> float:
-    prepared = [method.prepare(round, client, i, layout, target) for i, client in enumerate(clients)]
-    bounds = []
+    prepared = _prepare(layout, clients, w, target, method, round)
+    bounds: list[float] = []
     for number, group in enumerate(layout.groups):
         for part, rows in _parts(group, len(clients)):
             A = torch.stack([part.A(tensors) for tensors, _ in prepared], dim=1).double()
@@ -104,8 +110,24 @@ def _bound(layout: Layout, clients: Sequence[Update], w: Tensor, target: Update,
     return math.hypot(*bounds)
 
 
+def _prepare(
+    layout: Layout, clients: Sequence[Update], w: Tensor, target: Update, method: Method, round: int
+) -> list[tuple[StateDict, list[Tensor] | None]]:
+    """Each client's tensors as they enter the mean and, per group of the layout, its rotations (G, r, r), or None."""
+    if not isinstance(method, GroupwiseMethod):
+        return [method.prepare(round, client, i, layout, target) for i, client in enumerate(clients)]
+    averages = method.aggregate(Round(round, layout, clients, range(len(clients)), w.tolist(), target, None))
+    if averages.R is None:
+        return [(client, None) for client in clients]
+    R = {a.key_A: rotations for a, rotations in zip(layout.adapters, averages.R, strict=True)}
+    return [
+        (client, [torch.stack([R[a.key_A][i] for a in group.adapters]) for group in layout.groups])
+        for i, client in enumerate(clients)
+    ]
+
+
 def _frames(layout: Layout, clients: Sequence[Update], target: Update, factor: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some adapters of one shape at a time: F (N, G, r, d) of the clients and F_ref (G, r, d)."""
+    """Yield F (N, G, r, d) of the clients and F_ref (G, r, d), some adapters of one shape at a time."""
     for group in layout.groups:
         for part, _ in _parts(group, len(clients)):
             F = [part.A(x) if factor == "A" else part.B(x).mT for x in (*clients, target)]
@@ -113,6 +135,7 @@ def _frames(layout: Layout, clients: Sequence[Update], target: Update, factor: s
 
 
 def _parts(group: AdapterGroup, clients: int) -> Iterator[tuple[AdapterGroup, slice]]:
+    """Yield parts of a group whose copies stay small, with their places in the group."""
     a = group.adapters[0]
     size = max(1, _ENTRIES // (clients * a.rank * max(a.d_in, a.d_out)))
     for start in range(0, len(group.adapters), size):

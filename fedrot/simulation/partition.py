@@ -1,4 +1,4 @@
-"""Sharing the training examples out among clients, and what each of them got."""
+"""Sharing the training examples out among clients, and counting what each of them got."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +14,16 @@ from .config import SimulationConfig
 def partition(
     labels: np.ndarray | None, column: np.ndarray | None, config: SimulationConfig, size: int | None = None
 ) -> list[np.ndarray]:
-    """For every client the indices of its examples; each example belongs to one client, and none is without.
+    """Share the examples out: each belongs to one client, and no client is without any.
 
     Args:
-        labels: (n,) class of every example, or None where examples have no classes.
-        column: (n,) value of partition_column, or None.
-        config: its partition, dirichlet_alpha, clients and seed.
-        size: n, needed where labels and column are None.
+        labels: (n,) the class of every example, or None if examples have no classes.
+        column: (n,) the value of partition_column of every example, or None.
+        config: its partition, dirichlet_alpha, clients and seed count.
+        size: n; needed if labels and column are None.
+
+    Returns:
+        For every client the indices of its examples, ascending.
 
     Raises:
         ValueError: fewer examples than clients, or classes to share out by where there are none.
@@ -57,13 +60,14 @@ def partition(
 def histograms(
     parts: Sequence[np.ndarray], labels: np.ndarray | None, classes: Sequence[str], column: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """How many examples of which class every client has.
+    """Count how many examples of which class every client has.
 
     Args:
         parts: the clients' indices, as ``partition`` returns them.
-        labels: (n,) class of every example, from 0, or None.
-        classes: the classes' names; without any only sizes are counted.
-        column: the partition_column that the parts were made by, whose values name the clients; else they have numbers.
+        labels: (n,) the class of every example, from 0, or None.
+        classes: the classes' names. Without any only sizes are counted.
+        column: the partition_column that the parts were made by, whose values name the clients. Without it clients have
+            numbers.
 
     Returns:
         A row per client, indexed ``client``: ``size``, then a column per class, int.
@@ -78,7 +82,7 @@ def histograms(
 
 
 def plot_partition(table: pd.DataFrame, path: Path) -> Figure:
-    """A bar per client: its examples, in the classes' colours where there are any.
+    """Plot a bar per client: its examples, in the classes' colours if there are any.
 
     Args:
         table: as ``histograms`` returns it.

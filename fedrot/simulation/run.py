@@ -1,4 +1,4 @@
-"""One simulation: rounds of local training, aggregation and evaluation, with everything it leaves behind."""
+"""One simulation: rounds of local training, aggregation and evaluation, and the files that it leaves behind."""
 
 import copy
 from dataclasses import asdict, dataclass
@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from ..adapters.files import check_new, new_folder
 from ..methods.registry import METHODS
+from ..options import refuse_old_spellings
 from ..server.checkpoint import load_checkpoint, save_checkpoint
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig
-from .metrics import read_metrics, write_metrics
+from .metrics import SCORES, read_metrics, write_metrics
 from .partition import histograms, plot_partition
 from .plots import plot_geometry, plot_run
 from .server import Server
@@ -32,7 +33,8 @@ class SimulationResult:
     Attributes:
         config: what was run.
         folder: where its files are.
-        metrics: a row per round.
+        metrics: a row per round, whose "round" counts from 1. "aggregation_error" and "relative_error" are None in a run
+            without ``report_error``.
     """
 
     config: SimulationConfig
@@ -41,8 +43,8 @@ class SimulationResult:
 
     @property
     def accuracy(self) -> float:
-        """Of the final adapter."""
-        return self.metrics[-1]["accuracy"]
+        """The accuracy of the final adapter."""
+        return float(self.metrics[-1]["accuracy"])
 
 
 def simulate(
@@ -62,11 +64,12 @@ def simulate(
         task: data and base model, if loaded already.
         resume: go on from the folder's last checkpoint. The result is that of an uninterrupted run, bit for bit.
         progress: show a progress bar.
-        title: what the progress bar says; by default method, start and seed.
+        title: the progress bar's title; by default method, start and seed.
 
     Raises:
         FileExistsError: the folder exists.
-        ValueError: a configuration that does not fit the data or the model, or not the run to resume.
+        ValueError: a configuration that does not fit the data or the model, or not the run to resume, or a run of fedrot
+            0.1 to resume, whose options or rounds have changed since.
         UpdateError: a client's factors hold NaN or Inf (``on_invalid="raise"``).
     """
     if not resume:
@@ -78,11 +81,9 @@ def simulate(
     server = Server(clients, config)
     server.check()  # what cannot be aggregated, or not be encoded, is refused before anything is written
     task.collate(task.train, np.arange(1), clients.device)
-    # What an earlier version did not save had its default.
-    saved = asdict(SimulationConfig()) | yaml.safe_load((folder / CONFIG).read_text("utf-8")) if resume else asdict(config)
-    if changed := [name for name, value in asdict(config).items() if saved[name] != value]:
-        raise ValueError(f"{folder} was run with another {', '.join(changed)}; resume it as it was, or start another run")
-    if not resume:
+    if resume:
+        _check_same(config, folder)
+    else:
         folder.mkdir(parents=True)
         config.save(folder / CONFIG)
     if not (folder / PARTITION_PLOT).exists():
@@ -107,8 +108,7 @@ def simulate(
             metrics.append(_run_round(round, clients, server, bar))
             write_metrics(folder / METRICS, metrics)
             save_checkpoint(folder, server.checkpoint(), round + 1)
-            shown = ("accuracy", "exact_match", "pass_at_1", "loss", "relative_error")
-            bar.set_postfix({k: f"{v:.3f}" for k, v in metrics[-1].items() if k in shown})
+            bar.set_postfix(_shown(metrics[-1], config.rounds))
 
     plot_run(metrics, config, folder / CURVES)
     if config.geometry:
@@ -117,14 +117,24 @@ def simulate(
     return SimulationResult(config, folder, metrics)
 
 
+def _check_same(config: SimulationConfig, folder: Path) -> None:
+    """Refuse to resume a run with another configuration than the one it was saved with."""
+    saved = yaml.safe_load((folder / CONFIG).read_text("utf-8"))
+    refuse_old_spellings(saved)
+    saved = asdict(SimulationConfig()) | saved  # what an earlier version did not save had its default
+    if changed := [name for name, value in asdict(config).items() if saved[name] != value]:
+        raise ValueError(f"{folder} was run with another {', '.join(changed)}; resume it as it was, or start another run")
+
+
 def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> dict[str, Any]:
+    """Train, aggregate and evaluate the round of this index, and return its row, which counts rounds from 1."""
     config = clients.config
     chosen = clients.sample(round)
     trained = clients.train(round, chosen, [server.start_of(c) for c in chosen], bar.update, server.trained())
     result, geometry = server.aggregate(chosen, [state for state, _ in trained])
     losses = {f"client {c}": loss for c, (_, loss) in zip(chosen, trained, strict=True)}
     row = {
-        "round": round,
+        "round": round + 1,
         "method": config.method,
         "clients": chosen,
         "dropped": {name.removeprefix("client "): why for name, why in result.report.dropped.items()},
@@ -139,8 +149,14 @@ def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> dict[
     return row
 
 
+def _shown(row: dict[str, Any], rounds: int) -> dict[str, str]:
+    """The part of a round's row that the progress bar shows."""
+    numbers = {name: row.get(name) for name in (*SCORES, "relative_error")}
+    return {"round": f"{row['round']}/{rounds}"} | {name: f"{x:.3f}" for name, x in numbers.items() if x is not None}
+
+
 def _save_adapters(server: Server, folder: Path) -> None:
-    """The final adapter, or every client's; with the base model under it, where the method changed that."""
+    """Save the final adapter, or every client's, and the base model under it where the method changed that."""
     clients = server.clients
     for name, state in server.adapters().items():
         if not (folder / name).exists():
@@ -154,7 +170,7 @@ def _save_adapters(server: Server, folder: Path) -> None:
 
 
 def _save_partition(clients: Clients, folder: Path) -> None:
-    """Every client's size and label histogram, as a table and a plot."""
+    """Save every client's size and label histogram, as a table and a plot."""
     table = histograms(clients.examples, clients.task.labels, clients.task.classes, clients.column)
     table.to_csv(folder / "partition.csv")
     plot_partition(table, folder / PARTITION_PLOT)

@@ -1,4 +1,4 @@
-"""The server of a simulation: the global adapter, what clients keep of their own, and what methods change in the base."""
+"""The server of a simulation: the global adapter, the factors that clients keep, and the changes of the base weights."""
 
 from collections.abc import Sequence
 
@@ -21,14 +21,20 @@ from .geometry import alignment_geometry
 
 
 class Server:
-    """Aggregates rounds, and says what every client starts from.
+    """Aggregates rounds, and gives every client the adapter that it starts from.
 
     Attributes:
         state: the global adapter by parameter name; None before the first round of clients with starts of their own.
-        rounds_done: the number of rounds aggregated.
+        rounds_done: the number of rounds aggregated, which is the index of the coming round.
     """
 
     def __init__(self, clients: Clients, config: SimulationConfig):
+        """Start before the first round.
+
+        Args:
+            clients: the clients, whose model the server evaluates with, and whose base weights some methods change.
+            config: the run's configuration.
+        """
         self.clients, self.config = clients, config
         self.state: State | None = clients.state() if config.start == "shared" else None
         self.rounds_done = 0
@@ -50,16 +56,16 @@ class Server:
         )
 
     def check(self) -> None:
-        """Refuse what the method cannot aggregate, before anything is trained or written."""
+        """Raise UpdateError if the method cannot aggregate the clients' adapters, before anything is trained or written."""
         self._aggregator.method.check(check_updates(open_updates([self._initial])))
 
     def trained(self) -> list[str]:
-        """The parameters that clients train in the coming round."""
+        """Return the parameters that clients train in the coming round, by name."""
         factors = self._aggregator.method.trains(self.rounds_done)
         return [name for name in self._initial if factor_of(name) in (None, *factors)]
 
     def start_of(self, client: int) -> State:
-        """What a client starts from: the global adapter, and its own part where the method leaves it one."""
+        """Return a client's start: the global adapter, and the client's own factors where the method leaves it some."""
         if self.state is None:
             return self.clients.own_start(client)
         if len(self.state) == len(self._initial):
@@ -70,10 +76,17 @@ class Server:
         return {name: self.state[name] if name in self.state else own[name] for name in self._initial}
 
     def aggregate(self, chosen: Sequence[int], states: Sequence[State]) -> tuple[AggregationResult, dict[str, float]]:
-        """Aggregate a round's trained adapters, one per chosen client, and take it as the next round's start.
+        """Aggregate a round's trained adapters; the next round starts from the result.
+
+        Args:
+            chosen: the numbers of the clients that took part.
+            states: their trained adapters, one each.
 
         Returns:
-            The result, and the round's geometry if the configuration asks for it.
+            The result, and the round's geometry if the configuration has it.
+
+        Raises:
+            UpdateError: a client's factors hold NaN or Inf (``on_invalid="raise"``).
         """
         weights = [float(len(self.clients.examples[c])) for c in chosen]
         start = self.state
@@ -92,8 +105,10 @@ class Server:
         return result, geometry
 
     def evaluate(self) -> dict[str, float]:
-        """Of the global adapter on the test examples. Where clients keep a part of their own, the mean over clients, each on
-        its share of the test examples."""
+        """Measure the global adapter's score and loss on the test examples.
+
+        If clients keep factors of their own, this is the mean over clients, each on its share of the test examples.
+        """
         assert self.state is not None
         if len(self.state) == len(self._initial):
             return self.clients.evaluate(self.state)
@@ -105,14 +120,14 @@ class Server:
         return measured
 
     def adapters(self) -> dict[str, State]:
-        """Folder name → final adapter: one, or one per client."""
+        """Return the final adapters by the names of their folders: one, or one per client."""
         assert self.state is not None
         if len(self.state) == len(self._initial):
             return {"adapter": self.state}
         return {f"adapters/client{c}": self.start_of(c) for c in range(len(self.clients.examples))}
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """All that a resumed run needs, by name."""
+        """Return the tensors that a resumed run needs, by name."""
         assert self.state is not None
         parts: dict[str, State] = {"state": self.state}
         parts |= {f"personal-{client}": state for client, state in self._personal.items()}
@@ -123,7 +138,12 @@ class Server:
         return {f"{part}/{name}": x for part, state in parts.items() for name, x in state.items()}
 
     def restore(self, tensors: dict[str, Tensor], rounds_done: int) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Args:
+            tensors: what ``checkpoint`` returned.
+            rounds_done: the number of rounds that were done then.
+        """
         parts: dict[str, State] = {}
         for full, x in tensors.items():
             part, name = full.split("/", 1)

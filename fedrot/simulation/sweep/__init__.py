@@ -1,1 +1,1 @@
-"""Comparisons: what varies, the runs that this makes, their tables and plots."""
+"""Comparisons of many simulations: what varies, the runs, their tables and plots."""

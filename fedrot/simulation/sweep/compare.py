@@ -1,7 +1,8 @@
-"""Methods side by side, over seeds and whatever else varies: the runs, their tables and their plots."""
+"""Runs methods side by side, over seeds and whatever else varies, and leaves their tables and plots."""
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -9,10 +10,11 @@ import yaml
 from ...adapters.files import check_new
 from ...options import OPTION_NAMES
 from ..config import SimulationConfig
-from ..plots import plot_comparison, plot_geometry, plot_sweep
+from ..plots import plot_geometry
 from ..run import BASE_MODEL, CONFIG, CURVES, simulate
 from ..tasks import Task, load_task
 from .comparison import Comparison, Run
+from .plots import plot_comparison, plot_sweep
 from .tables import as_markdown, as_text, comparison_tables, repeat_unvaried, rounds_tables, with_labels
 
 RESULTS, TABLE, MARKDOWN, ROUNDS = "results.csv", "table.txt", "table.md", "rounds.md"
@@ -28,7 +30,7 @@ _NOT_OF_THE_TASK = {
 
 
 def compare(comparison: Comparison, folder: Path, *, resume: bool = False, progress: bool = True) -> str:
-    """Run everything that is compared, and leave tables, plots and all rows as CSV.
+    """Run everything that is compared, and write tables, plots and all rows as CSV.
 
     Args:
         comparison: the runs.
@@ -37,7 +39,7 @@ def compare(comparison: Comparison, folder: Path, *, resume: bool = False, progr
         progress: show a progress bar per run.
 
     Returns:
-        The tables, and what was not run.
+        The tables, and a line for each method or variant that was not run from every start.
 
     Raises:
         FileExistsError: the folder exists.
@@ -78,25 +80,26 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
     path.write_text(yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def _plain(value):
-    """Lists for tuples, which YAML does not have."""
+def _plain(value: Any) -> Any:
+    """Replace tuples, which YAML does not have, by lists."""
     if isinstance(value, dict):
         return {name: _plain(x) for name, x in value.items()}
     return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def _task_fields(config: SimulationConfig) -> str:
+    """A key that configurations have in common whose runs share data and base model."""
     return repr({name: value for name, value in vars(config).items() if name not in _NOT_OF_THE_TASK})
 
 
 def _by_task(runs: list[Run]) -> list[Run]:
-    """The runs in an order that loads every task once."""
+    """Order the runs so that every task is loaded once."""
     order = {fields: number for number, fields in reversed(list(enumerate(_task_fields(run.config) for run in runs)))}
     return sorted(runs, key=lambda run: order[_task_fields(run.config)])
 
 
 def _load_task(run: Run, runs: list[Run], folder: Path) -> Task:
-    """The run's task, with the weights of an embedded model that an earlier run of it saved."""
+    """Load the run's task, with the weights of an embedded model if an earlier run of the task saved them."""
     same = [other.name for other in runs if _task_fields(other.config) == _task_fields(run.config)]
     return load_task(run.config, next((path for name in same if (path := folder / name / BASE_MODEL).exists()), None))
 

@@ -1,4 +1,4 @@
-"""What a comparison varies, and the runs that this makes. Everything is checked before anything is run."""
+"""A comparison: what it varies, and the runs that follow from that. Everything is checked before anything is run."""
 
 import math
 import re
@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from ...methods.registry import METHODS
 from ..config import SimulationConfig, Start
-from .fields import LISTS, check_field, has_field, overlap, parse, set_fields, typed
+from .fields import LISTS, check_field, has_field, overlap, parse, refuse_old_options, set_fields, typed
 
-# Options that play no part in some methods, which then are run once for all values.
-_OF_SOME_METHODS = ("strength", "align_on", "reflections")
+# Options that play no part in some methods, which then are run once for all values. A simulation's seed plays one in all.
+_OF_SOME_METHODS = frozenset[str]().union(*(method.uses for method in METHODS.values())) - {"seed"}
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,17 @@ class Comparison:
     """Methods × strengths × starts × seeds × the values of any other fields, and variants beside the methods.
 
     Attributes:
-        fields: what the runs have in common: fields of SimulationConfig, its defaults for the others.
+        fields: the fields of SimulationConfig that all runs have in common; the others have their defaults.
         methods: names in the registry.
-        strengths: the λ to run methods with that rotate.
-        starts, seeds: each gets a run of each.
-        vary: field → its values. Options of LoRA are lora.r, lora.lora_alpha and so on.
-        per_method: method → fields that it alone has otherwise, such as another lr.
-        variants: name → fields of a setting that is run beside the methods, once per start, seed and varied values and not
-            per strength. Its method is fedrot unless it sets one, whose per_method holds for it but for what it sets itself.
+        strengths: values of λ. Methods that use λ are run with each of them.
+        starts: the starts. Every method is run from each of them that it can be run from.
+        seeds: the seeds. Everything is run with each of them.
+        vary: field → its values. Options of LoRA are lora.r, lora.lora_alpha and so on. A method that does not use the field
+            is run once.
+        per_method: method → fields that differ for this method alone, such as lr.
+        variants: name → fields of a setting that is run beside the methods, once per start, seed and varied values, whatever
+            the strengths. Its method is fedrot unless it sets one. It has its method's per_method too, but its own fields
+            win.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
@@ -41,18 +44,21 @@ class Comparison:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Comparison":
-        """From the options of ``fedrot compare``: its own, and fields of the runs. The method "all" is all of them."""
+        """Make a comparison of the options of ``fedrot compare``: its own, and fields of the runs.
+
+        The method "all" stands for all methods.
+        """
         own = {name: options[name] for name in (f.name for f in fields(cls)) if name in options and name != "fields"}
         if list(own.get("methods", ())) == ["all"]:
             own["methods"] = list(METHODS)
         return cls({name: value for name, value in options.items() if name not in own}, **own)
 
     def runs(self) -> tuple[list["Run"], list[str]]:
-        """All runs, and a line for each method or variant that is not run from every start.
+        """Return all runs, and a line for each method or variant that is not run from every start.
 
         Raises:
-            ValueError: an unknown method or field, a value of a wrong type, a field that is set in two ways, a variant whose
-                name is taken, or no run.
+            ValueError: an unknown method or field, a value of a wrong type, a spelling of fedrot 0.1, a field that is set in
+                two ways, a variant whose name is taken, or no run.
         """
         self._check()
         # Types are checked once per value, not per run, of which there may be hundreds.
@@ -89,7 +95,7 @@ class Comparison:
         return list(runs.values()), list(notes)
 
     def _settings(self) -> list["_Setting"]:
-        """The methods, then the variants, with what is their own, of the fields' types."""
+        """The methods, then the variants, with their own fields, converted to the fields' types."""
         per_method = {method: {name: typed(name, x) for name, x in own.items()} for method, own in self.per_method.items()}
         settings = []
         for method in self.methods:
@@ -102,6 +108,7 @@ class Comparison:
         return settings
 
     def _check(self) -> None:
+        refuse_old_options({**self.fields, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "fields"}})
         for method in [*self.methods, *self.per_method]:
             if method not in METHODS:
                 raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
@@ -147,7 +154,7 @@ class Comparison:
         return [method, *(f"{method}{between}{x:g}" for between in ("-", " λ=") for x in strengths)]
 
     def _values(self, name: str) -> list["_Value"]:
-        """The values of a varied field, of the field's type, with names that differ."""
+        """The values of a varied field, converted to the field's type, with names that differ."""
         values = [typed(name, value) for value in self.vary[name]]
         for value in values:
             if values.count(value) > 1:
@@ -163,10 +170,10 @@ class Run:
     """One run of a comparison.
 
     Attributes:
-        name: of its folder.
+        name: the name of its folder.
         config: what to run.
-        columns: what tells it from the others: start, method (or the variant's name), seed, strength (NaN without rotation
-            and of a variant), varied fields.
+        columns: the columns that tell it from the others: start, method (or the variant's name), seed, strength (NaN for
+            methods that do not use it, and for variants), and the varied fields that the method uses.
     """
 
     name: str
@@ -176,7 +183,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Setting:
-    """A method, or a variant of one; its strengths are [None] where it decides itself."""
+    """A method with its strengths, or a variant, whose strengths are [None]: its own fields or its method give λ."""
 
     name: str
     folder: str
@@ -192,7 +199,7 @@ class _Value:
 
     @property
     def column(self) -> Any:
-        """In a table of results: numbers as they are, that can be plotted, and anything else as text."""
+        """The entry in a table of results: a number as it is, so that it can be plotted, and anything else as text."""
         number = isinstance(self.value, int | float) and not isinstance(self.value, bool)
         return self.value if number else _text(self.value)
 
@@ -202,5 +209,5 @@ def _text(value: Any) -> str:
 
 
 def _folder(name: str) -> str:
-    """The end of a name, without what does not belong into a folder's."""
+    """The last 40 characters of a name, without those that do not belong into a folder's name."""
     return re.sub(r"[^\w.+-]+", "_", name).strip("_")[-40:]

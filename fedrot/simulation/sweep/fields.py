@@ -8,19 +8,20 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from peft import LoraConfig
 
+from ...options import refuse_old_spellings
 from ..config import SimulationConfig
 
-# What has a list of its own in a comparison.
+# Fields that have a list of their own in a comparison.
 LISTS = {"method": "methods", "strength": "strengths", "start": "starts", "seed": "seeds"}
 
 
 def typed(name: str, value: Any) -> Any:
-    """The value as the field has it; a number that is written as text becomes one."""
+    """Convert a value to the field's type: a number that is written as text becomes one."""
     return get_field(parse(set_fields({}, {name: value})), name)
 
 
 def parse(common: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration, with the types that they are declared with, and the defaults of others."""
+    """Convert the fields of a configuration to the types that they are declared with, and add the defaults of others."""
     parsed = _parse_as(SimulationConfig, common, "")
     _parse_as(LoraConfig, parsed["lora"], "lora: ")
     return parsed
@@ -28,7 +29,7 @@ def parse(common: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_as(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     try:
-        return vars(_parser(kind).parse_object(values))
+        return dict(vars(_parser(kind).parse_object(values)))
     except ArgumentError as error:
         raise ValueError(where + " ".join(str(error).split())) from error
 
@@ -41,6 +42,7 @@ def _parser(kind: type) -> ArgumentParser:
 
 
 def check_field(name: str) -> None:
+    """Refuse a name that is no field of a configuration, or that a comparison has a list of."""
     if name in LISTS:
         raise ValueError(f"{name} has a list of its own in a comparison: {LISTS[name]}")
     if name.startswith("lora."):
@@ -51,8 +53,29 @@ def check_field(name: str) -> None:
         )
 
 
+def refuse_old_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option or a value of fedrot 0.1, naming what replaces it.
+
+    Args:
+        options: options of a simulation or a comparison; those below vary, per_method and variants are looked at too.
+    """
+    refuse_old_spellings(options)
+    lists = {name: options.get(plural) for name, plural in LISTS.items()} | _mapping(options.get("vary"))
+    for name, values in lists.items():
+        for value in values if isinstance(values, list | tuple) and values else [values]:
+            refuse_old_spellings({name: value})
+    for owner in ("per_method", "variants"):
+        for own in _mapping(options.get(owner)).values():
+            refuse_old_spellings(_mapping(own))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is a mapping, or an empty one: what should be a mapping and is not is refused elsewhere."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def get_field(common: Mapping[str, Any], name: str) -> Any:
-    """The value of a field, such as clients, or lora.r within lora."""
+    """Return the value of a field, such as clients, or lora.r within lora."""
     outer, _, inner = name.partition(".")
     return common[outer][inner] if inner else common[outer]
 
@@ -64,7 +87,7 @@ def has_field(common: Mapping[str, Any], name: str) -> bool:
 
 
 def set_fields(common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields, some changed."""
+    """Return the fields with some of them changed."""
     result = dict(common)
     for name, value in changes.items():
         outer, _, inner = name.partition(".")
@@ -73,7 +96,7 @@ def set_fields(common: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 
 def drop_field(common: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The fields, this one and those within it left out."""
+    """Return the fields without this one and those within it."""
     outer, _, inner = name.partition(".")
     if not inner:
         return {other: value for other, value in common.items() if not overlap(outer, other)}

@@ -1,7 +1,7 @@
-"""The options of a comparison, laid over each other: preset, YAML file, command line.
+"""The options of a comparison in layers: the preset, the YAML file above it, the command line on top.
 
-What is said later replaces what was said before, in whatever way it was said: ``clients: 50`` laid over
-``vary: {clients: [3, 10]}`` is 50 clients, for every method. Variants keep what they set: it is what they are.
+An upper layer replaces what a lower one sets, in whatever way it sets it: ``clients: 50`` laid over
+``vary: {clients: [3, 10]}`` gives 50 clients, for every method. Variants keep their own fields, which define them.
 """
 
 import copy
@@ -15,7 +15,7 @@ Options = dict[str, Any]
 
 
 def overlay(lower: Options, upper: Options) -> Options:
-    """The options of both layers; the upper one's count where they differ.
+    """Lay options over others; the upper layer's count where they differ.
 
     ``method``, ``strength``, ``start`` and ``seed``, as a run's config.yaml has them, are lists of one, unless the lists are
     there too.
@@ -50,7 +50,7 @@ def overlay(lower: Options, upper: Options) -> Options:
 
 
 def without(options: Options, names: list[str]) -> Options:
-    """The options with everything left out that sets or varies these fields."""
+    """Return the options without those that set or vary these fields."""
     result = copy.deepcopy(options)
     vary, per_method = result.pop("vary", {}), result.pop("per_method", {})
     for name in names:
@@ -61,7 +61,7 @@ def without(options: Options, names: list[str]) -> Options:
 
 
 def split_options(argv: list[str]) -> tuple[Options, list[str], list[str]]:
-    """Take from a command line what lies over each other before the parser sees the rest.
+    """Split a command line into the options that are laid over each other and the rest, which the parser reads.
 
     Returns:
         The layer of ``--vary FIELDS``, ``--vary.FIELD VALUES…``, ``--per_method.METHOD.FIELD VALUE``,
@@ -71,7 +71,7 @@ def split_options(argv: list[str]) -> tuple[Options, list[str], list[str]]:
     layer: Options = {}
     rest: list[str] = []
     fields: list[str] = []
-    for name, values, tokens in _groups(argv):
+    for name, values, tokens in option_groups(argv):
         first, _, field = name.partition(".")
         loaded = [get_loader("yaml")(value) for value in values]
         if first in ("preset", "config") and len(values) == 1:
@@ -95,8 +95,8 @@ def split_options(argv: list[str]) -> tuple[Options, list[str], list[str]]:
     return layer, rest, fields
 
 
-def _groups(argv: list[str]) -> list[tuple[str, list[str], list[str]]]:
-    """Per option its name, its values and its tokens; arguments before the first option have no name."""
+def option_groups(argv: list[str]) -> list[tuple[str, list[str], list[str]]]:
+    """Group the arguments by option: its name, its values and its tokens. Those before the first option have no name."""
     groups: list[tuple[str, list[str], list[str]]] = []
     for token in argv:
         if token.startswith("--"):

@@ -4,65 +4,77 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ..plots import SCORES, shown_score
+from ..metrics import SCORES, shown_measures
+
+_TITLES = {**SCORES, "relative_error": "relative error"}
 
 
 def comparison_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Title → table of the score and of the relative aggregation error.
+    """Tabulate the score and, if it was measured, the relative aggregation error.
 
-    With one varied field its values are the columns of two tables, after the last round. Otherwise the columns are both
-    measures after the first and the last evaluated round, and the rows all combinations.
+    With one varied field its values are the columns of a table per measure, after the last round. Otherwise the columns are
+    the measures after the first and the last evaluated round, and the rows all combinations.
 
     Args:
-        rows: a row per run and round, with round, start, method, strength, seed, the measures, and the varied fields, which
-            are missing where they play no part in a method.
+        rows: a row per run and round, with round (from 1), start, method, strength, seed, the measures, and the varied
+            fields, which are missing where they play no part in a method.
         varied: the varied fields beside start, method, strength and seed.
+
+    Returns:
+        Title → table.
     """
-    score = shown_score(rows)
-    measures = {score: SCORES[score], "relative_error": "relative error"}
-    rows = with_labels(rows.dropna(subset=[score]), ["strength"])
+    rows, measures = _evaluated(rows)
     if len(varied) == 1:
         field = varied[0]
         rows = repeat_unvaried(rows, field)
         last = rows[rows["round"] == rows.groupby(["start", "method", field])["round"].transform("max")]
         return {
-            f"{name} after the last round, by {field}": _means(last, measure, ["start", "method", field]).unstack(field)
-            for measure, name in measures.items()
+            f"{_TITLES[measure]} after the last round, by {field}": _means(
+                last, measure, ["start", "method", field]
+            ).unstack(field)
+            for measure in measures
         }
     groups = ["start", "method", *varied]
     for field in varied:
         rows = repeat_unvaried(rows, field)
     rounds = rows.groupby(groups)["round"]
     columns = {}
-    for measure, name in measures.items():
-        for which, number in {"first": rounds.transform("min"), "last": rounds.transform("max")}.items():
-            some = rows[rows["round"] == number]
-            which = f"round {number.iloc[0] + 1}" if number.nunique() == 1 else f"{which} round"
-            columns[f"{name}, {which}"] = _means(some, measure, groups)
+    for measure in measures:
+        for which, chosen in {"first": rounds.transform("min"), "last": rounds.transform("max")}.items():
+            some = rows[rows["round"] == chosen]
+            title = f"round {chosen.iloc[0]}" if chosen.nunique() == 1 else f"{which} round"
+            columns[f"{_TITLES[measure]}, {title}"] = _means(some, measure, groups)
     return {"": pd.DataFrame(columns)}
 
 
 def rounds_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Title → table of the score and of the relative aggregation error by round: of rounds 1, 2, 3, 5, 10, 20, 30, 50, 100 …
-    those that were evaluated, and the last.
+    """Tabulate the score and, if it was measured, the relative aggregation error by round.
+
+    Columns are the rounds that were evaluated: all up to round 10, then 20, 30, 50, 100, 200, 300, 500 … and the last.
 
     Args:
         rows, varied: as for ``comparison_tables``.
+
+    Returns:
+        Title → table.
     """
-    score = shown_score(rows)
-    rows = with_labels(rows.dropna(subset=[score]), ["strength"])
+    rows, measures = _evaluated(rows)
     for field in varied:
         rows = repeat_unvaried(rows, field)
-    rows = rows.assign(round=rows["round"] + 1)
-    shown = {digit * 10**power for power in range(6) for digit in (1, 2, 3, 5)} | {rows["round"].max()}
+    shown = {*range(1, 11), *(digit * 10**power for power in range(1, 6) for digit in (1, 2, 3, 5)), rows["round"].max()}
     rows = rows[rows["round"].isin(shown)]
     groups = ["start", *varied, "method", "round"]
-    measures = {score: SCORES[score], "relative_error": "relative error"}
-    return {f"{name} by round": _means(rows, measure, groups).unstack("round") for measure, name in measures.items()}
+    return {f"{_TITLES[measure]} by round": _means(rows, measure, groups).unstack("round") for measure in measures}
+
+
+def _evaluated(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows whose round was evaluated, with λ in the methods' names, and the measures to show."""
+    measures = shown_measures(rows)
+    return with_labels(rows.dropna(subset=measures[:1]), ["strength"]), measures
 
 
 def with_labels(rows: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame:
-    """The rows, with the values of these fields in their method's name; of strength, where it plays a part."""
+    """Write the values of these fields into the methods' names; strength only where it plays a part."""
     for field in fields:
         if field == "strength":
             label = rows[field].map(lambda x: "" if pd.isna(x) else f" λ={x:g}")
@@ -74,7 +86,7 @@ def with_labels(rows: pd.DataFrame, fields: Sequence[str]) -> pd.DataFrame:
 
 
 def repeat_unvaried(rows: pd.DataFrame, field: str) -> pd.DataFrame:
-    """The rows, those of methods in which the field plays no part once for each of its values."""
+    """Repeat the rows of methods in which the field plays no part, once for each of its values."""
     plays = rows[field].notna()
     values = rows.loc[plays, [field]].drop_duplicates()
     if plays.all() or values.empty:
@@ -84,13 +96,13 @@ def repeat_unvaried(rows: pd.DataFrame, field: str) -> pd.DataFrame:
 
 
 def as_text(tables: dict[str, pd.DataFrame], notes: Sequence[str]) -> str:
-    """For a terminal."""
+    """Lay tables out for a terminal, the notes below them."""
     parts = [(f"{title}\n" if title else "") + table.to_string() for title, table in tables.items()]
     return "\n\n".join([*parts, *notes])
 
 
 def as_markdown(tables: dict[str, pd.DataFrame], notes: Sequence[str]) -> str:
-    """For a page, every row complete."""
+    """Lay tables out as Markdown, every row complete, the notes below them."""
     parts = []
     for title, table in tables.items():
         flat = table.reset_index()
@@ -106,4 +118,7 @@ def _means(rows: pd.DataFrame, measure: str, groups: list[str]) -> pd.Series:
 
 
 def _mean_deviation(values: pd.Series) -> str:
+    values = pd.to_numeric(values).dropna()
+    if values.empty:
+        return "–"
     return f"{values.mean():.3f}" if len(values) < 2 else f"{values.mean():.3f} ± {values.std():.3f}"

@@ -1,4 +1,4 @@
-"""What clients learn: the data, the model and how examples become the model's inputs."""
+"""The tasks that clients learn: the data, the model, and how examples become the model's inputs."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ def load_task(config: SimulationConfig, base_model: Path | None = None) -> Task:
     """Load data and model as configured.
 
     Args:
-        config: the run.
+        config: the run's configuration.
         base_model: a folder to take an embedded model's weights from, as saved with an earlier run.
 
     Raises:
-        ValueError: data or a model that is not there or does not fit the task.
+        ValueError: data or a model that is missing or does not fit the task.
     """
     _check_options(config)
     if config.dataset == "digits":
@@ -35,7 +35,7 @@ def load_task(config: SimulationConfig, base_model: Path | None = None) -> Task:
 
 
 def _check_options(config: SimulationConfig) -> None:
-    """Refuse options that the task would not look at."""
+    """Refuse options that the task would ignore."""
     for name in ("prompt_template", "response_template", "score"):
         if getattr(config, name) is not None and (config.task != "causal-lm" or config.dataset == "stdlib"):
             raise ValueError(f"{name} is for causal-lm on a dataset of your own, not for {config.task} on {config.dataset}")

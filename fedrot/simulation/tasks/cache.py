@@ -1,4 +1,4 @@
-"""Embedded models on disk, so that they are pretrained once."""
+"""The cache of embedded models on disk, so that they are pretrained once."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ _DIGEST, _FILES = "sha256", ("config.json", "model.safetensors")
 def cached_model(
     name: str, kind: type[PreTrainedModel], key: Mapping[str, Any], build: Callable[[], PreTrainedModel]
 ) -> PreTrainedModel:
-    """The model that ``build`` makes, from the cache if it is there whole.
+    """Load a model from the cache, or build it and put it there if the cache does not hold it whole.
 
     Args:
-        name: of the model.
+        name: the model's name.
         kind: its class.
-        key: what determines it beside the versions of torch and transformers; JSON.
-        build: makes it; deterministic.
+        key: everything that determines its weights beside the versions of torch and transformers; JSON.
+        build: makes the model, deterministically.
     """
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     determined_by = json.dumps({**key, **versions}, sort_keys=True)
@@ -36,22 +36,27 @@ def cached_model(
         try:
             _write(model, folder)
         except OSError:  # a home that cannot be written, or another process was faster: this run needs no cache
-            return model.eval()
-    return kind.from_pretrained(folder).eval()
+            return _for_evaluation(model)
+    return _for_evaluation(kind.from_pretrained(folder))
+
+
+def _for_evaluation(model: PreTrainedModel) -> PreTrainedModel:
+    model.train(False)
+    return model
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/fedrot``, or ``~/.cache/fedrot``."""
+    """Return ``$XDG_CACHE_HOME/fedrot``, or ``~/.cache/fedrot``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedrot"
 
 
 def digest(content: bytes) -> str:
-    """SHA-256, as hexadecimal digits."""
+    """Compute the SHA-256 of bytes, as hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are those that were written."""
+    """Whether the folder holds the files as they were written."""
     paths = [folder / file for file in _FILES]
     return all(path.is_file() for path in [*paths, folder / _DIGEST]) and (folder / _DIGEST).read_text("utf-8") == (
         _digest_of(paths)

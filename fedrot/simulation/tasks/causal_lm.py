@@ -12,13 +12,13 @@ from .language import LanguageTask
 from .pretrained import check_model_folder, load_pretrained
 from .scoring import Scorer, exact_match, final_number, pass_at_1
 
-# HumanEval's columns: its prompt is the code to go on with.
+# HumanEval's templates and columns. Its prompt is the code that the answer continues.
 _HUMANEVAL = ("{prompt}", "{canonical_solution}")
 _HUMANEVAL_COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
 
 
 def load_causal_lm(config: SimulationConfig) -> LanguageTask:
-    """Texts or instructions, with any causal language model.
+    """Load texts or instructions, with any causal language model.
 
     Raises:
         ValueError: options that contradict each other, or columns that are missing or hold no text.
@@ -71,7 +71,7 @@ def _templates(config: SimulationConfig) -> tuple[str, str] | None:
 
 
 def _text_column(data: Dataset, name: str, config: SimulationConfig) -> str:
-    """The configured column, or "text", or the only one that holds text."""
+    """Find the column of the text: the configured one, or "text", or the only one that holds text."""
     if config.text_column is not None:
         return config.text_column
     if "text" in data.column_names:
@@ -82,11 +82,11 @@ def _text_column(data: Dataset, name: str, config: SimulationConfig) -> str:
             f"{name} has {len(found)} columns of text; its columns are {', '.join(data.column_names)}; set text_column, or "
             "prompt_template and response_template"
         )
-    return found[0]
+    return str(found[0])
 
 
 def _encode_texts(data: Dataset, name: str, encoder: Encoder, config: SimulationConfig) -> Dataset:
-    """A row per window of every text, with what the partition needs."""
+    """Make a row per window of every text, with the columns that the partition needs."""
     column = _text_column(data, name, config)
     check_column(data, column, name, text=True)
     kept = [c for c in data.column_names if c in (config.partition_column, config.label_column)]
@@ -101,7 +101,7 @@ def _encode_texts(data: Dataset, name: str, encoder: Encoder, config: Simulation
 
 
 def _encode_answers(data: Dataset, name: str, encoder: Encoder, templates: tuple[str, str]) -> Dataset:
-    """Prompts with their responses, beside the columns that they came from."""
+    """Add the tokens of prompts with their responses to the columns that they are made of."""
     _check_templates(data, name, templates)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

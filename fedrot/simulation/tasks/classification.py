@@ -1,7 +1,8 @@
-"""Classes of texts, of pairs of texts and of images."""
+"""Classification of texts, of pairs of texts and of images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from .base import Task, at_least_float32
 from .data import check_column, draw_subset, encode_classes, load_datasets
 from .pretrained import check_model_folder, head_modules, keep_head_in_float32, load_pretrained
 
-Encode = Callable[[dict[str, list]], dict[str, Tensor]]
+Encode = Callable[[dict[str, list[Any]]], dict[str, Tensor]]
 
-# The texts of GLUE's tasks.
+# The columns of text of GLUE's tasks.
 _TEXTS = (
     ("sentence",),
     ("question", "sentence"),
@@ -35,22 +36,24 @@ _TEXTS = (
 
 @dataclass
 class ClassificationTask(Task):
-    """Examples of one class each.
+    """A task whose examples have one class each.
 
     Attributes:
-        encode: rows of either dataset -> the model's inputs, without labels.
-        label_column: where the class numbers stand.
+        encode: rows of either dataset → the model's inputs, without labels.
+        label_column: the column of the class numbers.
     """
 
     encode: Encode
     label_column: str
 
     def collate(self, dataset: Dataset, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """See ``Task.collate``."""
         rows = dataset[indices.tolist()]
         inputs = {**self.encode(rows), "labels": torch.tensor(rows[self.label_column])}
         return {name: x.to(device) for name, x in inputs.items()}
 
     def losses(self, logits: Tensor, labels: Tensor, clients: int) -> Tensor:
+        """See ``Task.losses``."""
         each = torch.nn.functional.cross_entropy(at_least_float32(logits), labels, reduction="none")
         return each.view(clients, -1).mean(1)
 
@@ -58,7 +61,7 @@ class ClassificationTask(Task):
     def evaluate(
         self, model: torch.nn.Module, batch_size: int, device: torch.device, rows: np.ndarray | None = None
     ) -> dict[str, float]:
-        """Accuracy and mean cross-entropy."""
+        """Measure the accuracy and the mean cross-entropy."""
         was_training = model.training
         model.eval()
         rows = np.arange(len(self.test)) if rows is None else rows
@@ -76,10 +79,10 @@ class ClassificationTask(Task):
 
 
 def load_text_classification(config: SimulationConfig) -> ClassificationTask:
-    """Texts or pairs of texts, with any sequence-classification model.
+    """Load texts or pairs of texts, with any sequence-classification model.
 
     Raises:
-        ValueError: missing columns or classes, or columns among which the texts are not known.
+        ValueError: columns or classes that are missing, or no column that is known to hold the text.
     """
     check_model_folder(config.model)
     train, test = load_datasets(config)
@@ -88,7 +91,7 @@ def load_text_classification(config: SimulationConfig) -> ClassificationTask:
         for column in columns:
             check_column(data, column, name, text=True)
     train, test, labels, classes, label_column = _with_classes(train, test, config)
-    # Texts of like length are evaluated together: less padding.
+    # Texts of similar length are evaluated together, which needs less padding.
     sizes = [sum(map(len, texts)) for texts in zip(*(test[column] for column in columns), strict=True)]
     test = test.select(np.argsort(sizes, kind="stable"))
     # A model pretrained for other classes keeps its body and gets a new head.
@@ -102,7 +105,7 @@ def load_text_classification(config: SimulationConfig) -> ClassificationTask:
 
 
 def load_image_classification(config: SimulationConfig) -> ClassificationTask:
-    """Images, with any image-classification model.
+    """Load images, with any image-classification model.
 
     Raises:
         ValueError: missing columns or classes.
@@ -114,9 +117,10 @@ def load_image_classification(config: SimulationConfig) -> ClassificationTask:
     train, test, labels, classes, label_column = _with_classes(train, test, config)
     model = load_pretrained(AutoModelForImageClassification, config, num_labels=len(classes), ignore_mismatched_sizes=True)
     keep_head_in_float32(model)
-    processor = AutoImageProcessor.from_pretrained(config.model)
+    load_processor: Any = AutoImageProcessor.from_pretrained
+    processor = load_processor(config.model)
 
-    def encode(rows: dict[str, list]) -> dict[str, Tensor]:
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Tensor]:
         inputs = processor([image.convert("RGB") for image in rows[config.image_column]], return_tensors="pt")
         return {name: x.to(model.dtype) for name, x in inputs.items()}
 
@@ -125,10 +129,10 @@ def load_image_classification(config: SimulationConfig) -> ClassificationTask:
 
 
 def text_columns(data: Dataset, config: SimulationConfig) -> list[str]:
-    """The column of the text, or those of a pair: as configured, or the ones that a GLUE task has.
+    """Find the column of the text, or the two of a pair: as configured, or those that a GLUE task has.
 
     Raises:
-        ValueError: none or several of GLUE's are there, and none is configured.
+        ValueError: no column is configured, and the data has the columns of no GLUE task or of several.
     """
     if config.text_column is not None:
         return [config.text_column, *([config.text_pair_column] if config.text_pair_column else [])]
@@ -159,7 +163,7 @@ def _with_classes(
 
 def _text_encoder(config: SimulationConfig, model: PreTrainedModel, columns: list[str]) -> Encode:
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    if tokenizer.pad_token is None:  # language models have none; a classifier needs to know where a text ends
+    if tokenizer.pad_token is None:  # as language models have it; a classifier needs to know where a text ends
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     options = {"truncation": True, "max_length": config.max_length, "padding": True, "return_tensors": "pt"}

@@ -1,7 +1,7 @@
-"""Running code that a model wrote: in a process of its own, with limits.
+"""Running code that a model wrote, in a process of its own, with limits.
 
-The limits keep a careless program from taking the machine along. They are no wall against a malicious one, which could
-read files and use the network with the user's permissions: run evaluations in a container if that matters.
+The limits keep a careless program from taking up the machine. They do not hold off a malicious program, which could read
+files and use the network with the user's permissions: run evaluations in a container if that matters.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 SECONDS, MEMORY = 10, 1 << 30
-# No ordinary end of a program: one that leaves early, with status 0, has not passed.
+# An exit status that programs do not end with by themselves: a program that exits early, with status 0, has not passed.
 _PASSED = 87
 _LAUNCHER = f"""
 import os, resource, sys
@@ -31,16 +31,16 @@ os._exit({_PASSED})
 def passes(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
     """Whether a Python program runs to its end without an error.
 
-    It runs isolated (``python -I``), in an empty folder that is removed, without environment, input or output, and without
-    subprocesses unless the user is root; at the limit of time or memory it has failed.
+    The program runs isolated (``python -I``), in an empty folder that is removed, without environment, input or output, and
+    without subprocesses unless the user is root. It fails at the limit of time or memory.
 
     Args:
-        source: of the program.
-        seconds: of CPU time, and of wall time.
-        memory: bytes of address space.
+        source: the program's source.
+        seconds: the limit on CPU time, and on wall time.
+        memory: the limit on the address space in bytes.
 
     Raises:
-        ValueError: on a system without resource limits.
+        ValueError: the system has no resource limits.
     """
     if os.name != "posix":
         raise ValueError("generated code runs only where its time and memory can be limited (POSIX); leave pass_at_1 out")
@@ -62,7 +62,7 @@ def passes(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
             return process.wait(timeout=seconds) == _PASSED
         except subprocess.TimeoutExpired:
             return False
-        finally:  # with whatever it started
+        finally:  # the program, and every process that it started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -1,4 +1,4 @@
-"""Examples from the hub or from local files, and what their columns must hold."""
+"""Loading examples from the hub or from local files, and checking their columns."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..config import SimulationConfig
 
 GLUE, GLUE_TASKS = "nyu-mll/glue", ("sst2", "qnli", "qqp", "rte", "mnli")
 
-# Cells are what they say: in a TSV a quotation mark is one, and the word NA is not an absence.
+# Cells are taken literally: a quotation mark in a TSV is a character like others, and the word NA is a text.
 _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
@@ -22,10 +22,10 @@ _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def load_datasets(config: SimulationConfig) -> tuple[Dataset, Dataset]:
-    """Training and test examples as configured.
+    """Load training and test examples as configured.
 
     Raises:
-        ValueError: a file or a split that is not there, or a file of another kind.
+        ValueError: a file or a split that is missing, or a file of another kind.
     """
     if Path(config.dataset).suffix.lower() not in _LOADERS:
         name, subset, test_split = hub_name(config)
@@ -40,7 +40,7 @@ def load_datasets(config: SimulationConfig) -> tuple[Dataset, Dataset]:
 
 
 def hub_name(config: SimulationConfig) -> tuple[str, str | None, str]:
-    """The dataset, its configuration and its test split, by the names that GLUE's tasks go by."""
+    """Name the dataset, its configuration and its test split on the hub, where GLUE's tasks are configurations."""
     name, subset, test_split = config.dataset, config.dataset_config, config.test_split
     if not Path(name).exists():
         if name in GLUE_TASKS:
@@ -79,10 +79,10 @@ def _load_file(path: str) -> Dataset:
 
 
 def check_column(data: Dataset, column: str, name: str, *, text: bool = False) -> None:
-    """Refuse a column that is missing, has gaps or, where it must be ``text``, holds something else."""
+    """Refuse a column that is missing or has gaps or, if it must be ``text``, holds something else."""
     if column not in data.column_names:
         raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(data.column_names)}")
-    # By Arrow: row by row, a large dataset would take minutes, and images would be decoded.
+    # Arrow counts at once. Row by row, a large dataset would take minutes, and images would be decoded.
     if empty := data.select_columns(column).with_format("arrow")[:].column(0).null_count:
         raise ValueError(f"{empty} of {len(data)} rows of {name} have nothing in column {column!r}; leave them out")
     if text and "string" not in str(data.features[column].dtype):
@@ -90,16 +90,16 @@ def check_column(data: Dataset, column: str, name: str, *, text: bool = False) -
 
 
 def check_classes(data: Dataset, column: str) -> None:
-    """Refuse numbers that are no classes."""
+    """Refuse a column of floating-point numbers, which are no classes."""
     if "float" in str(data.features[column].dtype):
         raise ValueError(f"column {column} holds floating-point numbers, not classes")
 
 
 def encode_classes(train: Dataset, test: Dataset, column: str) -> tuple[Dataset, Dataset]:
-    """Both datasets with the column's values as class numbers; the classes are those of the training examples.
+    """Encode the column's values in both datasets as class numbers; the classes are those of the training examples.
 
     Raises:
-        ValueError: numbers that are no classes, a test class that is no training class, or rows whose class is withheld.
+        ValueError: floating-point numbers, a test class that is no training class, or rows whose class is withheld.
     """
     check_classes(train, column)
     if not isinstance(train.features[column], ClassLabel):
@@ -112,7 +112,7 @@ def encode_classes(train: Dataset, test: Dataset, column: str) -> tuple[Dataset,
                 f"the test data has {len(unknown)} classes that the training data lacks, such as: {some:.200}; "
                 f"is {column} the column of the class?"
             )
-        # Through strings, which is how class_encode_column names classes: an integer would be taken for a position.
+        # class_encode_column names classes by strings. An integer would be taken for a class number here.
         test = test.cast_column(column, Value("string")).cast_column(column, classes)
     for name, data in (("the training data", train), ("the test data", test)):
         if withheld := int(np.sum(np.array(data[column]) < 0)):
@@ -121,7 +121,7 @@ def encode_classes(train: Dataset, test: Dataset, column: str) -> tuple[Dataset,
 
 
 def class_numbers(train: Dataset, column: str | None) -> tuple[np.ndarray | None, list[str]]:
-    """The class of every row and the classes' names, where classes do nothing but share examples out."""
+    """Return the class of every row (n,) and the classes' names, for classes that only serve to share examples out."""
     if column is None:
         return None, []
     check_column(train, column, "the training data")
@@ -133,5 +133,5 @@ def class_numbers(train: Dataset, column: str | None) -> tuple[np.ndarray | None
 
 
 def draw_subset(dataset: Dataset, size: int | None) -> Dataset:
-    """So many rows drawn at random, or all."""
+    """Draw this many rows at random; all if ``size`` is None or not smaller than the dataset."""
     return dataset if size is None or size >= len(dataset) else dataset.shuffle(seed=0).select(range(size))

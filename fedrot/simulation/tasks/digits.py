@@ -1,4 +1,4 @@
-"""The embedded task, without a network: a small ViT that knows upright digits learns turned ones."""
+"""The embedded image task, which needs no network: a small ViT that knows upright digits learns turned ones."""
 
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ _SIZES: dict[str, Any] = {
 
 
 def load_digits_task(config: SimulationConfig, base_model: Path | None) -> ClassificationTask:
-    """The digits, turned, and the ViT from ``base_model``, from the cache or pretrained here."""
+    """Load the turned digits, and the ViT: from ``base_model`` if given, from the cache, or pretrained here."""
     train, test = digits_data()
     train, test = draw_subset(train, config.max_train_examples), draw_subset(test, config.max_test_examples)
     model = prepare(ViTForImageClassification.from_pretrained(base_model) if base_model else digits_model(), config)
     keep_head_in_float32(model)
 
-    def encode(rows: dict[str, list]) -> dict[str, Tensor]:
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Tensor]:
         return {"pixel_values": torch.tensor(rows["pixel_values"], dtype=model.dtype)}
 
     classes = [str(digit) for digit in range(10)]
@@ -55,7 +55,7 @@ def _images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digits_data() -> tuple[Dataset, Dataset]:
-    """Training and test examples: those not used for pretraining, turned by 90°."""
+    """Make training and test examples of the digits that pretraining does not use, turned by 90°."""
     images, labels = _images()
     turned = np.rot90(images, axes=(2, 3))
     parts = slice(PRETRAINING + TEST, None), slice(PRETRAINING, PRETRAINING + TEST)
@@ -64,7 +64,7 @@ def digits_data() -> tuple[Dataset, Dataset]:
 
 
 def digits_model() -> PreTrainedModel:
-    """A ViT of 69,000 parameters that knows upright digits. Deterministic."""
+    """Load or pretrain a ViT of 69,000 parameters that knows upright digits. Deterministic."""
     images, labels = _images()
     x, y = images[:PRETRAINING], labels[:PRETRAINING]
     key = {"sizes": _SIZES, "epochs": _EPOCHS, "data": digest(x.tobytes() + y.tobytes())}
@@ -81,7 +81,7 @@ def _pretrain(x: Tensor, y: Tensor) -> PreTrainedModel:
     for _ in tqdm(range(_EPOCHS), desc="pretraining the ViT on upright digits", unit="epoch", leave=False):
         for batch in np.array_split(rng.permutation(PRETRAINING), 10):
             loss = torch.nn.functional.cross_entropy(model(pixel_values=x[batch]).logits, y[batch])
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
     return model

@@ -1,4 +1,4 @@
-"""Texts, and prompts with their responses, as tokens."""
+"""Encoding texts, and prompts with their responses, as tokens."""
 
 from collections.abc import Sequence
 from string import Formatter
@@ -8,9 +8,17 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Encoder:
-    """Tokens of at most ``max_length``, from the beginning token, if the tokenizer sets one, to the end of text."""
+    """Encodes texts from the beginning token, if the tokenizer sets one, to the end-of-text token.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        max_length: the most tokens that an example has.
+        begin, end: the tokens that every text begins and ends with.
+        pad_id: a token that fills up short rows.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        """Take the special tokens from the tokenizer; ValueError if it has no end-of-text token."""
         if tokenizer.eos_token_id is None:
             raise ValueError("the model's tokenizer has no end-of-text token (eos_token); use one of a causal model")
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -20,7 +28,7 @@ class Encoder:
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def windows(self, texts: Sequence[str]) -> list[list[list[int]]]:
-        """For every text, its tokens in consecutive pieces; a piece of a single token has nothing to predict."""
+        """Cut every text's tokens into consecutive pieces, without pieces of one token, which have nothing to predict."""
         whole = [self.begin + ids + self.end for ids in self._tokens(texts)]
         starts = [range(0, len(ids), self.max_length) for ids in whole]
         return [
@@ -28,9 +36,9 @@ class Encoder:
         ]
 
     def answers(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-        """Tokens of every prompt and its response, and how many are the prompt's.
+        """Return the tokens of every prompt with its response, and how many of them are the prompt's.
 
-        What is too long loses the beginning of the prompt, down to half of ``max_length``, then the end of the response.
+        If they are too long, the prompt loses its beginning, down to half of ``max_length``, then the response its end.
         """
         rows, sizes = [], []
         for prompt, response in zip(self._tokens(prompts), self._tokens(responses), strict=True):
@@ -41,24 +49,25 @@ class Encoder:
         return rows, sizes
 
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokens of prompts to answer; what is too long loses its beginning."""
+        """Return the tokens of prompts to answer; a prompt that is too long loses its beginning."""
         return [self._shorten(prompt, self.max_length) for prompt in self._tokens(prompts)]
 
     def _shorten(self, prompt: list[int], size: int) -> list[int]:
-        """The prompt's last tokens after the beginning token, ``size`` in all."""
+        """Keep the beginning token and the prompt's last tokens, ``size`` in all."""
         return self.begin + prompt[max(0, len(prompt) + len(self.begin) - size) :]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        tokens: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return tokens
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns that a template names in braces."""
+    """List the columns that a template names in braces."""
     return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
 
 
 def fill_in(template: str, rows: dict[str, list[Any]]) -> list[str]:
-    """The template for every row."""
+    """Fill a template in for every row."""
     columns = template_columns(template)
     count = len(next(iter(rows.values())))
     return [template.format(**{name: rows[name][i] for name in columns}) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Scores of what a language model answers: the last number, or whether generated code passes its tests."""
+"""Scoring a language model's answers: by the final number, or by running generated code against its tests."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from .encoding import Encoder, fill_in
 
 # A sign after a digit is a minus between two numbers.
 _NUMBER = re.compile(r"(?:(?<![0-9)])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
-# Where HumanEval's functions end: a line that is not indented.
+# The end of a function of HumanEval: before a line that is not indented.
 _AFTER_FUNCTION = re.compile(r"\n(?=[^\s])")
 _MAX_BATCH = 32
 
@@ -24,15 +24,15 @@ Grade = Callable[[Sequence[str], dict[str, list[Any]]], Sequence[bool]]
 
 @dataclass
 class Scorer:
-    """Greedy answers to prompts, graded.
+    """Has a model answer prompts greedily, and grades the answers.
 
     Attributes:
-        name: of the score.
-        encoder: of prompts, whose tokenizer reads the answers.
-        prompt: template of the prompt.
-        grade: answers and the rows they answer -> which are right.
-        examples: score so many rows, the first.
-        max_new_tokens: of an answer.
+        name: the score's name.
+        encoder: encodes prompts, and decodes answers by its tokenizer.
+        prompt: the template of the prompt.
+        grade: answers and the rows that they answer → which are right.
+        examples: the number of rows to score, the first ones.
+        max_new_tokens: the maximum number of tokens of an answer.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Scorer:
     def __call__(
         self, model: torch.nn.Module, test: Dataset, rows: np.ndarray, batch_size: int, device: torch.device
     ) -> dict[str, float]:
-        """The part of the rows that the model, in evaluation mode, answers right."""
+        """Measure the part of the rows that the model answers right. The model is in evaluation mode."""
         chosen = test[rows[: self.examples].tolist()]
         prompts = self.encoder.prompts(fill_in(self.prompt, chosen))
         answers = self._answer(model, prompts, min(batch_size, _MAX_BATCH), device)
@@ -82,9 +82,12 @@ class Scorer:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the first ``####``, as GSM8K's answers have it, or else the last in the text; None without one.
+    """Find the number after the first ``####``, as in GSM8K's answers, or else the last number of the text.
 
     Thousands separators, a dollar sign and a trailing dot do not count: "$1,234." is 1234.
+
+    Returns:
+        The number, or None if there is none.
     """
     _, marker, answer = text.partition("####")
     numbers = _NUMBER.findall(answer if marker else text)
@@ -94,7 +97,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def exact_match(response: str) -> Grade:
-    """Whether an answer's final number is that of the response template."""
+    """Make a grade by whether an answer's final number is that of the response template."""
 
     def grade(answers: Sequence[str], rows: dict[str, list[Any]]) -> list[bool]:
         expected = [final_number(text) for text in fill_in(response, rows)]
@@ -104,7 +107,7 @@ def exact_match(response: str) -> Grade:
 
 
 def pass_at_1(answers: Sequence[str], rows: dict[str, list[Any]]) -> list[bool]:
-    """Whether the prompt's function, completed by the answer, passes ``check`` of the row's test, as in HumanEval."""
+    """Grade answers as HumanEval does: whether the prompt's function, completed by the answer, passes the row's test."""
     programs = [
         f"{prompt}{_AFTER_FUNCTION.split(answer, maxsplit=1)[0]}\n\n{test}\n\ncheck({entry_point})\n"
         for answer, prompt, test, entry_point in zip(answers, rows["prompt"], rows["test"], rows["entry_point"], strict=True)

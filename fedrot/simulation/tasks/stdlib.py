@@ -1,4 +1,4 @@
-"""The embedded language: Python's standard library, byte by byte, a package per client. Without a network."""
+"""The embedded language task, which needs no network: Python's standard library, byte by byte, a package per client."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from .data import check_column, class_numbers, draw_subset
 from .language import LanguageTask
 from .pretrained import prepare
 
-# The clients: packages that Python 3.11 and 3.12 have, of 30 kB to 700 kB. The base model sees none of them.
+# The clients: packages of 30 kB to 700 kB that Python 3.11 and 3.12 have. The base model is not pretrained on them.
 PACKAGES = (
     "asyncio",
     "concurrent",
@@ -33,7 +33,7 @@ PACKAGES = (
     "xml",
 )
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Evaluated windows of each package, evenly spaced over its held-out files.
+# How many windows of each package are evaluated, evenly spaced over its held-out files.
 TEST_WINDOWS = 32
 _STEPS, _BATCH, _WINDOW = 500, 16, 128
 _SIZES: dict[str, Any] = {
@@ -49,7 +49,7 @@ _SIZES: dict[str, Any] = {
 
 
 def load_stdlib_task(config: SimulationConfig, base_model: Path | None) -> LanguageTask:
-    """Windows of ``max_length`` bytes, and the Llama from ``base_model``, from the cache or pretrained here."""
+    """Load windows of ``max_length`` bytes, and the Llama: from ``base_model`` if given, from the cache, or pretrained."""
     train, test = stdlib_data(config.max_length)
     train, test = draw_subset(train, config.max_train_examples), draw_subset(test, config.max_test_examples)
     if config.partition_column is not None:
@@ -61,12 +61,15 @@ def load_stdlib_task(config: SimulationConfig, base_model: Path | None) -> Langu
 
 
 def stdlib_data(length: int) -> tuple[Dataset, Dataset]:
-    """Training and test examples: windows of ``length`` bytes; every fifth file of a package is held out.
+    """Cut the packages into training and test examples of ``length`` bytes; every fifth file of a package is held out.
 
-    Columns: input_ids, prompt_tokens (0) and package.
+    The columns are input_ids, prompt_tokens (always 0) and package.
+
+    Raises:
+        ValueError: this Python has no source of its standard library.
     """
-    train: dict[str, list] = {"input_ids": [], "package": []}
-    test: dict[str, list] = {"input_ids": [], "package": []}
+    train: dict[str, list[Any]] = {"input_ids": [], "package": []}
+    test: dict[str, list[Any]] = {"input_ids": [], "package": []}
     found = [package for package in PACKAGES if (stdlib_folder() / package).is_dir()]
     if not found:
         raise ValueError(f"the source of Python's standard library is not at {stdlib_folder()}; use another dataset")
@@ -82,29 +85,29 @@ def stdlib_data(length: int) -> tuple[Dataset, Dataset]:
 
 
 def stdlib_model() -> PreTrainedModel:
-    """A byte-level Llama of 395,000 parameters that has read the library's other modules. Deterministic."""
+    """Load a byte-level Llama of 395,000 parameters, or pretrain it on the library's other modules. Deterministic."""
     data = b"".join(path.read_bytes() for path in sorted(stdlib_folder().glob("*.py")))
     key = {"sizes": _SIZES, "steps": _STEPS, "batch": _BATCH, "window": _WINDOW, "data": digest(data)}
     return cached_model("stdlib", LlamaForCausalLM, key, lambda: _pretrain(data))
 
 
 def stdlib_folder() -> Path:
-    """Where this Python's standard library is."""
+    """Return the folder of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def _sources(package: Path) -> list[Path]:
-    """The package's source files in a fixed order, without its tests."""
+    """List the package's source files in a fixed order, without its tests."""
     return [path for path in sorted(package.rglob("*.py")) if not {"test", "tests"} & set(path.relative_to(package).parts)]
 
 
 def _windows(files: list[bytes], length: int) -> np.ndarray:
-    """(n, length): the files one after another; a rest that fills no window is left out."""
+    """Cut the files, one after another, into windows (n, length), without a rest that fills none."""
     content = np.frombuffer(b"".join(files), np.uint8)
     return content[: len(content) // length * length].reshape(-1, length)
 
 
-def _dataset(columns: dict[str, list]) -> Dataset:
+def _dataset(columns: dict[str, list[Any]]) -> Dataset:
     return Dataset.from_dict({**columns, "prompt_tokens": [0] * len(columns["package"])})
 
 

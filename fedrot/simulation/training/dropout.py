@@ -1,8 +1,8 @@
-"""Dropout whose masks are functions of the seed, the round and the client, whoever shares the pass.
+"""Dropout whose masks are functions of the seed, the round and the client, whichever clients share the pass.
 
-Numbers drawn one after another would depend on how many clients a pass has and how far it pads their texts. So a mask is
-computed: whether an element is dropped is a hash of its client's seed, of which dropout it meets and of its place among
-the client's rows. Padding at the end, fewer clients in a pass or another device change nothing.
+Numbers drawn one after another would depend on how many clients a pass has and how far their texts are padded. Therefore a
+mask is computed: whether an element is dropped is a hash of the client's seed, the number of the dropout and the element's
+place among the client's rows. Padding at the end, the number of clients in a pass and the device change nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,43 +13,46 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# MurmurHash3's multipliers as int32, in which products wrap.
+# MurmurHash3's multipliers as int32, whose products wrap.
 _MIX1, _MIX2 = -2048144789, -1028477387
 _SHIFT1, _SHIFT2 = torch.tensor([16, 13], dtype=torch.int32)  # a Python number would become a tensor each time
-_STEP = -1640531527  # the golden ratio's: neighbours lie far apart
+_STEP = -1640531527  # 2³² divided by the golden ratio, as int32: multiples of neighbouring numbers lie far apart
 
 _plain_attention = functional.scaled_dot_product_attention
 
 
 class ClientDropout:
-    """PyTorch's dropouts, attention's too, by masks of the clients' own.
+    """Replaces PyTorch's dropouts, including attention's, by dropouts with masks of the clients' own.
 
-    A leading axis that is a multiple of the pass's rows is taken for them, client-major, with heads or tokens perhaps.
-    Any other tensor is no client's, a table of positions say, and is dropped alike for all. What is random without being
-    one of these functions, such as the dropout inside ``nn.LSTM``, still depends on the pass.
+    A leading axis whose length is a multiple of the pass's rows is taken for rows, client-major, perhaps with heads or
+    tokens. Any other tensor, such as a table of positions, belongs to no client, and all clients drop the same of it.
+    Random numbers that are drawn elsewhere, such as in the dropout inside ``nn.LSTM``, still depend on the pass.
 
-    Which dropout it is, is a number from PyTorch's global generator: every pass that starts from the same seed meets the
-    same. Gradient checkpointing sets that generator back before it computes anew, and so gets the same masks.
-
-    Args:
-        seeds: one per client.
-        batch_size: rows per client.
-        device: of the model.
+    The number of a dropout is drawn from PyTorch's global generator, so that passes that start from the same seed have the
+    same dropouts. Gradient checkpointing sets that generator back before it computes activations again, so that it gets the
+    same masks.
     """
 
     def __init__(self, seeds: Sequence[int], batch_size: int, device: torch.device):
+        """Set up the clients' masks.
+
+        Args:
+            seeds: one per client.
+            batch_size: rows per client.
+            device: the model's device.
+        """
         self.all_keys = torch.tensor([_int32(seed ^ seed >> 32) for seed in seeds], dtype=torch.int32, device=device)
         self.keys, self.batch_size = self.all_keys, batch_size
         self._one: Tensor | None = None
         self._axes: dict[int, Tensor] = {}
 
     def use(self, clients: Sequence[int]) -> None:
-        """From here on rows are these clients'."""
+        """Take the rows of what follows for those of these clients."""
         self.keys = self.all_keys[list(clients)]
 
     @contextmanager
     def one_client(self, key: Tensor) -> Iterator[None]:
-        """Within the context every tensor is one client's, as under ``vmap`` over ``keys``."""
+        """Take every tensor within the context for one client's, as under ``vmap`` over ``keys``."""
         self._one = key
         try:
             yield
@@ -58,9 +61,9 @@ class ClientDropout:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the context ``torch.nn.functional`` has these dropouts.
+        """Replace the dropouts of ``torch.nn.functional`` within the context.
 
-        A TorchFunctionMode would not do: the backward pass, in which checkpoints compute anew, runs outside of it.
+        A TorchFunctionMode would not reach the backward pass, in which checkpoints compute activations again.
         """
         originals = {name: getattr(functional, name) for name in _REPLACED}
         try:
@@ -72,7 +75,13 @@ class ClientDropout:
                 setattr(functional, name, original)
 
     def drop(self, x: Tensor, p: float, shape: Sequence[int]) -> Tensor:
-        """x without what a mask of this shape, with as many axes as x, drops with probability p; the rest scaled up."""
+        """Drop elements of x with probability p and scale the others up by 1 / (1 − p).
+
+        Args:
+            x: any tensor.
+            p: the probability, between 0 and 1.
+            shape: the mask's shape, with as many axes as x; it is broadcast.
+        """
         if not 0 <= p <= 1:
             raise ValueError(f"a dropout's probability must lie between 0 and 1, got {p}")
         which = _int32(int(torch.empty((), dtype=torch.int64).random_()))
@@ -91,7 +100,7 @@ class ClientDropout:
         return (x * keep).mul_(1 / (1 - p))
 
     def _places(self, axis: int, size: int) -> Tensor:
-        """(size,) random numbers of the places along an axis; the first ones are the same for every size."""
+        """Random numbers (size,) of the places along an axis; the first ones are the same for every size."""
         found = self._axes.get(axis)
         if found is None or len(found) < size:
             found = torch.arange(size, dtype=torch.int32, device=self.keys.device) * _STEP + _int32(axis * _MIX2)
@@ -108,11 +117,24 @@ def _mix(h: Tensor) -> Tensor:
     return h.bitwise_xor_(h >> _SHIFT2).mul_(_MIX2)
 
 
-def _dropout(clients: ClientDropout, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+# The parameters have PyTorch's names, by which callers may pass them.
+def _dropout(
+    clients: ClientDropout,
+    input: Tensor,  # noqa: A002
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,  # noqa: ARG001
+) -> Tensor:
     return clients.drop(input, p, input.shape) if training and p != 0 else input
 
 
-def _channels(clients: ClientDropout, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _channels(
+    clients: ClientDropout,
+    input: Tensor,  # noqa: A002
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,  # noqa: ARG001
+) -> Tensor:
     return clients.drop(input, p, (*input.shape[:2], *[1] * (input.dim() - 2))) if training and p != 0 else input
 
 
@@ -135,7 +157,9 @@ def _attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)  # not −inf: padding may see nothing
+        scores = scores.masked_fill(
+            ~attn_mask, torch.finfo(scores.dtype).min
+        )  # not −inf: a padding token may attend to nothing
     elif attn_mask is not None:
         scores = scores + attn_mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)

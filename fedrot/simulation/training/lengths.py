@@ -1,6 +1,7 @@
-"""Which clients go through the model together in a step, when their texts differ in length.
+"""Grouping the clients that go through the model together in a step, when their texts differ in length.
 
-Padding everybody to the longest text of all can waste more than another pass costs: on a CPU soon, on a GPU late.
+Padding all clients to the longest text can waste more than another pass costs. A CPU soon gains from more passes, a GPU only
+with long texts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,43 +11,44 @@ from torch import Tensor, nn
 
 
 def pass_overhead(model: nn.Module, device: torch.device) -> float:
-    """What one forward and backward pass costs beside its tokens, in tokens. An estimate, the same on every run.
+    """Estimate the fixed cost of one forward and backward pass, in tokens. The estimate is the same on every run.
 
-    Of small models it is the calls, of large ones reading the weights. For MiniLM (22 million parameters) on a core of an
-    EPYC, 60 to 240 tokens were equally good; a GPU's figures are not measured.
+    The fixed cost of small models is the calls, that of large ones reading the weights. For MiniLM (22 million parameters)
+    on a core of an EPYC, 60 to 240 tokens were equally good. The numbers for GPUs are not measured.
     """
     size = sum(p.numel() for p in model.parameters())
     return 30 + 2e9 / size if device.type == "cpu" else 500 + 1e12 / size
 
 
 def client_lengths(inputs: Mapping[str, Tensor], clients: int) -> list[int] | None:
-    """Tokens of each client's longest text, padding at the end not counted; None if the model's inputs are not texts."""
+    """Count the tokens of each client's longest text without padding at the end; None if the inputs are not texts."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2:
         return None
     ends = (mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return ends.view(clients, -1).amax(1).tolist()
+    lengths: list[int] = ends.view(clients, -1).amax(1).tolist()
+    return lengths
 
 
 def client_of_longest(inputs: Mapping[str, Tensor], clients: int) -> int:
-    """The client that has the longest text; the first where inputs are not texts."""
+    """Find the client that has the longest text; the first client if inputs are not texts."""
     lengths = client_lengths(inputs, clients) or [0]
     return lengths.index(max(lengths))
 
 
 def group_clients(lengths: Sequence[int], rows: int, overhead: float) -> list[list[int]]:
-    """Groups of clients of like lengths, with the least of Σ (overhead + clients · rows · longest).
+    """Group clients of similar lengths so that Σ (overhead + clients · rows · longest) over the groups is least.
 
     Args:
-        lengths: of every client's longest text.
-        rows: per client.
-        overhead: of a pass, in tokens.
+        lengths: the length of every client's longest text, in tokens.
+        rows: the number of rows of each client.
+        overhead: the fixed cost of a pass, in tokens.
 
     Returns:
-        Client numbers, ascending by length.
+        The groups' client numbers, ascending by length.
     """
     order = sorted(range(len(lengths)), key=lambda client: lengths[client])
-    least, cut = [0.0], [0]  # of the first so many clients: the cost, and where their last group begins
+    least, cut = [0.0], [0]  # for the first 0, 1, … clients: the least cost, and where the last group begins
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
         costs = [least[start] + overhead + (end - start) * rows * longest for start in range(end)]
@@ -62,15 +64,15 @@ def group_clients(lengths: Sequence[int], rows: int, overhead: float) -> list[li
 def group_by_length(
     inputs: Mapping[str, Tensor], clients: int, overhead: float
 ) -> Iterator[tuple[list[int], Mapping[str, Tensor]]]:
-    """A step's inputs, for one group after the other, without the padding that it does not need.
+    """Yield a step's inputs for one group of clients after the other, without padding that the group does not need.
 
     Args:
-        inputs: of all clients, client-major.
-        clients: N.
-        overhead: of a pass, in tokens.
+        inputs: the inputs of all clients, client-major.
+        clients: N, the number of clients.
+        overhead: the fixed cost of a pass, in tokens.
 
     Yields:
-        The group's clients, and its inputs, client-major. Without texts, all clients and the inputs as they are.
+        The group's clients and its inputs, client-major. If inputs are not texts, all clients and the inputs as they are.
     """
     lengths = client_lengths(inputs, clients)
     rows = len(next(iter(inputs.values()))) // clients

@@ -1,4 +1,4 @@
-"""The local steps of a round, for all its clients at once."""
+"""The local steps of a round, taken by all its clients at once."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -30,18 +30,21 @@ def train_clients(
     """Train N clients for the configured local steps.
 
     Args:
-        model: the PEFT model they share, in training mode.
-        start: for every trainable parameter (N, …), each client's value to start from; not modified.
-        batches: for every local step example indices (N, batch).
-        collate: indices -> the model's inputs with ``labels``, on any device.
-        losses: logits, labels and N -> each client's mean loss (N,); a task's.
-        config: its optimizer, lr, momentum, weight_decay and max_grad_norm.
+        model: the PEFT model that the clients share, in training mode.
+        start: for every trainable parameter (N, …), the value that each client starts from; not modified.
+        batches: for every local step the indices of the examples (N, batch).
+        collate: indices → the model's inputs with ``labels``, on any device.
+        losses: logits, labels and N → each client's mean loss (N,), as ``Task.losses``.
+        config: its optimizer, lr, momentum, weight_decay and max_grad_norm count.
         on_step: called after every step.
-        trained: the parameters that are trained; the others stay as they start. None: all.
-        seeds: one per client, of its dropout; by default 0, 1, …
+        trained: the parameters that are trained; the others stay as they start. None trains all.
+        seeds: the seed of each client's dropout; by default 0, 1, …
 
     Returns:
         The parameters (N, …), and each client's mean loss over its steps (N,).
+
+    Raises:
+        ValueError: ``trained`` has a name that is no trainable parameter.
     """
     n, batch_size = batches[0].shape
     if trained is not None and (unknown := set(trained) - start.keys()):
@@ -57,14 +60,14 @@ def train_clients(
         for indices in batches:
             random = torch.get_rng_state()
             for clients, inputs in group_by_length(collate(indices.ravel()), n, overhead):
-                torch.set_rng_state(random)  # every group meets the same dropouts
+                torch.set_rng_state(random)  # so that every group has the same dropouts
                 dropout.use(clients)
                 use(parameters if len(clients) == n else _some(parameters, clients))
                 inputs = {name: x.to(device) for name, x in inputs.items()}
                 labels = inputs.pop("labels")
                 use_mask(inputs.get("attention_mask"))
                 step_losses = losses(model(**inputs).logits, labels, len(clients))
-                step_losses.sum().backward()
+                torch.autograd.backward(step_losses.sum())
                 total[clients] += step_losses.detach()
             if config.max_grad_norm is not None:
                 clip_per_client([p.grad for p in changing if p.grad is not None], config.max_grad_norm)
@@ -80,14 +83,14 @@ def _some(parameters: Mapping[str, Tensor], clients: Sequence[int]) -> dict[str,
 
 
 def make_optimizer(parameters: Sequence[Tensor], config: SimulationConfig) -> torch.optim.Optimizer:
-    """The clients' optimizer; element by element, hence the same for stacked parameters."""
+    """Make the clients' optimizer. It acts element by element, hence on stacked parameters as on one client's."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def clip_per_client(gradients: Sequence[Tensor], max_norm: float) -> None:
-    """Scale each client's part of the gradients (N, …) in place, as ``clip_grad_norm_`` does for one client."""
+    """Clip each client's part of the gradients (N, …) in place, as ``clip_grad_norm_`` does for one client."""
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
     scale = (max_norm / (norms + 1e-6)).clamp(max=1)
     for g in gradients:
@@ -95,7 +98,7 @@ def clip_per_client(gradients: Sequence[Tensor], max_norm: float) -> None:
 
 
 def draw_batches(examples: np.ndarray, config: SimulationConfig, rng: np.random.Generator) -> np.ndarray:
-    """(local_steps, batch): a client's examples in random order, over again in a new order when they run out."""
+    """Draw a client's examples (local_steps, batch) in random order; when they run out, again in a new order."""
     needed = config.local_steps * config.batch_size
     passes = [rng.permutation(examples) for _ in range(-(-needed // len(examples)))]
     return np.concatenate(passes)[:needed].reshape(config.local_steps, config.batch_size)

@@ -1,4 +1,4 @@
-"""How many clients fit into one pass."""
+"""Measuring how many clients fit into one pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 MARGIN = 0.6
-"""The part of the free memory that is used: other batches are longer, and operations need room of their own."""
+"""The part of the free memory that is used. Other batches may be longer, and operations need memory of their own."""
 
 
 @contextmanager
 def pass_memory(model: nn.Module, device: torch.device) -> Iterator[list[int]]:
-    """Measures the memory that training within the context needs.
+    """Measure the memory that training within the context needs.
 
-    On a GPU it is the peak. On a CPU, which has no such count, it is what operations save for the backward pass, a storage
-    that several of them save once, without the model's own tensors; what checkpoints keep is not seen.
+    On a GPU this is the peak. PyTorch does not count memory on a CPU; there it is the size of the storages that operations
+    save for the backward pass, each counted once, without the model's own tensors and without what checkpoints keep.
 
     Yields:
-        A list, of the number of bytes when the context ends.
+        A list that holds the number of bytes when the context has ended.
     """
     found: list[int] = []
     if device.type == "cuda":
@@ -43,18 +43,18 @@ def pass_memory(model: nn.Module, device: torch.device) -> Iterator[list[int]]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have."""
+    """Return the number of bytes that this process can still have."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    return int(psutil.virtual_memory().available)
 
 
 def clients_that_fit(per_client: int, device: torch.device) -> int:
-    """How many clients train in one pass, at least one.
+    """Count the clients that can train in one pass, at least one.
 
     Args:
-        per_client: bytes that one of them needs.
+        per_client: the number of bytes that one client needs.
         device: where they train.
     """
     return max(1, int(free_memory(device) * MARGIN / per_client))

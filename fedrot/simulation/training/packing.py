@@ -1,7 +1,7 @@
 """Frozen linear layers that skip padding.
 
-In a pass of many clients most positions may be padding. Nothing that is learnt depends on what stands there, so on a CPU,
-where products of matrices are most of the work, they are taken over the real tokens only.
+In a pass of many clients most positions may be padding, whose activations no client learns from. On a CPU, where matrix
+products are most of the work, they are therefore computed for the real tokens only.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ from torch.nn import functional
 from .stacked import StackedModule
 
 FULL = 0.9
-"""Where so many positions are real, the copies cost more than the padding."""
+"""The part of real positions above which the copies cost more than the padding."""
 
 
 class _PackedLinear(torch.autograd.Function):
-    """x (rows, tokens, d_in) -> (rows, tokens, d_out), zero where no real token is; of x alone a gradient."""
+    """A linear layer, x (rows, tokens, d_in) → (rows, tokens, d_out), zero at padding; only x has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, real: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class _PackedLinear(torch.autograd.Function):
 
 def _unpack(packed: Tensor, real: Tensor, shape: torch.Size) -> Tensor:
     unpacked = packed.new_zeros(shape.numel(), packed.shape[1])
-    return unpacked.index_copy_(0, real, packed).unflatten(0, shape)
+    return unpacked.index_copy_(0, real, packed).view(*shape, packed.shape[1])
 
 
 class _Packing:
@@ -47,7 +47,7 @@ class _Packing:
         self.shape = torch.Size()
 
     def use(self, mask: Tensor | None) -> None:
-        """From here on inputs have this attention mask (rows, tokens)."""
+        """Set the attention mask (rows, tokens) of the inputs that follow, or None."""
         self.real = None
         if mask is not None and mask.dim() == 2 and mask.device.type == "cpu":
             real = mask.flatten().nonzero().squeeze(1)
@@ -55,9 +55,11 @@ class _Packing:
                 self.real, self.shape = real, mask.shape
 
     def forward(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """The layer's output, without padding if x has the mask's rows and tokens."""
         if self.real is None or x.dim() != 3 or x.shape[:2] != self.shape:
             return functional.linear(x, linear.weight, linear.bias)
-        return _PackedLinear.apply(x, linear.weight, linear.bias, self.real)
+        apply: Callable[..., Tensor] = _PackedLinear.apply
+        return apply(x, linear.weight, linear.bias, self.real)
 
 
 def _trained(module: nn.Module) -> bool:
@@ -66,10 +68,10 @@ def _trained(module: nn.Module) -> bool:
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[Callable[[Tensor | None], None]]:
-    """Within the context the model's frozen linear layers skip padding. To be entered within ``stacked_clients``.
+    """Let the model's frozen linear layers skip padding within the context, which is entered within ``stacked_clients``.
 
     Yields:
-        What tells them a pass's attention mask (rows, tokens), None for inputs that have none.
+        A function that takes the attention mask of the coming pass (rows, tokens), or None if its inputs have none.
     """
     packing = _Packing()
     under_vmap = {inner for module in model.modules() if type(module) is StackedModule for inner in module.modules()}

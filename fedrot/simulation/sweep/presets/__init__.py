@@ -1,4 +1,4 @@
-"""Comparisons by name, one YAML file each; its first line says what it is. Names that begin with _ are bases of others."""
+"""Comparisons by name, one YAML file each, whose first line describes it. Names that begin with _ are bases of others."""
 
 from importlib.resources import files
 from typing import Any
@@ -9,7 +9,7 @@ from ..layers import overlay
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The options of a preset, laid over those of the one that its key ``preset`` names.
+    """Load the options of a preset, laid over those of the preset that its key ``preset`` names.
 
     Raises:
         ValueError: no such preset.
@@ -23,7 +23,7 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def describe_presets() -> dict[str, str]:
-    """What can be run: name → its line."""
+    """List the presets that can be run: name → description."""
     found = {f.name.removesuffix(".yaml"): f for f in files(__name__).iterdir() if f.name.endswith(".yaml")}
     return {
         name: found[name].read_text("utf-8").splitlines()[0].removeprefix("# ")

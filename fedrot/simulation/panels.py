@@ -1,0 +1,86 @@
+"""What the simulator's plots have in common: panels, styles of lines, the axis of rounds, and the file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .metrics import SCORES
+
+Style = dict[str, Any]
+
+Y_LABELS = {**SCORES, "relative_error": "relative aggregation error"}
+_COLOURS = (*(f"C{i}" for i in range(10)), "black", "darkgoldenrod", "navy")
+_DASHES, _MARKERS = ("-", "--", "-.", ":"), "os^Dv<P"
+
+
+def make_panels(rows: int, columns: int, height: float) -> tuple[Figure, np.ndarray]:
+    """Make a figure of panels that share their x axes by column, each ``height`` inches high."""
+    figure = Figure(figsize=(max(7, 5 * columns), 0.5 + height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=True, squeeze=False)
+
+
+def line_styles(rows: pd.DataFrame) -> dict[str, Style]:
+    """Choose a line style per method: colours, dashes and markers have periods 13, 4 and 7, so that none comes twice."""
+    return {
+        method: {"label": method, "color": _COLOURS[i % 13], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]}
+        for i, method in enumerate(dict.fromkeys(rows["method"]))
+    }
+
+
+def mean_over_seeds(group: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """The mean and the standard deviation of a measure by x, over the rows that have it; 0 for a single seed."""
+    if measure not in group:
+        return pd.DataFrame(columns=["mean", "std"])
+    values = group.assign(y=pd.to_numeric(group[measure])).dropna(subset=["y"])
+    return values.groupby("x")["y"].agg(["mean", "std"]).fillna(0)
+
+
+def draw_line(axis: Axes, group: pd.DataFrame, measure: str, style: Style) -> None:
+    """Draw the mean over seeds by round, in a band of one standard deviation.
+
+    Args:
+        axis: the panel.
+        group: a row per seed and round; x is the round, from 1.
+        measure: the column to draw. Nothing is drawn if no row has it.
+        style: the line's.
+    """
+    values = mean_over_seeds(group, measure)
+    if len(values):
+        axis.plot(values.index, values["mean"], markersize=3.5, **style)
+        low, high = values["mean"] - values["std"], values["mean"] + values["std"]
+        axis.fill_between(values.index, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    axis.xaxis.set_major_locator(_Rounds())
+
+
+class _Rounds(MaxNLocator):
+    """Ticks at whole numbers of rounds, the first at round 1, where other locators put 0."""
+
+    def __init__(self) -> None:
+        super().__init__(integer=True)
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        ticks = super().tick_values(max(vmin, 1), max(vmax, 1))
+        return np.array([*([1] if vmin <= 1 <= vmax else []), *(x for x in ticks if x > 1)])
+
+
+def finish_figure(figure: Figure, axes: np.ndarray, x: str, path: Path) -> Figure:
+    """Add a grid, the label of the x axis below every column and one legend below the panels, and write the file."""
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    for column in axes.T:
+        lowest = [axis for axis in column if axis.get_visible()][-1]
+        lowest.set_xlabel(x)
+        lowest.tick_params(labelbottom=True)
+    shown = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    widest = max(map(len, shown), default=0)
+    columns = max(1, min(len(shown), int(figure.get_figwidth() / (0.7 + 0.075 * widest))))
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(shown) // columns))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, frameon=False, handlelength=3)
+    figure.savefig(path, dpi=120)
+    return figure
