@@ -15,7 +15,7 @@ from .metrics import SCORES
 Style = dict[str, Any]
 
 Y_LABELS = {**SCORES, "relative_error": "relative aggregation error"}
-_COLOURS = (*(f"C{i}" for i in range(10)), "black", "darkgoldenrod", "navy")
+_COLOURS = (*(f"C{i}" for i in range(10)), "black", "darkgoldenrod", "navy", "magenta", "limegreen", "teal", "salmon")
 _DASHES, _MARKERS = ("-", "--", "-.", ":"), "os^Dv<P"
 
 
@@ -26,9 +26,9 @@ def make_panels(rows: int, columns: int, height: float) -> tuple[Figure, np.ndar
 
 
 def line_styles(rows: pd.DataFrame) -> dict[str, Style]:
-    """Choose a line style per method: colours, dashes and markers have periods 13, 4 and 7, so that none comes twice."""
+    """Choose a line style per method: colours, dashes and markers have periods 17, 4 and 7, so that none comes twice."""
     return {
-        method: {"label": method, "color": _COLOURS[i % 13], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]}
+        method: {"label": method, "color": _COLOURS[i % 17], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]}
         for i, method in enumerate(dict.fromkeys(rows["method"]))
     }
 
@@ -65,8 +65,8 @@ class _Rounds(MaxNLocator):
         super().__init__(integer=True)
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
-        ticks = super().tick_values(max(vmin, 1), max(vmax, 1))
-        return np.array([*([1] if vmin <= 1 <= vmax else []), *(x for x in ticks if x > 1)])
+        whole = [float(x) for x in super().tick_values(max(vmin, 1), max(vmax, 1)) if x > 1 and x == round(x)]
+        return [1.0, *whole] if vmin <= 1 <= vmax else whole
 
 
 def finish_figure(figure: Figure, axes: np.ndarray, x: str, path: Path) -> Figure:

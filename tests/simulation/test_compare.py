@@ -56,7 +56,7 @@ def test_methods_over_seeds(tmp_path, capsys):
     assert runs == [f"independent-{v}-seed{s}" for v in ("fedit", "fedrot-0.5") for s in (0, 1)]
     assert (output / "curves.png").exists() and not (output / "sweep.png").exists()
     rows = pd.read_csv(output / "results.csv")
-    assert list(rows["method"]) == ["fedit", "fedit", "fedrot", "fedrot"]
+    assert list(rows["method"]) == ["fedit", "fedit", "fedrot", "fedrot"] and list(rows["round"]) == [1] * 4
     assert list(rows["strength"].fillna(-1)) == [-1, -1, 0.5, 0.5]
     for method, some in (("fedit", runs[:2]), ("fedrot λ=0.5", runs[2:])):
         last = [metrics(output / run)[-1] for run in some]
@@ -118,12 +118,32 @@ def test_a_run_of_every_value_with_what_is_the_methods_own():
     assert all((run.config.rounds, run.config.seed, run.config.lora["r"]) == (3, 7, 4) for run in runs)
 
 
+@pytest.mark.parametrize(
+    ("method", "vary", "per_value", "strengths"),
+    [
+        ("fedit", {"align_on": ["A", "joint"], "reflections": [False, True]}, 1, {None}),
+        ("fedrot", {"align_on": ["A", "joint"], "reflections": [False, True]}, 4, {0.5, 1.0}),
+        ("fedrot-consensus", {"align_on": ["A", "joint"]}, 2, {0.5, 1.0}),
+        ("fedrot-least-error", {"align_on": ["A", "joint"]}, 1, {0.5, 1.0}),
+        ("fedrot-adaptive", {"align_on": ["A", "joint"]}, 2, {None}),
+        ("random-rotation", {"align_on": ["A", "joint"], "reflections": [False, True]}, 2, {0.5, 1.0}),
+        ("scalar", {"align_on": ["A", "joint"], "reflections": [False, True]}, 2, {None}),
+        ("flora", {"clients": [3, 5], "reflections": [False, True]}, 2, {None}),
+    ],
+)
+def test_a_method_is_run_once_for_options_that_it_does_not_use(method, vary, per_value, strengths):
+    runs, _ = Comparison(methods=[method], strengths=[0.5, 1.0], starts=["shared"], seeds=[0], vary=vary).runs()
+    assert len(runs) == per_value * len(strengths) and {run.config.strength for run in runs} == strengths
+    used = {name for name in vary if name in METHODS[method].uses | {"clients"}}
+    assert {frozenset(run.columns) - {"start", "method", "seed", "strength"} for run in runs} == {frozenset(used)}
+
+
 def test_the_table_of_one_field_repeats_methods_in_which_it_plays_no_part():
     values = [("fedit", np.nan, None, 0.5, 0.3), ("fedrot", 1.0, "A", 0.6, 0.2), ("fedrot", 1.0, "B", 0.7, 0.1)]
     columns = ["method", "strength", "align_on", "accuracy", "relative_error", "seed", "round"]
-    rows = pd.DataFrame([(*v, seed, r) for v in values for seed in (0, 1) for r in (0, 1)], columns=columns)
+    rows = pd.DataFrame([(*v, seed, r) for v in values for seed in (0, 1) for r in (1, 2)], columns=columns)
     rows = rows.assign(start="shared")
-    rows.loc[rows["round"] == 0, ["accuracy", "relative_error"]] = 9.0  # of no account: not the last
+    rows.loc[rows["round"] == 1, ["accuracy", "relative_error"]] = 9.0  # of no account: not the last
     tables = comparison_tables(rows, ["align_on"])
     assert as_markdown(tables, ["a note"]) == (
         "accuracy after the last round, by align_on\n\n"
@@ -141,13 +161,40 @@ def test_the_table_of_one_field_repeats_methods_in_which_it_plays_no_part():
 def test_several_fields_are_rows_and_rounds_that_were_not_evaluated_do_not_count():
     rows = pd.DataFrame(
         {"start": "shared", "method": "fedit", "strength": np.nan, "seed": 0, "clients": n, "lr": lr, "round": r,
-         "loss": n * lr + r if r != 1 else np.nan, "relative_error": 0.0}
-        for n in (3, 10) for lr in (0.5, 1.0) for r in (0, 1, 2)
+         "loss": n * lr + r if r != 2 else np.nan, "relative_error": 0.0}
+        for n in (3, 10) for lr in (0.5, 1.0) for r in (1, 2, 3)
     )  # fmt: skip
     (table,) = comparison_tables(rows, ["clients", "lr"]).values()
     assert list(table.columns) == [f"{m}, round {r}" for m in ("loss", "relative error") for r in (1, 3)]
-    assert table.loc[("shared", "fedit", 10, 0.5)].to_list() == ["5.000", "7.000", "0.000", "0.000"]
+    assert table.loc[("shared", "fedit", 10, 0.5)].to_list() == ["6.000", "8.000", "0.000", "0.000"]
     assert len(table) == 4
+
+
+def test_errors_that_no_run_measured_are_in_no_table(tmp_path, capsys):
+    output = tmp_path / "out"
+    varied = ["--methods", "fedit", "fedrot-consensus", "--strengths=1", "--starts=shared", "--seeds", "0", "1"]
+    assert main(["compare", *varied, *SHORT, "--report-error=false", "--output", str(output)]) == 0
+    assert pd.read_csv(output / "results.csv")["relative_error"].isna().all()
+    header = (output / "table.md").read_text().splitlines()[0]
+    assert header == "| start | method | accuracy, round 1 |"
+    assert "relative error" not in capsys.readouterr().out + (output / "rounds.md").read_text()
+
+
+def test_an_error_that_some_run_did_not_measure_is_a_dash():
+    rows = pd.DataFrame(
+        {
+            "start": "shared",
+            "method": method,
+            "strength": np.nan,
+            "seed": 0,
+            "round": 1,
+            "accuracy": 0.5,
+            "relative_error": x,
+        }
+        for method, x in (("fedit", 0.25), ("fedrot", None))
+    )
+    (table,) = comparison_tables(rows, []).values()
+    assert table["relative error, round 1"].to_list() == ["0.250", "–"]
 
 
 def test_methods_that_need_a_shared_start_are_not_run_without_and_that_is_said(tmp_path, capsys):
@@ -164,7 +211,7 @@ def test_methods_that_need_a_shared_start_are_not_run_without_and_that_is_said(t
         Comparison(methods=[method], starts=["independent"]).runs()
 
 
-def test_all_methods(tmp_path):
+def test_all_methods():
     runs, notes = Comparison(methods=list(METHODS), seeds=[0], strengths=[0.5]).runs()
     needing = [name for name, kind in METHODS.items() if kind.needs_shared_start]
     assert len(runs) == 2 * len(METHODS) - len(needing)

@@ -17,13 +17,13 @@ from fedrot import UpdateError, read_adapter
 from fedrot.simulation import SimulationConfig, load_task, simulate
 from fedrot.simulation.clients import Clients
 
-from .test_run import QUICK, tiny_bert  # noqa: F401, a fixture
+from .test_run import QUICK
 
 BERT_LORA = {"r": 2, "target_modules": ["query"]}
 
 
 @pytest.fixture
-def text(tiny_bert, tmp_path):  # noqa: F811
+def text(tiny_bert, tmp_path):
     """A configuration on a file of the given content."""
 
     def configure(content, name="train.tsv", **options):
@@ -83,7 +83,7 @@ def test_options_that_cannot_work_leave_no_folder(tmp_path, options, error, mess
     assert not (tmp_path / "run").exists()
 
 
-def test_a_language_model_without_padding_classifies(text, tiny_bert, tmp_path):  # noqa: F811
+def test_a_language_model_without_padding_classifies(text, tiny_bert, tmp_path):
     folder = tmp_path / "gpt2"
     PreTrainedTokenizerFast(tokenizer_file=str(tiny_bert / "tokenizer.json"), eos_token="[SEP]").save_pretrained(folder)
     sizes = {"vocab_size": 12, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}

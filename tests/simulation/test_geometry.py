@@ -6,18 +6,24 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 
 import fedrot
-from fedrot.methods.registry import METHODS, get_method
-from fedrot.options import Alignment
+from fedrot.methods.registry import METHODS, make_method
+from fedrot.options import AggregationOptions
 from fedrot.simulation.geometry import alignment_geometry
-from fedrot_kernels.measures import error_bound
+from fedrot_kernels.measures import aggregation_error, error_bound
 
 from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
 
 WEIGHTS = [1.0, 2.0, 4.5]
 
 
-def measure(states, reference, method="fedrot", round=1, weights=WEIGHTS, **alignment):
-    return alignment_geometry(states, weights, reference, get_method(method, Alignment(**alignment)), round)
+# Methods whose mean is of the factors as they came, and those that rotate or scale them first.
+PLAIN = [name for name, kind in METHODS.items() if "fedrot" not in name and not kind.ablation]
+TOGETHER = ["fedrot-consensus", "fedrot-least-error", "fedrot-adaptive"]
+AVERAGED = ["fedit", "fedrot", *TOGETHER, "random-rotation", "scalar"]
+
+
+def measure(states, reference, method="fedrot", round=1, weights=WEIGHTS, **options):
+    return alignment_geometry(states, weights, reference, make_method(AggregationOptions(method=method, **options)), round)
 
 
 def matrix(update, key):
@@ -30,19 +36,19 @@ def frames(update, factor):
     return [matrix(update, a) if factor == "A" else matrix(update, b).T for a, b in pairs]
 
 
-def full_rotation(F, F_ref, group):
+def full_rotation(F, F_ref, reflections):
     R, _ = orthogonal_procrustes(F.T, F_ref.T)
-    if group == "SO" and np.linalg.det(R) < 0:
+    if not reflections and np.linalg.det(R) < 0:
         U, _, Vt = np.linalg.svd(F @ F_ref.T)
         R = (U * ([1] * (len(R) - 1) + [-1])) @ Vt
     return R
 
 
-def expected(states, reference, factor, group, weights=WEIGHTS):
+def expected(states, reference, factor, reflections, weights=WEIGHTS):
     before, after, turn, size = np.zeros((4, len(states), len(frames(reference, factor))))
     for i, state in enumerate(states):
         for j, (F, F_ref) in enumerate(zip(frames(state, factor), frames(reference, factor), strict=True)):
-            R = full_rotation(F, F_ref, group)
+            R = full_rotation(F, F_ref, reflections)
             before[i, j], after[i, j] = np.linalg.norm(F - F_ref), np.linalg.norm(R.T @ F - F_ref)
             turn[i, j], size[i, j] = np.linalg.norm(R - np.eye(len(R))), np.linalg.norm(F_ref)
     w = np.array(weights) / sum(weights)
@@ -56,18 +62,16 @@ def expected(states, reference, factor, group, weights=WEIGHTS):
 
 
 @pytest.mark.parametrize("reflect", [False, True], ids=["turned", "mirrored"])
-@pytest.mark.parametrize("group", ["SO", "O"])
+@pytest.mark.parametrize("reflections", [False, True], ids=["SO", "O"])
 @pytest.mark.parametrize("kind", ["linear", "convolution", "embedding", "bfloat16", "float64"])
-def test_distances_and_turns_are_those_of_the_full_rotation(kind, group, reflect):
+def test_distances_and_turns_are_those_of_the_full_rotation(kind, reflections, reflect):
     reference, states = turned_clients(KINDS[kind], 3, reflect=reflect)
-    row = measure(states, reference, group=group, strength=0.3)
-    for factor in ("A", "B"):
-        truth = expected(states, reference, factor, group)
-        # A reflected frame is brought into SO by a direction that costs within 1e-4 of the least.
-        assert {name: row[name] for name in truth} == pytest.approx(truth, rel=1e-4 if reflect and group == "SO" else 1e-6)
-        assert row[f"removed_{factor}"] > 0.5
-    names = expected(states, reference, "A", group) | expected(states, reference, "B", group)
-    assert row.keys() == {*names, "error_bound"}
+    row = measure(states, reference, reflections=reflections, strength=0.3)
+    truth = expected(states, reference, "A", reflections) | expected(states, reference, "B", reflections)
+    # A reflected frame is brought into SO by a direction that costs within 1e-4 of the least.
+    rel = 1e-4 if reflect and not reflections else 1e-6
+    assert {name: x for name, x in row.items() if name != "error_bound"} == pytest.approx(truth, rel=rel)
+    assert row["error_bound"] > 0 and row["removed_A"] > 0.5 and row["removed_B"] > 0.5
 
 
 def test_what_is_undetermined_in_the_clients_precision_does_not_turn():
@@ -85,30 +89,50 @@ def test_what_is_undetermined_in_the_clients_precision_does_not_turn():
     assert row["turn_per_distance_B"] == pytest.approx(np.mean(np.divide(chords, distances)), rel=1e-2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def bound(states):
+    """By definition, for factors that are averaged as they are."""
+    w, bounds = np.array(WEIGHTS) / sum(WEIGHTS), []
+    for key_A, key_B in factor_keys(states[0]):
+        A, B = (np.stack([matrix(x, key) for x in states]) for key in (key_A, key_B))
+        spread_A, spread_B = (np.linalg.norm(F - np.tensordot(w, F, 1), axis=(1, 2)) for F in (A, B))
+        bounds.append(w @ (spread_A * spread_B))
+    return np.linalg.norm(bounds)
+
+
+@pytest.mark.parametrize("method", ["fedrot", *PLAIN])
 def test_the_bound_is_that_of_the_factors_as_they_are_averaged(method):
     reference, states = turned_clients(KINDS["modules to save"], 3)
+    averaged = states if method != "fedrot" else [fedrot.align(x, reference, round=1, strength=0.5) for x in states]
     row = measure(states, reference, method, strength=0.5)
-    rotated = states
-    if method == "fedrot":
-        rotated = [fedrot.align(x, reference, round=1, strength=0.5) for x in states]
-    if method not in ("random-rotation", "scalar"):
-        w, bounds = np.array(WEIGHTS) / sum(WEIGHTS), []
-        for key_A, key_B in factor_keys(reference):
-            A, B = (np.stack([matrix(x, key) for x in rotated]) for key in (key_A, key_B))
-            spread_A, spread_B = (np.linalg.norm(F - np.tensordot(w, F, 1), axis=(1, 2)) for F in (A, B))
-            bounds.append(w @ (spread_A * spread_B))
-        assert row["error_bound"] == pytest.approx(np.linalg.norm(bounds), rel=1e-5)
-    if method in ("fedit", "fedrot", "random-rotation", "scalar"):
-        error = fedrot.aggregate(states, WEIGHTS, reference, method=method, round=1, strength=0.5).report.error
-        assert 0.05 * row["error_bound"] < error < row["error_bound"]
+    assert row["error_bound"] == pytest.approx(bound(averaged), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", AVERAGED)
+def test_the_error_keeps_the_bound(method):
+    reference, states = turned_clients(KINDS["modules to save"], 3)
+    limit = measure(states, reference, method, strength=0.5)["error_bound"]
+    error = fedrot.aggregate(states, WEIGHTS, reference, method=method, round=1, strength=0.5).report.error
+    assert 0.05 * limit < error < limit
+
+
+@pytest.mark.parametrize("method", TOGETHER)
+def test_the_bound_of_clients_that_are_aligned_together_is_of_their_rotated_factors(method):
+    reference, states = turned_clients(KINDS["modules to save"], 3)
+    row = measure(states, reference, method)
+    assert 0 < row["error_bound"] < 0.5 * bound(states)  # turned clients lie close once they are rotated
+    if "strength" in METHODS[method].uses:
+        assert measure(states, reference, method, strength=0.0)["error_bound"] == pytest.approx(bound(states), rel=1e-5)
+
+
+def test_every_method_is_measured_in_one_of_these_ways():
+    assert {*PLAIN, *AVERAGED} == set(METHODS)
 
 
 def test_the_bound_is_reached_by_two_clients_of_rank_one():
     """Then Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā) has summands that are parallel."""
     A, B = torch.randn(1, 2, 1, 9, dtype=torch.float64), torch.randn(1, 2, 7, 1, dtype=torch.float64)
     w = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    (error,), _ = fedrot_kernels.measures.aggregation_error(A, B, w)
+    (error,), _ = aggregation_error(A, B, w)
     assert error_bound(A, B, w).item() == pytest.approx(error.item(), rel=1e-12)
 
 

@@ -5,18 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedrot.simulation import SimulationConfig, load_task
+from fedrot.simulation import SimulationConfig
 from fedrot.simulation.clients import Clients
 from fedrot.simulation.training import memory
 from fedrot.simulation.training.memory import MARGIN, clients_that_fit, free_memory, pass_memory
 
 CPU = torch.device("cpu")
 SMALL = {"clients": 4, "local_steps": 2, "batch_size": 4, "lora": {"r": 2, "lora_dropout": 0.1}}
-
-
-@pytest.fixture(scope="module")
-def task():
-    return load_task(SimulationConfig(**SMALL))
 
 
 def test_what_is_saved_for_the_backward_pass_counts_once_and_the_model_does_not():

@@ -11,18 +11,13 @@ from transformers import AutoModelForImageClassification
 
 import fedrot.simulation.run as run_module
 from fedrot import METHODS, read_adapter
-from fedrot.simulation import SimulationConfig, load_task, simulate
+from fedrot.simulation import SimulationConfig, simulate
 from fedrot.simulation.clients import Clients
 from fedrot.simulation.server import Server
 
 QUICK = {"rounds": 4, "local_steps": 3, "clients": 4, "batch_size": 4}
 METHOD_RUNS = [*({"method": name} for name in METHODS), {"server_optimizer": "momentum"}, {"server_optimizer": "adam"}]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def task():
-    return load_task(SimulationConfig())
 
 
 def run(task, folder, resume=False, **options):

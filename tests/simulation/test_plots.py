@@ -7,7 +7,9 @@ from matplotlib.colors import to_hex
 
 from fedrot.methods.registry import METHODS
 from fedrot.simulation import SimulationConfig
-from fedrot.simulation.plots import plot_comparison, plot_geometry, plot_run, plot_sweep, shown_score
+from fedrot.simulation.metrics import shown_measures, shown_score
+from fedrot.simulation.plots import plot_geometry, plot_run
+from fedrot.simulation.sweep.plots import plot_comparison, plot_sweep
 
 ROUNDS, SEEDS = 4, 3
 
@@ -24,7 +26,7 @@ def rows(methods=("fedit", "fedrot"), starts=("shared", "independent"), **column
     for start in starts:
         for method in methods:
             for seed in range(SEEDS):
-                for r in range(ROUNDS):
+                for r in range(1, ROUNDS + 1):
                     scores = {"accuracy": rng.random(), "loss": 3 * rng.random(), "relative_error": rng.random()}
                     table.append({"start": start, "method": method, "seed": seed, "round": r, **scores, **columns})
     return pd.DataFrame(table)
@@ -54,7 +56,7 @@ def test_the_comparison_draws_means_by_round_in_a_column_per_start(png):
             assert list(drawn) == ["fedit", "fedrot"]
             for method, line in drawn.items():
                 x, y = mean_by(table, "round", measure, start=start, method=method)
-                np.testing.assert_allclose(line, [x + 1, y])
+                np.testing.assert_allclose(line, [x, y])
     assert [axis.get_title() for axis in axes[0]] == ["shared start", "independent start"]
     assert axes[0, 0].get_ylim() == (0, 1)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedit", "fedrot"]
@@ -80,7 +82,8 @@ def test_the_band_is_a_standard_deviation_over_seeds(png):
     axis = plot_comparison(table, png).axes[0]
     corners = axis.collections[0].get_paths()[0].vertices
     values = table.groupby("round")["accuracy"].agg(["mean", "std"])
-    for r, (mean, std) in enumerate(values.to_numpy(), start=1):
+    assert values.index.tolist() == list(range(1, ROUNDS + 1))
+    for r, (mean, std) in values.iterrows():
         heights = corners[corners[:, 0] == r][:, 1]
         assert (heights.min(), heights.max()) == pytest.approx((mean - std, mean + std))
 
@@ -110,11 +113,11 @@ def test_rows_without_a_score_are_refused():
 
 
 def test_a_run_shows_the_rounds_that_were_evaluated(png):
-    metrics = [{"round": r, "method": "fedit", "relative_error": 0.1 * r} for r in range(4)]
+    metrics = [{"round": r, "method": "fedit", "relative_error": 0.1 * r} for r in range(1, 5)]
     metrics[1]["accuracy"], metrics[3]["accuracy"] = 0.5, 0.7
     above, below = plot_run(metrics, SimulationConfig(), png).axes
     np.testing.assert_allclose(lines(above)["fedit"], [[2, 4], [0.5, 0.7]])
-    np.testing.assert_allclose(lines(below)["fedit"], [[1, 2, 3, 4], [0, 0.1, 0.2, 0.3]])
+    np.testing.assert_allclose(lines(below)["fedit"], [[1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4]])
 
 
 def test_every_method_has_a_style_of_its_own(png):
@@ -153,7 +156,7 @@ def test_a_sweep_shows_the_last_round_against_the_values(field, values, scale, p
         assert axis.get_xticks().tolist() == list(places)
         assert axis.get_xlim()[0] < places[0] and places[-1] < axis.get_xlim()[1]
         for method, container in zip(("fedit", "fedrot"), axis.containers, strict=True):
-            last = table[(table["method"] == method) & (table["round"] == ROUNDS - 1)]
+            last = table[(table["method"] == method) & (table["round"] == ROUNDS)]
             seeds = [last.loc[last["number"] == i, measure] for i in range(len(values))]
             np.testing.assert_allclose(lines(axis)[method], [places, [of_value.mean() for of_value in seeds]])
             bars = container.lines[2][0].get_segments()
@@ -193,8 +196,8 @@ def test_the_geometry_has_a_panel_for_every_part(png):
 
 def test_more_than_a_decade_is_drawn_on_a_logarithmic_axis_without_its_zeros(png):
     table = geometry_rows()
-    table.loc[table["round"] == 0, "turn_per_distance_B"] = 0
-    table.loc[table["round"] == 1, "turn_per_distance_B"] = 0.01
+    table.loc[table["round"] == 1, "turn_per_distance_B"] = 0
+    table.loc[table["round"] == 2, "turn_per_distance_B"] = 0.01
     axis = plot_geometry(table, png).axes[3]
     y = axis.lines[0].get_ydata()
     assert axis.get_yscale() == "log" and np.isnan(y[0]) and y[1] == pytest.approx(0.01)
@@ -219,3 +222,29 @@ def test_starts_have_lines_of_their_own(png):
     table = pd.concat([geometry_rows(), geometry_rows(start="independent")])
     labels = [text.get_text() for text in plot_geometry(table, png).legends[0].get_texts()]
     assert labels == [f"{method}, {start} start" for start in ("shared", "independent") for method in ("fedit", "fedrot")]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 6, 20, 250])
+def test_the_axis_of_rounds_begins_at_1(rounds, png):
+    table = pd.DataFrame(
+        {"round": r, "method": "fedit", "accuracy": 0.5, "relative_error": 0.1} for r in range(1, rounds + 1)
+    )
+    comparison = table.assign(start="shared", seed=0)
+    for figure in (plot_run(table.to_dict("records"), SimulationConfig(), png), plot_comparison(comparison, png)):
+        figure.draw_without_rendering()
+        low, high = figure.axes[-1].get_xlim()
+        shown = [x for x in figure.axes[-1].get_xticks() if low <= x <= high]
+        assert shown[0] == 1 and shown == sorted(set(shown)) and all(x == int(x) for x in shown)
+        assert len(shown) == min(rounds, len(shown)) and (rounds == 1 or shown[-1] > 0.7 * rounds)
+
+
+def test_errors_that_were_not_measured_have_no_panel(png):
+    table = rows(["fedit"], relative_error=None)
+    assert shown_measures(table) == ["accuracy"]
+    figure = plot_comparison(table, png)
+    assert [axis.get_title() for axis in figure.axes] == ["shared start", "independent start"]
+    assert [list(lines(axis)) for axis in figure.axes] == [["fedit"], ["fedit"]]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["round", "round"]
+    assert len(plot_sweep(table.assign(lr=0.1), "lr", png).axes) == 2
+    assert len(plot_run(table[table["start"] == "shared"].to_dict("records"), SimulationConfig(), png).axes) == 1
+    assert shown_measures(rows(["fedit"])) == ["accuracy", "relative_error"]

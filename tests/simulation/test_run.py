@@ -15,19 +15,15 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForImageClassification, BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import AutoModelForImageClassification
 
 from fedrot.cli.commands import main
 from fedrot.simulation import SimulationConfig, load_task, simulate
 from fedrot.simulation.clients import Clients
+from fedrot.simulation.metrics import read_metrics, write_metrics
 from fedrot.simulation.tasks.digits import digits_data
 
 QUICK = {"rounds": 3, "local_steps": 3, "clients": 4, "batch_size": 4}
-
-
-@pytest.fixture(scope="module")
-def task():
-    return load_task(SimulationConfig())
 
 
 @pytest.fixture
@@ -49,7 +45,7 @@ def test_a_run_leaves_its_configuration_metrics_plot_and_adapter(run, task):
     assert SimulationConfig(**yaml.safe_load((result.folder / "config.yaml").read_text())) == result.config
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == result.metrics
-    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert [row["round"] for row in rows] == [1, 2, 3]
     assert ["accuracy" in row for row in rows] == [False, True, True]
     assert all(len(row["clients"]) == 3 and row["aggregation_error"] > 0 for row in rows)
     assert (result.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -58,6 +54,38 @@ def test_a_run_leaves_its_configuration_metrics_plot_and_adapter(run, task):
     model = PeftModel.from_pretrained(base, result.folder / "adapter")
     measured = task.evaluate(model, 100, torch.device("cpu"))
     assert measured["accuracy"] == result.accuracy
+
+
+def test_a_run_without_errors_reports_the_rest(run, task, capsys):
+    result = run(report_error=False, geometry=True)
+    assert (
+        [row["aggregation_error"] for row in result.metrics]
+        == [row["relative_error"] for row in result.metrics]
+        == [None] * 3
+    )
+    assert [row["round"] for row in result.metrics] == [1, 2, 3] and result.accuracy > 0
+    measured = run("measured", geometry=True)
+    assert (measured.folder / "adapter/adapter_model.safetensors").read_bytes() == (
+        result.folder / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+    simulate(result.config, tmp := result.folder.with_name("shown"), task=task)
+    assert "round=3/3" in (shown := capsys.readouterr().err) and "relative_error" not in shown
+    assert read_metrics(tmp / "metrics.jsonl", 3) == result.metrics
+
+
+def test_metrics_are_those_of_the_rounds_that_are_done(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path, 3) == []
+    rows = [{"round": number, "loss": number / 10} for number in (1, 2, 3)]
+    write_metrics(path, rows)
+    assert [read_metrics(path, done) for done in range(5)] == [[], rows[:1], rows[:2], rows, rows]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_metrics(path, [{"round": 1, "loss": np.nan}])
+    assert read_metrics(path, 3) == rows and [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    write_metrics(path, [{"round": number} for number in (0, 1, 2)])
+    with pytest.raises(ValueError, match=r"counts rounds from 0, as fedrot 0\.1 did; start another run"):
+        read_metrics(path, 3)
 
 
 def test_training_learns(run, task):
@@ -124,7 +152,7 @@ def test_an_interrupted_run_resumes_to_the_bits_of_an_uninterrupted_one(tmp_path
 
     # As if the power had failed between a round's metrics and its checkpoint, and within a line.
     with (cut / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"round": 5, "method": "fedrot"}\n{"round": 6, "met')
+        metrics.write('{"round": 6, "method": "fedrot"}\n{"round": 7, "met')
     subprocess.run([*command, f"--resume={cut}"], check=True, capture_output=True)
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "base_model/model.safetensors", "config.yaml"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
@@ -134,25 +162,6 @@ def test_an_existing_output_folder_is_left_alone(run):
     run("twice")
     with pytest.raises(FileExistsError, match="twice exists"):
         run("twice")
-
-
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory):
-    """A Transformers model folder: BERT with a vocabulary of a few words, untrained."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "fine", "bad", "poor", "a", "film", "play"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "initializer_range": 0.3,
-    }
-    BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
-    return folder
 
 
 def write_reviews(path, n, seed):
@@ -220,7 +229,7 @@ def test_a_run_that_was_finished_can_be_resumed_to_no_effect(run, task):
 def test_a_run_is_resumed_only_as_it_was(run, task):
     result = run()
     other = replace(result.config, lr=0.5, method="fedit")
-    with pytest.raises(ValueError, match="was run with another lr, method"):
+    with pytest.raises(ValueError, match="was run with another method, strength, lr; resume it as it was"):
         simulate(other, result.folder, task=task, resume=True, progress=False)
 
 

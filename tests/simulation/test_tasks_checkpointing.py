@@ -7,7 +7,7 @@ from fedrot.simulation import load_task
 from fedrot.simulation.clients import Clients
 
 from ..language_models import train_two
-from .test_tasks_language import configure, llama  # noqa: F401, fixtures
+from .test_tasks_language import configure  # noqa: F401, a fixture
 
 LORAS = {
     "factors": {"target_modules": ["q_proj", "v_proj", "down_proj"]},

@@ -25,11 +25,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return str(save_llama(tmp_path_factory.mktemp("llama")))
-
-
 @pytest.fixture
 def configure(llama, tmp_path):
     """A configuration on rows written as JSONL."""

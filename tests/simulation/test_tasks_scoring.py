@@ -13,7 +13,7 @@ from fedrot.simulation import load_task
 from fedrot.simulation.tasks.code_execution import passes
 from fedrot.simulation.tasks.scoring import exact_match, final_number, pass_at_1
 
-from .test_tasks_language import configure, llama  # noqa: F401, fixtures
+from .test_tasks_language import configure  # noqa: F401, a fixture
 
 CPU = torch.device("cpu")
 

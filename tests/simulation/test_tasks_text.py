@@ -13,7 +13,6 @@ from fedrot.simulation.clients import Clients
 from fedrot.simulation.tasks.data import GLUE, encode_classes, hub_name
 
 from ..language_models import train_two
-from .test_run import tiny_bert  # noqa: F401, a fixture
 
 COLUMNS = {
     "sst2": ("sentence",),
@@ -26,7 +25,7 @@ TEXTS = ["a good film", "a bad play", "fine film", "poor play"]
 
 
 @pytest.fixture
-def configure(tiny_bert, tmp_path):  # noqa: F811
+def configure(tiny_bert, tmp_path):
     """A configuration on a TSV of the given columns, which hold different texts."""
 
     def make(columns, classes=2, **options):
@@ -42,7 +41,7 @@ def configure(tiny_bert, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_the_texts_are_found_by_their_columns(name, configure, tiny_bert):  # noqa: F811
+def test_the_texts_are_found_by_their_columns(name, configure, tiny_bert):
     task = load_task(configure(COLUMNS[name], classes=3 if name == "mnli" else 2))
     assert task.classes == (["0", "1", "2"] if name == "mnli" else ["0", "1"])
     batch = task.collate(task.train, np.arange(len(task.train)), torch.device("cpu"))

@@ -60,7 +60,7 @@ def refuse_old_options(options: Mapping[str, Any]) -> None:
         options: options of a simulation or a comparison; those below vary, per_method and variants are looked at too.
     """
     refuse_old_spellings(options)
-    lists = {name: options.get(plural) for name, plural in LISTS.items()} | _mapping(options.get("vary"))
+    lists = {**{name: options.get(plural) for name, plural in LISTS.items()}, **_mapping(options.get("vary"))}
     for name, values in lists.items():
         for value in values if isinstance(values, list | tuple) and values else [values]:
             refuse_old_spellings({name: value})

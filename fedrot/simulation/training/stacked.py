@@ -157,4 +157,5 @@ class StackedLinear(StackedModule):
         result: Tensor = layer.base_layer(x, *args, **kwargs)
         rows = self.per_client(layer.lora_dropout[adapter](x.to(A.dtype))).flatten(1, -2)
         update = (rows @ A.mT) @ B.mT * layer.scaling[adapter]
-        return (result + update.reshape(result.shape)).to(result.dtype)
+        combined: Tensor = result + update.reshape(result.shape)
+        return combined.to(result.dtype)
