@@ -17,24 +17,26 @@ _STARTS = {"shared": "C0", "independent": "C1"}
 
 
 def gains(rows: pd.DataFrame, field: str) -> pd.DataFrame:
-    """Accuracy of FedRot (λ = 1) minus FedIT's after the first two and the last round, and FedIT's error, by run.
+    """Subtract FedIT's accuracy from FedRot's (λ = 1) after the first two and the last round, by run.
 
     Args:
         rows: the results.csv of a comparison.
-        field: what it varies.
+        field: the field that it varies.
 
     Returns:
-        A row per start, value and seed: early, last, error.
+        A row per start, value and seed: early, the mean over the first two rounds; last; and error, FedIT's relative error
+        after the first round.
     """
     keys = ["start", field, "seed"]
     fedit = rows[rows["method"] == "fedit"].set_index([*keys, "round"])
     fedrot = rows[(rows["method"] == "fedrot") & (rows["strength"] == 1)].set_index([*keys, "round"])
     gained = (fedrot["accuracy"] - fedit["accuracy"]).rename("gained").reset_index()
-    last = gained["round"].max()
-    of_round = {number: gained[gained["round"] == number].set_index(keys)["gained"] for number in (0, 1, last)}
+    first, second, *_, last = sorted(gained["round"].unique())  # from 1; in the files of fedrot 0.1, from 0
+    in_round = {number: gained[gained["round"] == number].set_index(keys)["gained"] for number in (first, second, last)}
     error = fedit["relative_error"].reset_index()
-    first = error[error["round"] == 0].set_index(keys)["relative_error"]
-    return pd.DataFrame({"early": (of_round[0] + of_round[1]) / 2, "last": of_round[last], "error": first}).reset_index()
+    error = error[error["round"] == first].set_index(keys)["relative_error"]
+    early = (in_round[first] + in_round[second]) / 2
+    return pd.DataFrame({"early": early, "last": in_round[last], "error": error}).reset_index()
 
 
 def _panel(axis: Axes, table: pd.DataFrame, field: str, measure: str) -> None:
@@ -49,7 +51,7 @@ def _panel(axis: Axes, table: pd.DataFrame, field: str, measure: str) -> None:
 
 
 def plot(folders: Sequence[Path], path: Path) -> None:
-    """A column per comparison; rows: the gain early, the gain at the end, and what FedIT loses in the first round."""
+    """Plot a column per comparison, whose rows are the gain early, the gain at the end, and FedIT's error in round 1."""
     labels = {
         "early": "accuracy gained,\nrounds 1 and 2",
         "last": "accuracy gained,\nlast round",

@@ -1,8 +1,8 @@
 """Local training of all clients in one pass against one client at a time: ``python -m benchmarks.simulation``.
 
-Both train the same clients from the same adapter on the same batches, in turns in one run. One at a time is what people
-write without us: PEFT's model, PyTorch's optimizer, the model's own loss. Aggregation is no part of it; evaluation, which
-both would do alike, is measured beside it.
+Both train the same clients from the same adapter on the same batches, in turns in one run. One client at a time is ordinary
+PEFT training: PEFT's model, PyTorch's optimizer, the model's own loss. Aggregation is not measured. Evaluation, which is the
+same for both, is measured beside them.
 """
 
 import argparse
@@ -25,6 +25,7 @@ HEADER = ("clients", "batch", "rounds/s", "one at a time", "times faster", "targ
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -40,6 +41,7 @@ def parse() -> argparse.Namespace:
 
 
 def configure(case: Case, arguments: argparse.Namespace) -> SimulationConfig:
+    """Configure the simulation of a case."""
     options: dict[str, Any] = {
         "clients": case.clients,
         "batch_size": case.batch,
@@ -54,7 +56,7 @@ def configure(case: Case, arguments: argparse.Namespace) -> SimulationConfig:
 
 
 def compare(case: Case, task: Task, config: SimulationConfig, budget: float) -> dict[str, Any]:
-    """Times of a round's training and of an evaluation."""
+    """Time a round's training, both ways, and an evaluation."""
     clients = Clients(task, config)
     start = clients.state()
     calls = {
@@ -76,6 +78,7 @@ def compare(case: Case, task: Task, config: SimulationConfig, budget: float) -> 
 
 
 def row(comparison: dict[str, Any]) -> tuple[str, ...]:
+    """Format a comparison as a row of the table."""
     times = {name: record["median_s"] for name, record in comparison["times"].items()}
     return (
         comparison["case"],
@@ -90,13 +93,14 @@ def row(comparison: dict[str, Any]) -> tuple[str, ...]:
 
 
 def text_table(comparisons: list[dict[str, Any]]) -> str:
-    """A row per case: rounds of local training per second, their ratio and seconds of an evaluation."""
+    """Tabulate the cases: rounds of local training per second, their ratio, and seconds of an evaluation."""
     lines = [("", *HEADER), *map(row, comparisons)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
 def main() -> None:
+    """Measure all cases, write the record and print the table."""
     arguments = parse()
     where = environment(torch.device(arguments.device))
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)

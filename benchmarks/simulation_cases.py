@@ -1,4 +1,4 @@
-"""What the benchmark of local training compares: the cases, and the two ways to train a round's clients."""
+"""The cases of the benchmark of local training, and the two ways to train a round's clients."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ class Case:
     """A round of local training.
 
     Attributes:
-        label: of the model.
-        texts: the encoder and the texts that were given, or else the digits.
-        clients: N.
-        batch: examples per step and client.
-        steps: of every client.
+        label: the model's label in the table.
+        texts: whether to take the encoder and the texts that were given, or else the digits.
+        clients: N, the number of clients.
+        batch: the number of examples per step and client.
+        steps: the number of local steps.
         target: how many times faster one pass should be, on two cores.
     """
 
@@ -39,13 +39,13 @@ CASES = (
 
 
 def one_pass(clients: Clients, start: State) -> list[State]:
-    """A round as the simulation trains it."""
+    """Train a round as the simulation does."""
     everyone = list(range(len(clients.examples)))
-    return [state for state, _ in clients.train(0, everyone, [start] * len(everyone), lambda n: None)]
+    return [state for state, _ in clients.train(0, everyone, [start] * len(everyone), lambda _: None)]
 
 
 def one_at_a_time(clients: Clients, start: State) -> list[State]:
-    """The same round as ordinary PEFT training."""
+    """Train the same round by ordinary PEFT training, a client at a time."""
     model, config = clients.model.train(), clients.config
     trained = []
     for client in range(len(clients.examples)):

@@ -12,7 +12,7 @@ import yaml
 from fedrot.cli.commands import main
 from fedrot.methods.registry import METHODS
 from fedrot.simulation import SimulationConfig
-from fedrot.simulation.cli import make_parser
+from fedrot.simulation.parser import make_parser
 from fedrot.simulation.sweep.compare import _NOT_OF_THE_TASK, _by_task, _task_fields
 from fedrot.simulation.sweep.comparison import Comparison
 from fedrot.simulation.sweep.layers import overlay, split_options, without

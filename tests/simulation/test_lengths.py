@@ -27,14 +27,14 @@ def partitions(items):
                 yield [[first, *others], *more]
 
 
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("overhead", [0, 5, 20, 1000])
-def test_no_grouping_costs_less(overhead):
-    for seed in range(5):
-        lengths = np.random.default_rng(seed).integers(1, 20, 6).tolist()
-        groups = group_clients(lengths, 2, overhead)
-        assert sorted(itertools.chain(*groups)) == list(range(6))
-        assert all(lengths[group[-1]] == max(lengths[client] for client in group) for group in groups)
-        assert cost(groups, lengths, 2, overhead) == min(cost(p, lengths, 2, overhead) for p in partitions(list(range(6))))
+def test_no_grouping_costs_less(overhead, seed):
+    lengths = np.random.default_rng(seed).integers(1, 20, 6).tolist()
+    groups = group_clients(lengths, 2, overhead)
+    assert sorted(itertools.chain(*groups)) == list(range(6))
+    assert all(lengths[group[-1]] == max(lengths[client] for client in group) for group in groups)
+    assert cost(groups, lengths, 2, overhead) == min(cost(p, lengths, 2, overhead) for p in partitions(list(range(6))))
 
 
 def test_groups_have_their_own_rows_without_padding_they_do_not_need():

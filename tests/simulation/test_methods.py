@@ -106,6 +106,7 @@ def test_only_what_the_method_trains_moves(task, method, moved):
     for round, factor in enumerate(moved):
         starts = [server.start_of(c) for c in range(4)]
         states = [s for s, _ in clients.train(round, [0, 1, 2, 3], starts, lambda n: None, server.trained())]
+        assert len(states) == 4
         for state, start in zip(states, starts, strict=True):
             changed = {name for name, x in state.items() if not torch.equal(x, start[name])}
             assert {n.split("lora_")[1][0] for n in changed if "lora_" in n} == {factor}
@@ -120,6 +121,7 @@ def test_with_fedsa_every_client_goes_on_with_its_own_B(task, tmp_path, start):
     server = Server(clients, config)
     states = [s for s, _ in clients.train(0, [0, 2], [server.start_of(c) for c in (0, 2)], lambda n: None)]
     server.aggregate([0, 2], states)
+    assert any("lora_B" in name for name in server.start_of(0)) and set(server.state) < set(server.start_of(0))
     for client in range(4):
         initial = clients.state() if start == "shared" else clients.own_start(client)
         own = states[[0, 2].index(client)] if client in (0, 2) else initial

@@ -10,7 +10,7 @@ from fedrot.cli.commands import main
 from fedrot.methods.registry import METHODS
 from fedrot.options import AggregationOptions
 from fedrot.simulation import SimulationConfig
-from fedrot.simulation.cli import make_parser
+from fedrot.simulation.parser import make_parser
 from fedrot.simulation.sweep.comparison import Comparison
 from fedrot.simulation.sweep.fields import LISTS
 

@@ -126,6 +126,7 @@ def test_passes_of_fewer_clients_train_the_same(task):
         config = SimulationConfig(**QUICK, clients_per_pass=size)
         clients = Clients(task, config)
         trained.append(clients.train(0, [0, 1, 2, 3], [clients.state()] * 4, lambda n: None))
+    assert len(trained[0]) == 4 and all(state for state, _ in trained[0])
     for (together, loss), (apart, loss_apart) in zip(*trained, strict=True):
         assert loss == pytest.approx(loss_apart, rel=1e-5)
         for name, value in together.items():

@@ -72,9 +72,8 @@ def test_only_the_response_and_the_end_are_targets(configure, llama):
 def test_the_rows_are_those_that_are_asked_for(configure):
     task = load_task(configure(max_length=200))
     batch = task.collate(task.train, np.array([3, 0, 7]), CPU)
-    for i, row in enumerate((3, 0, 7)):
-        ids = task.train[row]["input_ids"]
-        assert batch["input_ids"][i, : len(ids)].tolist() == ids
+    expected = [task.train[row]["input_ids"] for row in (3, 0, 7)]
+    assert [batch["input_ids"][i, : len(ids)].tolist() for i, ids in enumerate(expected)] == expected
 
 
 def test_each_client_has_the_mean_over_its_own_tokens(configure):
@@ -124,6 +123,7 @@ def test_what_is_too_long_loses_the_prompts_beginning_then_the_responses_end(con
     rows = [{"question": "q" * 100, "answer": "12"}, {"question": "q" * 100, "answer": "a" * 100}] * 5
     task = load_task(configure(rows, max_length=32))
     tokenizer = AutoTokenizer.from_pretrained(llama)
+    assert {row["answer"] for row in task.train} == {"12", "a" * 100}
     for row in task.train:
         prompt, response = row["input_ids"][: row["prompt_tokens"]], row["input_ids"][row["prompt_tokens"] :]
         assert len(prompt) + len(response) == 32 and prompt[0] == tokenizer.bos_token_id
