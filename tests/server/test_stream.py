@@ -12,10 +12,10 @@ import fedrot
 from fedrot import PartialAggregate
 from fedrot.report.sketch import SIZE
 
-from .dense import UNEQUAL, lora_config
-from .peft_models import KINDS, client_updates, factor_keys
-from .refusals import A, refused
-from .streams import (
+from ..dense import UNEQUAL, lora_config
+from ..peft_models import KINDS, client_updates, factor_keys
+from ..refusals import A, refused
+from ..streams import (
     KIND,
     MERGING,
     MIXED,

@@ -9,8 +9,8 @@ import torch
 import fedrot
 from fedrot.report.sketch import SIZE, mean_and_deviation
 
-from .peft_models import KINDS, client_updates, factor_keys, turned_clients
-from .streams import KIND, TREES, WEIGHTS, added, grown, inputs, started
+from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
+from ..streams import KIND, TREES, WEIGHTS, added, grown, inputs, started
 
 
 def exact(clients, shares, reference, **options):

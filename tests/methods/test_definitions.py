@@ -12,8 +12,8 @@ from fedrot import METHODS, FedRotAggregator
 from fedrot.methods.registry import get_method
 from fedrot.options import Alignment
 
-from .dense import KIND, UNEQUAL, WEIGHTS, base_change, dense, lora_config, mean_update, modules, with_frozen
-from .peft_models import KINDS, client_updates, factor_keys, turned_clients
+from ..dense import KIND, UNEQUAL, WEIGHTS, base_change, dense, lora_config, mean_update, modules, with_frozen
+from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
 
 close = {"rtol": 1e-9, "atol": 1e-10}
 

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from fedrot import FedRotAggregator, PartialAggregate
 
-from .peft_models import client_updates, save_folder
-from .refusals import HEAD, A, B, refused
-from .streams import KIND, added, assert_same, inputs, started
+from ..peft_models import client_updates, save_folder
+from ..refusals import HEAD, A, B, refused
+from ..streams import KIND, added, assert_same, inputs, started
 
 UNLIKE = {
     "round": ({"round": 3}, ["round", 3, 1]),

@@ -10,7 +10,7 @@ from torch import nn
 import fedrot
 from fedrot_kernels import reference as oracle
 
-from .dense import (
+from ..dense import (
     KIND,
     SHARES,
     UNEQUAL,
@@ -25,8 +25,8 @@ from .dense import (
     pairs,
     scaling_of,
 )
-from .peft_models import KINDS, client_updates, factor_keys, save_folder
-from .refusals import refused
+from ..peft_models import KINDS, client_updates, factor_keys, save_folder
+from ..refusals import refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter 'default'"),  # PEFT takes the bias of lora_B for a broken factor

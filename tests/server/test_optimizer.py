@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 import fedrot
 from fedrot import FedRotAggregator, ServerOptimizer
 
-from .peft_models import KINDS, client_updates, factor_keys, turned_clients
-from .refusals import refused
+from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
+from ..refusals import refused
 
 KIND = KINDS["float64"]
 LR = {"momentum": 0.7, "adam": 0.05}

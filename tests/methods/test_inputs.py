@@ -8,9 +8,9 @@ from fedrot import METHODS, FedRotAggregator
 from fedrot.methods.registry import get_method
 from fedrot.options import Alignment
 
-from .dense import KIND, UNEQUAL, lora_config, with_frozen
-from .peft_models import KINDS, client_updates, factor_keys
-from .refusals import refused
+from ..dense import KIND, UNEQUAL, lora_config, with_frozen
+from ..peft_models import KINDS, client_updates, factor_keys
+from ..refusals import refused
 
 
 @pytest.mark.parametrize(("method", "round", "frozen"), [("ffa-lora", 0, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")])

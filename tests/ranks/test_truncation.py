@@ -7,7 +7,7 @@ import torch
 
 import fedrot
 
-from .dense import (
+from ..dense import (
     KIND,
     UNEQUAL,
     WIDE,
@@ -19,8 +19,8 @@ from .dense import (
     pairs,
     scaling_of,
 )
-from .peft_models import KINDS, client_updates, factor_keys
-from .refusals import refused
+from ..peft_models import KINDS, client_updates, factor_keys
+from ..refusals import refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter 'default'"),  # PEFT takes the bias of lora_B for a broken factor

@@ -7,7 +7,7 @@ import torch
 
 import fedrot
 
-from .refusals import HEAD, A, B, refused
+from ..refusals import HEAD, A, B, refused
 
 
 def with_value(x, value):

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 import fedrot
 
-from .peft_models import KINDS, base_model, client_updates, factor_keys, in_model, peft_model, save_clients
+from ..peft_models import KINDS, base_model, client_updates, factor_keys, in_model, peft_model, save_clients
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

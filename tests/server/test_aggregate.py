@@ -11,7 +11,7 @@ import fedrot
 from fedrot_kernels import reference as oracle
 from fedrot_kernels.measures import rotation_angle
 
-from .peft_models import KINDS, as_saved, client_updates, factor_keys, in_model, turned_clients
+from ..peft_models import KINDS, as_saved, client_updates, factor_keys, in_model, turned_clients
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

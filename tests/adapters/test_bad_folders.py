@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import fedrot
 
-from .refusals import CONFIG_FILE, WEIGHTS_FILE, A, refused
+from ..refusals import CONFIG_FILE, WEIGHTS_FILE, A, refused
 
 
 class WritesAFile:

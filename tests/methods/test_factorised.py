@@ -11,9 +11,9 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import fedrot
 
-from .dense import KIND, SHARES, dense, mean_update
-from .peft_models import client_updates, factor_keys, llama, peft_model, vit
-from .refusals import refused
+from ..dense import KIND, SHARES, dense, mean_update
+from ..peft_models import client_updates, factor_keys, llama, peft_model, vit
+from ..refusals import refused
 
 RATIO = 16  # of LoRA+'s learning rates, ηB/ηA
 TOKENS = torch.randint(40, (6, 8), generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,8 @@ from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig
 
 import fedrot
 
-from .peft_models import Layers, Mixture, bert, llama
-from .refusals import refused
+from ..peft_models import Layers, Mixture, bert, llama
+from ..refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 

@@ -5,8 +5,8 @@ import torch
 
 import fedrot
 
-from .peft_models import KINDS, client_updates, factor_keys, save_folder, turned_clients
-from .refusals import LINEAR, A, refused
+from ..peft_models import KINDS, client_updates, factor_keys, save_folder, turned_clients
+from ..refusals import LINEAR, A, refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 
 import fedrot
 
-from .peft_models import KINDS, base_model, client_updates
-from .refusals import refused
+from ..peft_models import KINDS, base_model, client_updates
+from ..refusals import refused
 
 FOLDABLE = [
     "linear",
