@@ -28,23 +28,23 @@ def factors(update, keys, dtype=torch.float64):
     return A, B
 
 
-def expected_rotations(clients, reference, keys, on, group, strength, dtype=torch.float64):
+def expected_rotations(clients, reference, keys, on, reflections, strength, dtype=torch.float64):
     A_ref, B_ref = factors(reference, keys, dtype)
     rotations = []
     for A, B in (factors(client, keys, dtype) for client in clients):
         M_A, M_B = oracle.cross_covariance(A, A_ref), oracle.cross_covariance(B.T, B_ref.T)
         M = {"A": M_A, "B": M_B, "joint": M_A / A_ref.square().sum() + M_B / B_ref.square().sum()}[on]
-        R = oracle.special_orthogonal(M) if group == "SO" else oracle.polar(M)
+        R = oracle.polar(M) if reflections else oracle.special_orthogonal(M)
         rotations.append(oracle.soften(R, strength))
     return rotations
 
 
-def expected_mean(clients, weights, reference, on, group, strength, dtype=torch.float64):
+def expected_mean(clients, weights, reference, on, reflections, strength, dtype=torch.float64):
     """The definitions, one adapter at a time; float64 is the truth, a lower dtype shows what plain torch loses."""
     total = sum(weights)
     mean = {key: sum(w / total * c[key].to(dtype) for w, c in zip(weights, clients, strict=True)) for key in clients[0]}
     for keys in factor_keys(reference):
-        R = expected_rotations(clients, reference, keys, on, group, strength, dtype)
+        R = expected_rotations(clients, reference, keys, on, reflections, strength, dtype)
         A, B = zip(*(factors(client, keys, dtype) for client in clients), strict=True)
         mean[keys[0]] = oracle.rotate_average(A, R, weights).reshape(mean[keys[0]].shape)
         mean[keys[1]] = oracle.rotate_average([b.T for b in B], R, weights).T.reshape(mean[keys[1]].shape)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from fedrot import METHODS, FedRotAggregator
-from fedrot.methods.registry import get_method
-from fedrot.options import Alignment
+from fedrot.methods.registry import make_method
+from fedrot.options import AggregationOptions
 
 from .dense import with_frozen
 from .peft_models import KINDS, turned_clients
@@ -15,7 +15,8 @@ KIND = KINDS["modules to save"]
 # Of the adapters in a row the first and the third are of one shape.
 MIXED = replace(KIND, config={"target_modules": ["query", "key", "value"], "rank_pattern": {"key": 2}})
 WEIGHTS = [1.0, 2.0, 4.5, 0.3, 7.0, 1e-3, 3.0]
-STREAMING = [name for name, method in METHODS.items() if not method.needs_all]
+NEEDS_ALL = [name for name in METHODS if make_method(AggregationOptions(method=name)).needs_all]
+STREAMING = [name for name in METHODS if name not in NEEDS_ALL]
 MERGING = [name for name in STREAMING if METHODS[name].supports_server_optimizer]
 TREES = {  # whose leaves are clients; a list is a server
     "two servers": [[0, 1, 2], [3, 4, 5, 6]],
@@ -27,7 +28,7 @@ TREES = {  # whose leaves are clients; a list is a server
 
 def inputs(method, kind=KIND):
     reference, clients = turned_clients(kind, len(WEIGHTS))
-    for factor in set("AB") - set(get_method(method, Alignment()).trains(1)):
+    for factor in set("AB") - set(make_method(AggregationOptions(method=method)).trains(1)):
         clients = with_frozen(clients, factor)
         reference = clients[0]
     return reference, clients

@@ -16,12 +16,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("group", ["SO", "O"])
+@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("on", ["A", "B", "joint"])
 @every_kind
-def test_align_keeps_every_update_and_its_mean_is_aggregate(kind, on, group):
+def test_align_keeps_every_update_and_its_mean_is_aggregate(kind, on, reflections):
     reference, clients = turned_clients(kind, 3, reflect=True)
-    options = {"align_on": on, "group": group, "strength": 0.8}
+    options = {"align_on": on, "reflections": reflections, "strength": 0.8}
     aligned = [fedrot.align(client, reference, **options) for client in clients]
     for client, rotated in zip(clients, aligned, strict=True):
         assert [(k, x.shape, x.dtype) for k, x in rotated.items()] == [(k, x.shape, x.dtype) for k, x in client.items()]

@@ -9,11 +9,12 @@ from torch import nn
 
 import fedrot
 from fedrot import METHODS, FedRotAggregator
-from fedrot.methods.registry import get_method
-from fedrot.options import Alignment
+from fedrot.methods.registry import make_method
+from fedrot.options import AggregationOptions
 
 from ..dense import KIND, UNEQUAL, WEIGHTS, base_change, dense, lora_config, mean_update, modules, with_frozen
 from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
+from ..streams import STREAMING
 
 close = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -104,13 +105,13 @@ def test_a_result_of_mixed_widest_ranks_spells_them_out():
         torch.testing.assert_close(update, U[:, :r] * S[:r] @ Vt[:r], **close)
 
 
-@pytest.mark.parametrize("group", ["SO", "O"])
+@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("align_on", ["A", "B", "alternate", "joint"])
 @pytest.mark.parametrize("method", ["fedrot", "random-rotation", "scalar"])
-def test_what_a_client_brings_to_the_mean_is_its_own_update(method, align_on, group):
+def test_what_a_client_brings_to_the_mean_is_its_own_update(method, align_on, reflections):
     reference, updates = turned_clients(KIND, 3)
     for strength in (0.5, 1.0):
-        options = {"align_on": align_on, "group": group, "strength": strength, "round": 1}
+        options = {"align_on": align_on, "reflections": reflections, "strength": strength, "round": 1}
         for update in updates:
             single = fedrot.aggregate([update], None, reference, method=method, **options)
             for (name, got), given in zip(dense(KIND, single.state_dict).items(), dense(KIND, update).values(), strict=True):
@@ -171,7 +172,7 @@ def test_fedsa_shares_A_and_leaves_every_client_its_B(updates):
 @pytest.mark.parametrize("method", METHODS)
 def test_identical_clients_get_their_update_back(method):
     reference, (update, *_) = turned_clients(KIND, 1)
-    if len(get_method(method, Alignment()).trains(1)) == 1:
+    if len(make_method(AggregationOptions(method=method)).trains(1)) == 1:
         reference = update  # whose frozen factor clients still have
     options = {"method": method, "round": 1, "configs": lora_config(KIND)}
     result = fedrot.aggregate([update] * 3, WEIGHTS.tolist(), reference, **options)
@@ -187,10 +188,10 @@ def test_identical_clients_get_their_update_back(method):
     assert heads and all(torch.allclose(result.state_dict[key], update[key]) for key in heads)
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.needs_all])
+@pytest.mark.parametrize("method", STREAMING)
 def test_added_one_by_one_they_are_what_they_are_at_once(method):
     reference, updates = turned_clients(KIND, 3)
-    if frozen := set("AB") - set(get_method(method, Alignment()).trains(1)):
+    if frozen := set("AB") - set(make_method(AggregationOptions(method=method)).trains(1)):
         updates = with_frozen(updates, *frozen)
         reference = updates[0]
     aggregator = FedRotAggregator(reference, method=method, round=1)

@@ -68,7 +68,7 @@ def test_a_round_of_loraplus_clients_is_averaged_as_any_other():
     reference, *_ = client_updates(KIND, 1)
     updates = [trained(reference, seed=i, **ADAMW) for i in range(3)]
     exact = mean_update([KIND] * 3, updates)
-    result = fedrot.aggregate(updates, SHARES, reference, align_on="A", strength=1, group="O")
+    result = fedrot.aggregate(updates, SHARES, reference, align_on="A", strength=1, reflections=True)
     got, expected = dense(KIND, result.state_dict), {}
     for key_A, key_B in factor_keys(reference):
         # In dense arithmetic: the polar factor of A Aᵣᵀ by SVD, then the two means.
@@ -83,7 +83,7 @@ def test_a_round_of_loraplus_clients_is_averaged_as_any_other():
     assert result.report.relative_error == pytest.approx((lost / whole).sqrt().item(), rel=1e-9)
     # In whatever bases the clients are: nothing else is asked of what trained them.
     elsewhere = [turned(u, seed=10 * i) for i, u in enumerate(updates)]
-    again = fedrot.aggregate(elsewhere, SHARES, reference, align_on="A", strength=1, group="O")
+    again = fedrot.aggregate(elsewhere, SHARES, reference, align_on="A", strength=1, reflections=True)
     assert difference(again.state_dict, result.state_dict) < 1e-9
 
 

@@ -1,4 +1,4 @@
-"""Consensus, least error and chosen strengths through the public API, on adapters that PEFT made."""
+"""Consensus, least error and adaptive strength through the public API, on adapters that PEFT made."""
 
 import pytest
 import torch
@@ -15,23 +15,30 @@ pytestmark = [
 WEIGHTS = [1.0, 2.0, 4.5]
 SHARES = [w / sum(WEIGHTS) for w in WEIGHTS]
 MODES = [
-    {"reference": "consensus"},
-    {"reference": "consensus", "align_on": "A", "group": "O"},
-    {"reference": "consensus", "strength": "auto"},
-    {"strength": "auto"},
-    {"align_on": "error"},
-    {"align_on": "error", "group": "GL"},
+    {"method": "fedrot-consensus"},
+    {"method": "fedrot-consensus", "align_on": "A", "reflections": True},
+    {"method": "fedrot-least-error"},
+    {"method": "fedrot-least-error", "reflections": True},
+    {"method": "fedrot-adaptive"},
+    {"method": "fedrot-adaptive", "align_on": "joint", "reflections": True},
 ]
-every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(mode.values()))
+
+
+def name_of(mode):
+    return " ".join([mode["method"], *(name for name in mode if name != "method")])
+
+
+every_mode = pytest.mark.parametrize("mode", MODES, ids=name_of)
+every_fixed_strength = pytest.mark.parametrize("mode", MODES[:4], ids=name_of)
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-def lost(updates, merged):
+def lost(updates, merged, shares=SHARES):
     """‖Σ wᵢBᵢAᵢ − B̄Ā‖ and ‖Σ wᵢBᵢAᵢ‖ of every adapter, by dense matrices in float64."""
     found = []
     for key_A, key_B in factor_keys(merged):
         products = [u[key_B].double().flatten(1) @ u[key_A].double().flatten(1) for u in (*updates, merged)]
-        mean = sum(w * P for w, P in zip(SHARES, products[:-1], strict=True))
+        mean = sum(w * P for w, P in zip(shares, products[:-1], strict=True))
         found.append((float(torch.linalg.norm(mean - products[-1])), float(torch.linalg.norm(mean))))
     return found
 
@@ -55,74 +62,104 @@ def test_every_kind_of_adapter_is_merged_as_reported(kind, mode):
         assert adapter.error == pytest.approx(error, abs=8 * max(eps, 1e-7) * adapter.rank * norm)
         assert adapter.update_norm == pytest.approx(norm, rel=1e-9)
         assert len(adapter.angles) == 3 and all(0 <= angle <= 180 for angle in adapter.angles)
-        assert (adapter.strength is None) == (mode.get("strength") != "auto")
+        assert (adapter.strength is None) == (mode["method"] != "fedrot-adaptive")
 
 
-@every_mode
+@every_fixed_strength
 def test_no_strength_is_fedit_to_the_bit(mode):
     updates = client_updates(LINEAR, 3)
     plain = fedrot.aggregate(updates, WEIGHTS, method="fedit").state_dict
-    found = fedrot.aggregate(updates, WEIGHTS, **{**mode, "strength": 0}).state_dict
+    found = fedrot.aggregate(updates, WEIGHTS, **mode, strength=0).state_dict
     assert all(torch.equal(found[key], plain[key]) for key in plain)
+    stream = fedrot.FedRotAggregator(**mode, strength=0)
+    for update, weight in zip(updates, WEIGHTS, strict=True):
+        stream.add(update, weight)
+    assert all(torch.equal(x, plain[key]) for key, x in stream.finish().state_dict.items())
+
+
+@every_fixed_strength
+def test_the_strength_left_open_is_one(mode):
+    _, updates = turned_clients(LINEAR, 3)
+    by_default, whole, half = (
+        fedrot.aggregate(updates, WEIGHTS, **mode, **options).state_dict for options in ({}, {"strength": 1}, {"strength": 0.5})
+    )
+    assert all(torch.equal(by_default[key], x) for key, x in whole.items())
+    assert not torch.equal(by_default[A], half[A])
 
 
 def test_errors_of_real_modes_fall():
     """On adapters of one update in three bases, with differences of their own."""
     _, updates = turned_clients(LINEAR, 3, noise=0.4)
-    error = {
-        name: fedrot.aggregate(updates, WEIGHTS, **mode).report.error
-        for name, mode in {
-            "fedit": {"method": "fedit"},
-            "fedrot": {},
-            "auto": {"strength": "auto"},
-            "consensus": {"reference": "consensus"},
-            "error": {"align_on": "error"},
-            "GL": {"align_on": "error", "group": "GL"},
-        }.items()
-    }
-    assert error["GL"] < error["error"] < error["consensus"] < error["auto"] < error["fedrot"] < error["fedit"]
+    order = ["fedrot-least-error", "fedrot-consensus", "fedrot-adaptive", "fedrot", "fedit"]
+    errors = [fedrot.aggregate(updates, WEIGHTS, method=method).report.error for method in order]
+    assert errors == sorted(errors) and len(set(errors)) == len(errors)
 
 
-def test_the_result_is_turned_towards_the_previous_adapter():
+@pytest.mark.parametrize("method", ["fedrot-consensus", "fedrot-least-error"])
+def test_the_result_is_turned_towards_the_reference(method):
     common, updates = turned_clients(LINEAR, 3, noise=0.01)
-    for mode in ({"reference": "consensus", "previous": common}, {"reference": common, "align_on": "error"}):
-        found = fedrot.aggregate(updates, WEIGHTS, **mode)
-        for key in (key for keys in factor_keys(common) for key in keys):
-            # The clients are the common adapter, turned, with noise of a hundredth.
-            distance = torch.linalg.norm(found.state_dict[key] - common[key]) / torch.linalg.norm(common[key])
-            assert float(distance) < 0.02
-    without = fedrot.aggregate(updates, WEIGHTS, "consensus").state_dict
+    factors = [key for keys in factor_keys(common) for key in keys]
     heaviest = updates[WEIGHTS.index(max(WEIGHTS))]
-    assert all(torch.dist(without[k], heaviest[k]) < 0.02 * torch.linalg.norm(heaviest[k]) for k in factor_keys(common)[0])
+    for given, target in ((common, common), (None, heaviest)):
+        found = fedrot.aggregate(updates, WEIGHTS, given, method=method).state_dict
+        # The clients are the common adapter, turned, with noise of a hundredth.
+        distances = [float((found[key] - target[key]).norm() / target[key].norm()) for key in factors]
+        assert max(distances) < 0.02
+
+
+@pytest.mark.parametrize("align_on", ["A", "B"])
+def test_consensus_counts_both_factors_unless_it_is_given_one(align_on):
+    _, updates = turned_clients(LINEAR, 3, noise=0.4)
+
+    def aggregated(**options):
+        return fedrot.aggregate(updates, WEIGHTS, method="fedrot-consensus", **options).state_dict
+
+    both = aggregated()
+    for same in ({"align_on": "joint"}, {"align_on": "alternate"}, {"round": 1}):
+        assert torch.equal(aggregated(**same)[A], both[A])
+    assert not torch.allclose(aggregated(align_on=align_on)[A], both[A])
 
 
 def test_an_aggregator_keeps_the_consensus_and_its_basis():
     common, updates = turned_clients(LINEAR, 3)
-    by_hand = fedrot.aggregate(updates, WEIGHTS, "consensus", previous=common)
-    server = fedrot.FedRotAggregator("consensus", previous=common)
-    assert server.reference is common
+    server = fedrot.FedRotAggregator(common, method="fedrot-consensus")
     first = server.aggregate(updates, WEIGHTS)
     second = server.aggregate(updates, WEIGHTS)
-    expected = fedrot.aggregate(updates, WEIGHTS, "consensus", previous=first.state_dict, round=1)
-    for found, wanted in ((first, by_hand), (second, expected)):
+    by_hand = fedrot.aggregate(updates, WEIGHTS, common, method="fedrot-consensus")
+    then = fedrot.aggregate(updates, WEIGHTS, first.state_dict, method="fedrot-consensus", round=1)
+    for found, wanted in ((first, by_hand), (second, then)):
         assert all(torch.equal(found.state_dict[key], x) for key, x in wanted.state_dict.items())
-    assert (server.round, server.reference) == (2, second.state_dict)
+    assert server.round == 2 and server.reference is second.state_dict
 
 
-def test_an_aggregator_prefers_the_strength_it_had():
-    """Where the clients are the reference every λ is as good as any other, and the last choice decides."""
-    common, _ = turned_clients(LINEAR, 1)
-    server = fedrot.FedRotAggregator(common, strength="auto")
-    modules = [a.module for a in server.aggregate([common, common]).report.adapters]
-    assert server.strengths == dict.fromkeys(modules, 0.5)
-    server.strengths = {modules[0]: 0.9}
-    chosen = {a.module: a.strength for a in server.aggregate([common, common]).report.adapters}
-    assert chosen == server.strengths == {**dict.fromkeys(modules, 0.5), modules[0]: 0.9}
+def test_where_every_strength_is_as_good_the_papers_is_chosen_in_every_round():
+    """Clients that are the reference lose nothing at any λ; no round remembers what the last one chose."""
+    common, others = turned_clients(LINEAR, 3, noise=0.4)
+    server = fedrot.FedRotAggregator(common, method="fedrot-adaptive")
+    chosen = []
+    for clients in ([common, common], others, [common, common]):
+        server.reference = common
+        chosen.append([a.strength for a in server.aggregate(clients).report.adapters])
+    assert set(chosen[0]) == {0.5} and chosen[2] == chosen[0] != chosen[1]
+    again = fedrot.aggregate(others, reference=common, method="fedrot-adaptive", round=1).report
+    assert [a.strength for a in again.adapters] == chosen[1]
+
+
+def test_the_adaptive_strength_is_the_best_of_the_grid_within_a_hundredth():
+    common, updates = turned_clients(LINEAR, 3, noise=0.4)
+    options = {"align_on": "joint"}
+    found = fedrot.aggregate(updates, WEIGHTS, common, method="fedrot-adaptive", **options).report
+    grid = [fedrot.aggregate(updates, WEIGHTS, common, strength=s / 10, **options).report for s in range(11)]
+    assert found.adapters
+    for i, adapter in enumerate(found.adapters):
+        errors = [report.adapters[i].error for report in grid]
+        assert adapter.error == pytest.approx(errors[round(10 * adapter.strength)], rel=1e-5)
+        assert adapter.error <= 1.02 * min(errors)
 
 
 def test_the_strengths_chosen_are_shown():
     common, updates = turned_clients(LINEAR, 3)
-    report = fedrot.aggregate(updates, WEIGHTS, common, strength="auto", align_on="joint").report
+    report = fedrot.aggregate(updates, WEIGHTS, common, method="fedrot-adaptive", align_on="joint").report
     strengths = [a.strength for a in report.adapters]
     assert f"strengths chosen: {min(strengths):g} to {max(strengths):g}" in str(report)
     assert "chosen" not in str(fedrot.aggregate(updates, WEIGHTS, common).report)
@@ -140,56 +177,24 @@ def test_what_cannot_be_averaged_is_named_or_dropped(mode):
     assert all(torch.equal(found.state_dict[key], x) for key, x in alone.state_dict.items())
 
 
-def test_what_needs_all_clients_says_so():
-    _, updates = turned_clients(LINEAR, 3)
-    for mode in MODES:
-        previous = {"previous": updates[0]} if mode.get("reference") else {"reference": updates[0]}
-        with refused("all updates of a round at once", error=ValueError):
-            fedrot.FedRotAggregator(**{**previous, **mode}).add(updates[0])
-    for option in ({"align_on": "error"}, {"strength": "auto"}):
-        with refused("all clients", error=ValueError):
-            fedrot.align(updates[0], updates[1], **option)
-
-
-def test_options_that_contradict_each_other():
-    updates = client_updates(LINEAR, 2)
-    for options, word in (
-        ({"align_on": "error", "strength": "auto"}, "strength"),
-        ({"group": "GL"}, "align_on"),
-        ({"align_on": "error", "group": "GL", "strength": 0.5}, "invertible"),
-        ({"previous": updates[0]}, "consensus"),
-        ({"reference": updates[0], "previous": updates[0]}, "consensus"),
-        ({"method": "random-rotation", "strength": "auto"}, "random-rotation"),
-        ({"strength": "much"}, "strength"),
-    ):
-        with refused(word, error=ValueError):
-            fedrot.aggregate(updates, **options)
-
-
-def test_one_client_keeps_its_update():
-    common, updates = turned_clients(LINEAR, 1)
-    for mode in MODES:
-        found = fedrot.aggregate(
-            updates, **mode, **({"previous": common} if mode.get("reference") else {"reference": common})
-        )
+@every_mode
+def test_one_client_keeps_its_update(mode):
+    common, (update,) = turned_clients(LINEAR, 1)
+    for reference in (common, None):
+        found = fedrot.aggregate([update], reference=reference, **mode)
         assert found.report.relative_error < 1e-6
-        assert all(error < 2e-6 * norm for error, norm in lost_of_one(updates[0], found.state_dict))
-
-
-def lost_of_one(update, merged):
-    pairs = factor_keys(merged)
-    products = [[u[b].double() @ u[a].double() for a, b in pairs] for u in (update, merged)]
-    return [(float(torch.linalg.norm(x - y)), float(torch.linalg.norm(x))) for x, y in zip(*products, strict=True)]
+        assert all(error < 2e-6 * norm for error, norm in lost([update], found.state_dict, [1.0]))
 
 
 def test_folders_and_a_folder_called_consensus(tmp_path, monkeypatch):
-    """The word is the mode, a path of that name the folder."""
+    """The word is an old spelling, a path of that name the folder."""
     common, updates = turned_clients(LINEAR, 2)
     folders = [save_folder(LINEAR, u, tmp_path / f"client{i}") for i, u in enumerate(updates)]
     save_folder(LINEAR, common, tmp_path / "consensus")
     monkeypatch.chdir(tmp_path)
-    word = fedrot.aggregate(folders, reference="consensus").state_dict
-    path = fedrot.aggregate(folders, reference="./consensus").state_dict
-    for found, options in ((word, {"reference": "consensus"}), (path, {"reference": common})):
-        expected = fedrot.aggregate(updates, **options).state_dict
+    with refused("fedrot-consensus", error=ValueError):
+        fedrot.aggregate(folders, reference="consensus")
+    for method in ("fedrot", "fedrot-consensus"):
+        found = fedrot.aggregate(folders, reference="./consensus", method=method).state_dict
+        expected = fedrot.aggregate(updates, reference=common, method=method).state_dict
         assert all(torch.equal(found[key], x) for key, x in expected.items())

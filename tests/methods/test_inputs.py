@@ -5,12 +5,13 @@ import torch
 
 import fedrot
 from fedrot import METHODS, FedRotAggregator
-from fedrot.methods.registry import get_method
-from fedrot.options import Alignment
+from fedrot.methods.registry import make_method
+from fedrot.options import AggregationOptions
 
 from ..dense import KIND, UNEQUAL, lora_config, with_frozen
 from ..peft_models import KINDS, client_updates, factor_keys
 from ..refusals import refused
+from ..streams import NEEDS_ALL
 
 
 @pytest.mark.parametrize(("method", "round", "frozen"), [("ffa-lora", 0, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")])
@@ -26,7 +27,7 @@ def test_a_frozen_factor_that_moved_is_refused(updates, method, round, frozen):
         aggregator.add(updates[1])
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.needs_all])
+@pytest.mark.parametrize("method", NEEDS_ALL)
 def test_what_needs_all_updates_says_so(updates, method):
     with pytest.raises(ValueError, match=rf"{method} needs all updates of a round at once: aggregate"):
         FedRotAggregator(method=method).add(updates[0])
@@ -34,7 +35,7 @@ def test_what_needs_all_updates_says_so(updates, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_client_with_nan_is_refused_or_dropped(updates, method):
-    if frozen := set("AB") - set(get_method(method, Alignment()).trains(0)):
+    if frozen := set("AB") - set(make_method(AggregationOptions(method=method)).trains(0)):
         updates = with_frozen(updates, *frozen)
     key = factor_keys(updates[0])[0][1]
     updates[1] = {**updates[1], key: updates[1][key] * torch.nan}

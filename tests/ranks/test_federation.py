@@ -23,10 +23,10 @@ pytestmark = [
 @pytest.mark.parametrize(
     "options",
     [
-        {"reference": "consensus"},
-        {"align_on": "error"},
-        {"align_on": "error", "group": "GL"},
-        {"strength": "auto", "align_on": "joint"},
+        {"method": "fedrot-consensus"},
+        {"method": "fedrot-least-error"},
+        {"method": "fedrot-least-error", "reflections": True},
+        {"method": "fedrot-adaptive", "align_on": "joint"},
     ],
 )
 def test_alignment_of_all_clients_takes_padded_ones(options):
@@ -49,7 +49,7 @@ def test_the_angles_of_padded_clients_are_those_of_their_own_rows():
     """Clients without a weight in the consensus turn towards the only one that has, by both factors."""
     clients = pairs([*UNEQUAL[:2], WIDE])
     options = {"weights": [0, 0, 1], "strength": 1}
-    found = fedrot.aggregate(clients, reference="consensus", **options).report
+    found = fedrot.aggregate(clients, method="fedrot-consensus", **options).report
     expected = fedrot.aggregate(clients, reference=clients[2], align_on="joint", **options).report
     for a, b in zip(found.adapters, expected.adapters, strict=True):
         assert a.angles == pytest.approx(b.angles, abs=1e-4) and min(b.angles[:2]) > 20
@@ -94,7 +94,7 @@ def test_a_federation_of_unequal_ranks():
         clients = [(get_peft_model_state_dict(m), m.peft_config["default"]) for m in models]
         ratios = {key: [8 / 2, 2 / 4, 16 / 8] for key, _ in factor_keys(before[0])}
         on = "A" if result.report.round % 2 else "B"
-        mean, _ = expected(clients, before[0], ratios.__getitem__, on, "SO", 1.0, [1 / 6, 1 / 3, 1 / 2])
+        mean, _ = expected(clients, before[0], ratios.__getitem__, on, False, 1.0, [1 / 6, 1 / 3, 1 / 2])
         for key, value in mean.items():
             torch.testing.assert_close(result.state_dict[key], value, rtol=1e-7, atol=1e-9)
         assert result.config["r"] == 8 and result.config["lora_alpha"] == 8

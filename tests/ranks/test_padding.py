@@ -23,14 +23,14 @@ OWN = [{"r": 2, "lora_alpha": 8}, {"r": 4, "lora_alpha": 3}, {"r": 5, "lora_alph
 SHAPES = ["convolution", "embedding", "DoRA on convolution and embedding", "LoRA bias", "GPT-2 Conv1D", "bfloat16"]
 
 
-@pytest.mark.parametrize("group", ["SO", "O"])
+@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("strength", [0.7, 1.0])
 @pytest.mark.parametrize("on", ["A", "B", "joint"])
-def test_a_client_of_smaller_rank_is_turned_by_a_partial_isometry(on, strength, group):
+def test_a_client_of_smaller_rank_is_turned_by_a_partial_isometry(on, strength, reflections):
     reference, clients = pairs([WIDE], seed=9)[0], pairs([*UNEQUAL[:2], WIDE])
-    result = fedrot.aggregate(clients, WEIGHTS.tolist(), reference, align_on=on, strength=strength, group=group)
+    result = fedrot.aggregate(clients, WEIGHTS.tolist(), reference, align_on=on, strength=strength, reflections=reflections)
     s = scaling_of([*UNEQUAL[:2], WIDE], WIDE)
-    mean, rotations = expected(clients, reference[0], s, on, group, strength)
+    mean, rotations = expected(clients, reference[0], s, on, reflections, strength)
     for key, x in mean.items():
         torch.testing.assert_close(result.state_dict[key], x, rtol=0, atol=1e-9 * float(x.abs().max()))
     for (key, of_clients), report in zip(rotations.items(), result.report.adapters, strict=True):
@@ -46,7 +46,7 @@ def test_every_kind_is_padded_and_its_update_stays(name):
     wide, *kinds = (replace(kind, config=kind.config | own) for own in ({"r": 5, "lora_alpha": 6}, *OWN))
     reference, clients = pairs([wide], seed=9)[0], pairs(kinds)
     result = fedrot.aggregate(clients, WEIGHTS.tolist(), reference, align_on="A", strength=0.7)
-    mean, _ = expected(clients, reference[0], scaling_of(kinds, wide), "A", "SO", 0.7)
+    mean, _ = expected(clients, reference[0], scaling_of(kinds, wide), "A", False, 0.7)
     s = scaling_of(kinds, wide)
     for key, x in client_updates(kind, 1)[0].items():
         got = result.state_dict[key]
@@ -68,7 +68,7 @@ def test_every_kind_is_padded_and_its_update_stays(name):
             assert torch.linalg.matrix_rank(A_padded, rtol=1e-1) <= len(A) or name == "bfloat16"
 
 
-@pytest.mark.parametrize("options", [{"strength": 0.5}, {"strength": 0}, {"align_on": "joint", "group": "O", "strength": 1}])
+@pytest.mark.parametrize("options", [{"strength": 0.5}, {"strength": 0}, {"align_on": "joint", "reflections": True, "strength": 1}])
 def test_padded_clients_one_by_one_in_any_order(options):
     reference, clients = pairs([WIDE], seed=9)[0], pairs([*UNEQUAL[:2], WIDE])
     whole = fedrot.aggregate(clients, WEIGHTS.tolist(), reference, **options)

@@ -19,8 +19,8 @@ pytestmark = [
 @every_kind
 def test_the_report_measures_every_adapter(kind):
     reference, clients = turned_clients(kind, 3, noise=1.0)
-    options = {"on": "A", "group": "O", "strength": 1.0}
-    report = fedrot.aggregate(clients, WEIGHTS, reference, align_on="A", group="O", strength=1.0).report
+    options = {"on": "A", "reflections": True, "strength": 1.0}
+    report = fedrot.aggregate(clients, WEIGHTS, reference, align_on="A", reflections=True, strength=1.0).report
     assert report.clients == ("client 0", "client 1", "client 2") and report.dropped == {} and report.method == "fedrot"
     assert report.weights == pytest.approx(SHARES, rel=1e-15)
     squares = torch.zeros(2, dtype=torch.float64)

@@ -25,13 +25,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("group", "reflect"), [("SO", False), ("SO", True), ("O", True)])
+@pytest.mark.parametrize(("reflections", "reflect"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("on", ["A", "B", "joint"])
 @every_kind
-def test_aggregate_is_what_the_definitions_say(kind, on, strength, group, reflect):
+def test_aggregate_is_what_the_definitions_say(kind, on, strength, reflections, reflect):
     reference, clients = turned_clients(kind, 3, reflect=reflect)
-    options = {"group": group, "strength": strength}
+    options = {"reflections": reflections, "strength": strength}
     mean = fedrot.aggregate(clients, WEIGHTS, reference, align_on=on, **options).state_dict
     truth = expected_mean(clients, WEIGHTS, reference, on, dtype=torch.float64, **options)
     plain = expected_mean(clients, WEIGHTS, reference, on, dtype=working(kind.dtype), **options)
@@ -65,12 +65,12 @@ def test_strength_zero_is_fedit_and_fedit_is_the_weighted_mean(kind):
         assert ((x.double() - mean).abs() <= eps).all(), key
 
 
-@pytest.mark.parametrize(("group", "reflect"), [("SO", False), ("O", True)])
+@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("on", ["A", "B", "joint"])
 @every_kind
-def test_one_update_in_many_bases_comes_back_as_itself(kind, on, group, reflect):
-    reference, clients = turned_clients(kind, 4, noise=0, reflect=reflect)
-    result = fedrot.aggregate(clients, reference=reference, align_on=on, group=group, strength=1)
+def test_one_update_in_many_bases_comes_back_as_itself(kind, on, reflections):
+    reference, clients = turned_clients(kind, 4, noise=0, reflect=reflections)
+    result = fedrot.aggregate(clients, reference=reference, align_on=on, reflections=reflections, strength=1)
     fedit = fedrot.aggregate(clients, method="fedit")
     for keys, report in zip(factor_keys(reference), result.report.adapters, strict=True):
         (A, B), (A_mean, B_mean), (A_fedit, B_fedit) = (

@@ -211,6 +211,6 @@ def test_tensors_take_the_memory_of_one_update_however_many_there_are():
         stream.merge(edge)
     del edges, edge
     assert tensor_bytes() - nothing == expected
-    round = stream._under_way
+    round = stream._streamed
     assert len(round.angles) * round.angles.itemsize == 8 * (203 + 6) * len(factor_keys(reference))
     stream.finish()
