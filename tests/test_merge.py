@@ -34,7 +34,9 @@ UNLIKE = [
 ]
 
 
-FLEX = ["--method", "flexlora"]
+ROTATED = ["--method", "fedrot-least-error"]
+COMMANDS = [[], ROTATED, [*ROTATED, "--reflections"], [*ROTATED, "--rank", "9", "--alpha", "4"], ["--rank", "4"]]
+every_method = pytest.mark.parametrize("method", ["flexlora", "fedrot-least-error"])
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def best(M, k):
     return U[:, :k] * S[:k] @ Vh[:k]
 
 
-@pytest.mark.parametrize("options", [[], ["--group", "GL"], ["--rank", "9", "--alpha", "4"], ["--rank", "4"], FLEX])
+@pytest.mark.parametrize("options", COMMANDS, ids=" ".join)
 def test_peft_loads_what_was_merged_and_computes_with_it(unlike, tmp_path, options, capsys):
     output = tmp_path / "out" / "merged"
     command = ["merge", *map(str, unlike), "--weights", "1", "2", "5", "--output", str(output), *options]
@@ -92,13 +94,14 @@ def test_peft_loads_what_was_merged_and_computes_with_it(unlike, tmp_path, optio
         assert report["error"] == pytest.approx(float(error), rel=1e-6, abs=1e-7 * float(norm))
         assert report["update_norm"] == pytest.approx(float(norm), rel=1e-6)
         squares += torch.stack([error, norm]).square()
-        if options == FLEX:
+        if "--method" not in options and "--rank" not in options:
             lowest = mean[report["module"]] - best(mean[report["module"]], report["rank"])
             assert float(error) == pytest.approx(float(lowest.norm()), rel=1e-9, abs=1e-9)
     plain = plain_average(mean, unlike)
     assert (squares[0] / squares[1]).sqrt() < plain
-    if options[:1] == ["--rank"]:
-        assert config["r"] == int(options[1]) and not config["rank_pattern"]
+    assert record["method"] == ("fedrot-least-error" if "--method" in options else "flexlora")
+    if "--rank" in options:
+        assert config["r"] == int(options[options.index("--rank") + 1]) and not config["rank_pattern"]
         assert ("--alpha" in options) == (config["lora_alpha"] == 4 and not config["alpha_pattern"])
 
 
@@ -132,11 +135,12 @@ APART = {
 }
 
 
+@every_method
 @pytest.mark.parametrize(("first", "second", "both"), APART.values(), ids=APART)
-def test_a_module_that_one_adapter_lacks_loses_nothing(tmp_path, first, second, both):
+def test_a_module_that_one_adapter_lacks_loses_nothing(tmp_path, first, second, both, method):
     kinds = [Kind(two_layers, config, torch.float64) for config in (first, second)]
     folders = [save_folder(k, client_updates(k, 1, i)[0], tmp_path / str(i)) for i, k in enumerate(kinds)]
-    result = fedrot.merge(folders, [1, 3])
+    result = fedrot.merge(folders, [1, 3], method=method)
     fedrot.write_adapter(tmp_path / "merged", result.state_dict, result.config)
     mean, merged = mean_delta(folders, [0.25, 0.75], kinds[0]), deltas(tmp_path / "merged", kinds[0])
     assert merged.keys() == mean.keys()
@@ -147,18 +151,19 @@ def test_a_module_that_one_adapter_lacks_loses_nothing(tmp_path, first, second, 
     assert (result.config["r"], result.config["lora_alpha"]) == (4, 8)
 
 
+@every_method
 @pytest.mark.parametrize("own", [{}, {"layers_to_transform": [0]}, {"target_modules": ".*(query|value)"}])
-def test_one_update_in_many_bases_comes_back_as_itself(own, tmp_path):
+def test_one_update_in_many_bases_comes_back_as_itself(own, method, tmp_path):
     kind = replace(KIND, config=KIND.config | own)
     _, clients = turned_clients(kind, 3, noise=0)
     folders = [save_folder(kind, client, tmp_path / str(i)) for i, client in enumerate(clients)]
-    result = fedrot.merge(folders)
+    result = fedrot.merge(folders, method=method)
     fedrot.write_adapter(tmp_path / "merged", result.state_dict, result.config)
     before, merged = deltas(folders[0]), deltas(tmp_path / "merged")
     assert before.keys() == merged.keys()
     for name, delta in merged.items():
         torch.testing.assert_close(delta, before[name], rtol=1e-6, atol=1e-6 * float(before[name].norm()))
-    assert len(set(result.report.adapters[0].angles)) == 3
+    assert len(set(result.report.adapters[0].angles)) == (1 if method == "flexlora" else 3)  # which rotates none
 
 
 def test_a_single_adapter_changes_its_rank_and_alpha_only(unlike, tmp_path):
@@ -180,8 +185,9 @@ def test_a_single_adapter_changes_its_rank_and_alpha_only(unlike, tmp_path):
             torch.testing.assert_close(delta, expected, rtol=1e-9, atol=1e-10)
 
 
+@every_method
 @pytest.mark.parametrize("name", [name for name in KINDS if "DoRA" not in name and name != "trainable tokens"])
-def test_every_kind_is_merged_and_loaded(name, tmp_path):
+def test_every_kind_is_merged_and_loaded(name, method, tmp_path):
     kinds = [
         replace(KINDS[name], config=KINDS[name].config | own)
         for own in ({"r": 2, "lora_alpha": 8}, {"r": 4, "lora_alpha": 3})
@@ -190,7 +196,7 @@ def test_every_kind_is_merged_and_loaded(name, tmp_path):
     if name == "embedding, saved with its base":
         updates[1] = {**updates[1], **{k: x for k, x in updates[0].items() if k.endswith("base_layer.weight")}}
     folders = [save_folder(kind, u, tmp_path / str(i)) for i, (kind, u) in enumerate(zip(kinds, updates, strict=True))]
-    result = fedrot.merge(folders, [1, 2], group="GL")
+    result = fedrot.merge(folders, [1, 2], method=method, reflections=True)
     fedrot.write_adapter(tmp_path / "merged", result.state_dict, result.config)
     s = [{n: m.scaling["default"] for n, m in peft_model(k).named_modules() if isinstance(m, LoraLayer)} for k in kinds]
     final = loaded(tmp_path / "merged", KINDS[name])
@@ -264,7 +270,7 @@ def test_adapters_that_do_not_fit_are_refused():
         fedrot.merge([(first, config), ({**second, key: first[key] * torch.nan}, config)])
     with refused("2 weights"):
         fedrot.merge([(first, config)], [1, 1])
-    for options in ({"rank": 0}, {"rank": 2.0}, {"alpha": 0}, {"group": "U"}, {"method": "svd"}):
+    for options in ({"rank": 0}, {"rank": 2.0}, {"alpha": 0}, {"reflections": "O"}, {"method": "svd"}, {"method": "fedit"}):
         with refused(next(iter(options)), error=ValueError):
             fedrot.merge([(first, config)], **options)
 
@@ -290,7 +296,7 @@ def test_base_weights_saved_with_an_embedding_must_agree(tmp_path):
 
 
 def test_flexlora_of_a_rank_that_holds_all_is_exact(unlike, tmp_path):
-    result = fedrot.merge(unlike, [1, 2, 5], rank=13, method="flexlora")
+    result = fedrot.merge(unlike, [1, 2, 5], rank=13)
     fedrot.write_adapter(tmp_path / "merged", result.state_dict, result.config)
     mean = mean_delta(unlike)
     for name, delta in deltas(tmp_path / "merged").items():

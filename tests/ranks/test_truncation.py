@@ -67,7 +67,8 @@ def test_every_kind_is_truncated_in_its_shapes(name):
     (ratio,) = (1 / s for s in scaling_of([small], kind)(factor_keys(update)[0][0]))
     for keys in factor_keys(update):
         (A, B), (A_k, B_k) = matrices(update, keys), matrices(truncated, keys)
-        eps = 2 * torch.finfo(kind.dtype).eps  # both factors are rounded once
+        # Both factors are rounded once, and computed in float64, in which LAPACKs differ.
+        eps = 2 * torch.finfo(kind.dtype).eps + 8 * torch.finfo(torch.float64).eps
         assert (B_k @ A_k - ratio * best(B @ A, 2)).norm() <= eps * ratio * B.norm() * A.norm()
         if (bias := f"{keys[1].removesuffix('.weight')}.bias") in update:
             torch.testing.assert_close(truncated[bias], ratio * update[bias])
