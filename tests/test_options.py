@@ -95,7 +95,9 @@ def test_options_are_frozen_keywords():
         AggregationOptions("fedit")
     with pytest.raises(FrozenInstanceError):
         AggregationOptions().method = "fedit"
-    assert AggregationOptions(strength=1) == AggregationOptions(strength=1.0) and AggregationOptions(strength=1).strength == 1.0
+    assert (
+        AggregationOptions(strength=1) == AggregationOptions(strength=1.0) and AggregationOptions(strength=1).strength == 1.0
+    )
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, "1", None, True])
@@ -146,7 +148,9 @@ def test_an_old_spelling_is_told_the_new_one(clients, call, name, value, new):
         call(clients, **{name: value})
 
 
-@pytest.mark.parametrize(("value", "new"), [("consensus", 'method="fedrot-consensus"'), ("global", "what clients start from")])
+@pytest.mark.parametrize(
+    ("value", "new"), [("consensus", 'method="fedrot-consensus"'), ("global", "what clients start from")]
+)
 def test_an_old_reference_is_told_the_new_method(clients, value, new):
     for call in (
         lambda: fedrot.aggregate(clients, reference=value),

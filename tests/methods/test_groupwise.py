@@ -81,7 +81,8 @@ def test_no_strength_is_fedit_to_the_bit(mode):
 def test_the_strength_left_open_is_one(mode):
     _, updates = turned_clients(LINEAR, 3)
     by_default, whole, half = (
-        fedrot.aggregate(updates, WEIGHTS, **mode, **options).state_dict for options in ({}, {"strength": 1}, {"strength": 0.5})
+        fedrot.aggregate(updates, WEIGHTS, **mode, **options).state_dict
+        for options in ({}, {"strength": 1}, {"strength": 0.5})
     )
     assert all(torch.equal(by_default[key], x) for key, x in whole.items())
     assert not torch.equal(by_default[A], half[A])

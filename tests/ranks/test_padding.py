@@ -68,7 +68,9 @@ def test_every_kind_is_padded_and_its_update_stays(name):
             assert torch.linalg.matrix_rank(A_padded, rtol=1e-1) <= len(A) or name == "bfloat16"
 
 
-@pytest.mark.parametrize("options", [{"strength": 0.5}, {"strength": 0}, {"align_on": "joint", "reflections": True, "strength": 1}])
+@pytest.mark.parametrize(
+    "options", [{"strength": 0.5}, {"strength": 0}, {"align_on": "joint", "reflections": True, "strength": 1}]
+)
 def test_padded_clients_one_by_one_in_any_order(options):
     reference, clients = pairs([WIDE], seed=9)[0], pairs([*UNEQUAL[:2], WIDE])
     whole = fedrot.aggregate(clients, WEIGHTS.tolist(), reference, **options)
