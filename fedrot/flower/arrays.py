@@ -1,4 +1,4 @@
-"""State dicts as Flower's ArrayRecords and back, bit for bit, bfloat16 too."""
+"""Conversion of state dicts to Flower's ArrayRecords and back, bit for bit, bfloat16 too."""
 
 import math
 import re
@@ -12,13 +12,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..adapters.keys import DTYPES
-from ..admission import one_line
+from ..admission import make_one_line
 from ..errors import UpdateError
 
 NUMPY, SAFETENSORS = "numpy.ndarray", "safetensors"
 _ONLY = "x"  # the name of an array's one tensor in safetensors
-# What numpy.save writes of a little-endian floating-point array. numpy.load would evaluate whatever stands here, and
-# allocate what it asks for before reading it.
+# The header that numpy.save writes for a little-endian floating-point array. numpy.load would evaluate any header as Python,
+# and allocate the memory that it names before reading the data.
 _NPY = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '(<f[248])', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,15}, )*\d{0,15}),?\), \} *\n",
@@ -27,7 +27,7 @@ _NPY = re.compile(
 
 
 def to_arrays(state_dict: Mapping[str, Tensor], *, widen: bool = False) -> ArrayRecord:
-    """A state dict as an ArrayRecord.
+    """Convert a state dict to an ArrayRecord.
 
     float16, float32 and float64 travel as Flower's own arrays. NumPy has no bfloat16: it travels as safetensors, two bytes
     an entry, which ``from_arrays`` reads and Flower's own strategies and mods refuse (TypeError).
@@ -40,10 +40,10 @@ def to_arrays(state_dict: Mapping[str, Tensor], *, widen: bool = False) -> Array
     Raises:
         UpdateError: a tensor of another dtype; its key is named.
     """
-    return ArrayRecord({key: _array(key, x, widen) for key, x in state_dict.items()})
+    return ArrayRecord({key: _encode(key, x, widen) for key, x in state_dict.items()})
 
 
-def _array(key: str, x: Tensor, widen: bool) -> Array:
+def _encode(key: str, x: Tensor, widen: bool) -> Array:
     if x.dtype not in DTYPES:
         raise UpdateError(f"{key}: {x.dtype}, shape {tuple(x.shape)}; only floating-point tensors are sent, leave it out")
     x = x.detach().cpu()
@@ -55,25 +55,27 @@ def _array(key: str, x: Tensor, widen: bool) -> Array:
 
 
 def from_arrays(arrays: ArrayRecord, name: str = "the record", device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The state dict of an ArrayRecord, in memory of its own. Nothing is allocated that the bytes received do not fill.
+    """Convert an ArrayRecord to a state dict in memory of its own.
+
+    Nothing is allocated that the bytes received do not fill.
 
     Args:
-        arrays: what ``to_arrays`` or Flower made of floating-point tensors.
-        name: how errors call the sender.
+        arrays: floating-point tensors, converted by ``to_arrays`` or by Flower.
+        name: the sender's name in errors.
         device: where the tensors go.
 
     Raises:
         UpdateError: an array that cannot be decoded; its key is named.
     """
-    return {key: _tensor(array, f"{name}, {key}").to(device) for key, array in arrays.items()}
+    return {key: _decode(array, f"{name}, {key}").to(device) for key, array in arrays.items()}
 
 
-def _tensor(array: Array, where: str) -> Tensor:
+def _decode(array: Array, where: str) -> Tensor:
     try:
         if array.stype == SAFETENSORS:
             x = load(array.data)[_ONLY]
         elif array.stype == NUMPY:
-            x = _from_npy(array)
+            x = _decode_npy(array)
         else:
             raise ValueError(f"serialised as {array.stype!r}")
         if x.dtype not in DTYPES:
@@ -83,11 +85,11 @@ def _tensor(array: Array, where: str) -> Tensor:
     return x
 
 
-def _from_npy(array: Array) -> Tensor:
+def _decode_npy(array: Array) -> Tensor:
     data = array.data
     header = _NPY.match(data)
     if header is None or header.end() != 10 + int.from_bytes(data[8:10], "little"):
-        labelled = one_line(f"{array.dtype} {tuple(array.shape)}")
+        labelled = make_one_line(f"{array.dtype} {tuple(array.shape)}")
         raise ValueError(f"labelled {labelled}, is no .npy file of float16, float32 or float64")
     shape = tuple(int(size) for size in header[3].split(b", ") if size)
     dtype = np.dtype(header[1].decode())

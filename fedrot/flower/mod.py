@@ -1,4 +1,4 @@
-"""Alignment on the client: it rotates its own update before anything else sees it."""
+"""Alignment on the client, which rotates its own update before anything else sees it."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,13 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, Error, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
+from torch import Tensor
 
 from ..errors import UpdateError
 from ..methods.align import align
 from ..options import OF_ALIGNMENT, AggregationOptions, shows_options
 from .arrays import from_arrays, to_arrays
-from .protocol import ROUND, settings_of
+from .protocol import ROUND, read_config
 
 _log = logging.getLogger("flwr")
 
@@ -21,62 +22,51 @@ class AlignMod:
     """A client mod that rotates what a training client replies towards what it was sent (FedRot-LoRA, arXiv 2602.23638).
 
     The server then only averages: plain FedAvg gives what the ``FedRot`` strategy gives, to the rounding of the dtype, and
-    differential privacy and secure aggregation work as they are. A rotation depends on the client's own update and on the
-    reference that it was sent, so the server learns nothing that it would not learn without. (The ``FedRot`` strategy would
-    rotate what it receives a second time: give it ``method="fedit"``, which only averages.)
+    differential privacy and secure aggregation work as they are. A rotation depends on nothing but the client's own update
+    and the reference that it was sent, so the server learns nothing new from it. (The ``FedRot`` strategy would rotate the
+    aligned updates a second time: give it ``method="fedit"``, which only averages.)
 
     Mods are listed outermost first: ``ClientApp(mods=[LocalDpMod(…), align_mod])`` aligns, then clips and adds noise.
 
     Args:
-        keys: the names of the arrays, in their order, for apps of Flower's older API, which sends them without names; there
-            the server's ``on_fit_config_fn`` must send "server-round", from 1.
+        keys: the names of the arrays, in their order, for apps of Flower's older API, which sends arrays without names. The
+            server's ``on_fit_config_fn`` must then send "server-round", from 1.
         **options: ``align_on``, ``strength`` and ``reflections`` of ``fedrot.AggregationOptions``. "alternate" reads the
             round from "server-round" in the configuration that comes with a message, as Flower's strategies send it.
     """
 
     @shows_options(*OF_ALIGNMENT)
-    def __init__(
-        self,
-        *,
-        keys: Sequence[str] | None = None,
-        **options: Any,
-    ):
+    def __init__(self, *, keys: Sequence[str] | None = None, **options: Any):
         self.options = AggregationOptions.of_alignment(options)
         self.keys = None if keys is None else list(keys)
 
     def __call__(self, msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
-        """Train, and align the reply; an error reply where that cannot be done."""
+        """Train, and align the reply; reply with an error if that cannot be done."""
         if msg.metadata.message_type.split(".")[0] != MessageType.TRAIN:
             return call_next(msg, ctxt)
         try:
-            round = self._round(msg)
-            # A record of its own: apps of the older API empty the message's.
-            reference = ArrayRecord(dict(_only_arrays(msg, "the message")))
+            round = self._read_round(msg)
+            # A record of its own, because apps of the older API empty the message's.
+            reference = ArrayRecord(dict(_find_arrays(msg, "the message")))
         except UpdateError as error:
             return _refuse(msg, error)
         out = call_next(msg, ctxt)
         if out.has_error():
             return out
         try:
-            sent = _only_arrays(out, "the reply")
-            aligned = align(
-                self._named(sent, "the reply"),
-                self._named(reference, "the message"),
-                round=round,
-                align_on=self.options.align_on,
-                strength=self.options.strength,
-                reflections=self.options.reflections,
-            )
+            sent = _find_arrays(out, "the reply")
+            update, start = self._name_tensors(sent, "the reply"), self._name_tensors(reference, "the message")
+            aligned = align(update, start, round=round, **{name: getattr(self.options, name) for name in OF_ALIGNMENT})
         except UpdateError as error:
             return _refuse(msg, error)
         for key, array in zip(list(sent), to_arrays(aligned).values(), strict=True):
             sent[key] = array
         return out
 
-    def _round(self, msg: Message) -> int:
+    def _read_round(self, msg: Message) -> int:
         if self.options.align_on != "alternate":
             return 0
-        number = settings_of(msg).get(ROUND)
+        number = read_config(msg).get(ROUND)
         if not isinstance(number, int) or number < 1:
             raise UpdateError(
                 f'align_on="alternate" needs "{ROUND}", from 1, in the configuration that the server sends, got {number!r}; '
@@ -84,7 +74,7 @@ class AlignMod:
             )
         return number - 1
 
-    def _named(self, arrays: ArrayRecord, whose: str) -> Mapping:
+    def _name_tensors(self, arrays: ArrayRecord, whose: str) -> Mapping[str, Tensor]:
         tensors = from_arrays(arrays, whose)
         if self.keys is None:
             if tensors and all(key.isdecimal() for key in tensors):
@@ -97,7 +87,7 @@ class AlignMod:
         return dict(zip(self.keys, tensors.values(), strict=True))
 
 
-def _only_arrays(message: Message, whose: str) -> ArrayRecord:
+def _find_arrays(message: Message, whose: str) -> ArrayRecord:
     records = list(message.content.array_records.values())
     if len(records) != 1:
         raise UpdateError(f"{whose} has {len(records)} ArrayRecords; AlignMod needs exactly one, the adapter")

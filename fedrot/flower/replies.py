@@ -1,4 +1,4 @@
-"""What clients answered: opened and checked one by one, so that a wrong one is dropped and named, and no other with it."""
+"""Clients' replies, opened and checked one by one, so that a wrong one is dropped and named, and no other with it."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord
 
 from ..adapters.keys import factor_of, parse_key
 from ..adapters.update import StateDict, Update, open_update
-from ..admission import admit, in_order, one_line
+from ..admission import admit, make_one_line, sort_key
 from ..errors import UpdateError
 from ..methods.base import Method
 from .arrays import from_arrays
@@ -20,14 +20,14 @@ _MOST_EXAMPLES = 2**53  # whole numbers up to here are exact
 
 @dataclass(frozen=True)
 class Reply:
-    """One client's answer that can be averaged.
+    """One client's reply that can be averaged.
 
     Attributes:
-        name: how the log and the report call the client.
-        content: what it sent, without the arrays.
-        metrics: the only MetricRecord of that, and its key.
-        weight: its number of examples.
-        update: its adapter; None in an evaluation.
+        name: the client's name in the log and in the report.
+        content: the ConfigRecords that the client sent.
+        metrics: the only MetricRecord that the client sent, and its key.
+        weight: the client's number of examples.
+        update: the client's adapter; None in an evaluation.
     """
 
     name: str
@@ -40,21 +40,27 @@ class Reply:
 class PendingReplies:
     """The nodes that a round's messages went to, and what became of them.
 
-    Attributes:
-        names: node → the name that the client gave in an earlier reply, from round to round.
+    Args:
+        messages: the messages.
+        names: node → the name that the client gave in an earlier reply; ``sort`` adds those of this round.
     """
 
     def __init__(self, messages: Sequence[Message], names: dict[int, str]):
-        self.names = names
+        self._names = names
         self._metadata = [message.metadata for message in messages]
 
     @property
     def anyone(self) -> bool:
-        """Whether there were any."""
+        """Whether a message was sent to any node."""
         return bool(self._metadata)
 
     def sort(self, replies: Iterable[Message]) -> tuple[list[tuple[str, Message]], dict[str, str]]:
-        """Replies with content by client, in the order of names, and why there is none of the others."""
+        """Sort the replies of a round.
+
+        Returns:
+            (name, reply) of every client that replied with content, in the order of names; and name → why there is no reply
+            of every other client.
+        """
         nodes = {m.message_id: m.dst_node_id for m in self._metadata}
         failed: dict[int, str] = {}
         answered: dict[int, Message] = {}
@@ -65,34 +71,34 @@ class PendingReplies:
                 failed[node] = f"error {message.error.code}: {message.error.reason}"
             else:
                 answered[node] = message
-                if name := _name(message):
-                    self.names[node] = name
+                if name := _read_name(message):
+                    self._names[node] = name
         expected = {*nodes.values(), *answered, *failed}
-        called = {node: self.names.get(node, f"node {node}") for node in expected}
+        called = {node: self._names.get(node, f"node {node}") for node in expected}
         while twice := {name for name, n in Counter(called.values()).items() if n > 1}:
             called = {node: f"{name} (node {node})" if name in twice else name for node, name in called.items()}
         missing = {called[n]: failed.get(n, "no reply in time") for n in expected - answered.keys()}
-        return sorted(((called[n], m) for n, m in answered.items()), key=lambda item: in_order(item[0])), missing
+        return sorted(((called[n], m) for n, m in answered.items()), key=lambda item: sort_key(item[0])), missing
 
 
 def open_training_reply(
-    name: str, message: Message, weighted_by: str, expected: Update, method: Method, round: int, sent: StateDict
+    weighted_by: str, expected: Update, method: Method, round: int, sent: StateDict, name: str, message: Message
 ) -> Reply:
-    """A client's update, with what plays no part in its average filled in.
+    """Open a client's reply to a training message, with what plays no part in the average filled in.
 
     Args:
-        name: of the client.
-        message: its reply.
         weighted_by: the metric that holds the number of examples.
         expected: the whole adapter, as the server has it.
         method: decides what clients train and which factors they keep to themselves.
-        round: from 0.
+        round: the round's index, from 0.
         sent: canonical key → what clients started from.
+        name: the client's name.
+        message: the client's reply.
 
     Raises:
-        UpdateError: what cannot be averaged.
+        UpdateError: a reply that cannot be averaged.
     """
-    content, metrics, weight = _metrics(name, message, weighted_by)
+    content, metrics, weight = _read_metrics(name, message, weighted_by)
     records = list(message.content.array_records.values())
     if len(records) != 1:
         raise UpdateError(f"{name} sent {len(records)} ArrayRecords; send one, the adapter")
@@ -100,24 +106,24 @@ def open_training_reply(
     own = {key for key in expected if factor_of(key) not in (None, *method.returns())}
     if given := next((key for key in tensors if parse_key(key)[0] in own), None):
         raise UpdateError(f"{name} sent {given}, a factor that {method.name} leaves with clients; keep it")
-    # It is not averaged; the layout wants pairs.
+    # A personal factor is not averaged, but a layout consists of pairs.
     update = open_update({expected.keys_given[key]: expected[key] for key in own} | tensors, name)
     admit(update, expected, method, round, sent)
-    # Under the server's keys, in their order: what one client calls them is nothing to the others.
+    # Under the server's keys and in their order, so that the keys of one client do not become those of all.
     update = open_update({given: update[key] for key, given in expected.keys_given.items()}, name)
     return Reply(name, content, metrics, weight, update)
 
 
-def open_evaluation_reply(name: str, message: Message, weighted_by: str) -> Reply:
-    """A client's metrics.
+def open_evaluation_reply(weighted_by: str, name: str, message: Message) -> Reply:
+    """Open a client's reply to an evaluation message; see ``open_training_reply``.
 
     Raises:
         UpdateError: no usable number of examples.
     """
-    return Reply(name, *_metrics(name, message, weighted_by), None)
+    return Reply(name, *_read_metrics(name, message, weighted_by), None)
 
 
-def _metrics(
+def _read_metrics(
     name: str, message: Message, weighted_by: str
 ) -> tuple[dict[str, ConfigRecord], tuple[str, MetricRecord], float]:
     records = list(message.content.metric_records.items())
@@ -129,8 +135,8 @@ def _metrics(
     return dict(message.content.config_records), records[0], float(weight)
 
 
-def _name(message: Message) -> str | None:
+def _read_name(message: Message) -> str | None:
     given = message.content.config_records.get(CLIENT, ConfigRecord()).get(NAME)
     if not isinstance(given, str):
         return None
-    return one_line(given, _LONGEST_NAME) or None
+    return make_one_line(given, _LONGEST_NAME) or None

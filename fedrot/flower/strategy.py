@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ..adapters.checks import check_update
-from ..adapters.config import base_config, check_lora, plain_config
-from ..adapters.keys import factor_of
+from ..adapters.config import base_config
 from ..adapters.layout import Layout
 from ..adapters.update import Update, open_update
 from ..methods.registry import make_method
@@ -23,12 +21,12 @@ from ..report.fold import merge_into_base
 from ..report.result import AggregationResult
 from ..server.aggregator import FedRotAggregator
 from ..server.optimizer import ServerOptimizer
-from .aggregate import aggregate_replies, log_dropped, open_all
+from .aggregate import aggregate_replies, log_dropped, open_replies
 from .arrays import from_arrays, to_arrays
-from .metrics import average_metrics, measures
-from .protocol import add_instructions
-from .replies import PendingReplies, Reply, open_evaluation_reply, open_training_reply
-from .resume import Progress, State, check_no_checkpoint, load_progress, save_progress
+from .metrics import average_metrics, extract_metrics, log_metrics
+from .protocol import State, add_instructions, complete_adapter, find_personal_factors, read_one_config
+from .replies import PendingReplies, open_evaluation_reply, open_training_reply
+from .resume import Evaluate, make_checkpoint, shift_evaluation, shift_rounds
 
 _log = logging.getLogger("flwr")
 
@@ -52,19 +50,25 @@ class FedRot(FedAvg):
             methods send every change of the base weights so far with every message.
         server_optimizer: as in ``fedrot.FedRotAggregator``.
         device: where to aggregate; on a GPU by the Triton kernels.
-        checkpoint: a folder; after every round what a restart needs is written there. One that has a checkpoint already
-            is refused, unless resuming.
-        resume: ``start`` goes on after the checkpoint's last round, if there is one, as the same run with the same options.
+        checkpoint: a folder; after every round what a restart needs is written there. A folder that has a checkpoint
+            already is refused, unless resuming.
+        resume: whether ``start`` goes on after the checkpoint's last round, if there is one, as the same run with the same
+            options.
         min_train_replies: the run ends with AggregationError when fewer good answers are left in a round.
         **options: fields of ``fedrot.AggregationOptions``, and options of Flower's FedAvg, such as fraction_train,
             min_available_nodes or weighted_by_key. ``on_invalid`` is "drop" here: wrong answers are left out, unless it is
             "raise", which raises UpdateError on the first.
 
     Attributes:
-        result: of the last round.
+        options: the options of the aggregation.
+        method: the method that they name.
+        result: the result of the last round.
         train_metrics, evaluate_metrics: what Flower logs of the last round: the clients' averages and, of training, what
             aggregation measured; empty before.
         base_updates: what FLoRA and FedEx-LoRA have changed in the base weights so far.
+
+    Raises:
+        ValueError: an option's value that there is not, or options that do not go together.
     """
 
     @shows_options(on_invalid="drop")
@@ -74,7 +78,7 @@ class FedRot(FedAvg):
         configs: Any = None,
         server_optimizer: ServerOptimizer | None = None,
         device: str | torch.device = "cpu",
-        checkpoint: str | os.PathLike | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
         min_train_replies: int = 1,
         **options: Any,
@@ -82,43 +86,29 @@ class FedRot(FedAvg):
         refuse_old_spellings(options)
         ours = {name: options.pop(name) for name in OPTION_NAMES if name in options}
         super().__init__(**options)
-        self.options = AggregationOptions.of({"on_invalid": "drop"} | ours)
-        self.method = make_method(self.options)
-        self._personal = "".join(f for f in "AB" if f not in self.method.returns())
-        if self._personal:  # of which the server knows nothing
-            self.options = replace(self.options, report_error=False)
-        self.configs = configs
-        if isinstance(configs, Sequence):
-            raise ValueError("configs must be one peft.LoraConfig, which all clients have")
-        if configs is not None:
-            check_lora(plain_config(configs), "configs")
-        elif self.method.updates_base:
-            raise ValueError(
-                f"{self.method.name} needs the scaling of the adapters: pass configs=, the clients' peft.LoraConfig"
-            )
+        chosen = AggregationOptions.of({"on_invalid": "drop"} | ours)
+        self._personal = find_personal_factors(make_method(chosen))
+        if self._personal:  # the server does not know the products B·A
+            chosen = replace(chosen, report_error=False)
+        self._aggregator = FedRotAggregator(configs=configs, server_optimizer=server_optimizer, **chosen.as_dict())
+        self.options, self.method = self._aggregator.options, self._aggregator.method
+        self._config = read_one_config(configs, self.method)
         if min_train_replies < 1:
             raise ValueError(f"min_train_replies must be at least 1, got {min_train_replies}")
-        if resume and checkpoint is None:
-            raise ValueError("resume needs checkpoint, the folder of the run to go on with")
-        self.server_optimizer, self.device = server_optimizer, torch.device(device)
-        self.checkpoint, self.resume = None if checkpoint is None else Path(checkpoint), resume
-        self.min_train_replies = min_train_replies
-        self._first_moments = {} if server_optimizer is None else server_optimizer.state_dict()
+        self.device, self.min_train_replies = torch.device(device), min_train_replies
+        self._checkpoint = make_checkpoint(checkpoint, resume, self._aggregator)
+        self._first_state = self._aggregator.state_dict()
         self._names: dict[int, str] = {}  # of nodes, which stay from run to run
-        self._begin()
+        self._begin(None)
 
-    def _begin(self) -> None:
-        """Nothing of a run is there yet."""
+    def _begin(self, start: Update | None) -> None:
+        """Forget the run before, if there was one; a run starts from this adapter."""
         self.result: AggregationResult | None = None
         self.train_metrics, self.evaluate_metrics = MetricRecord(), MetricRecord()
         self.base_updates: list[State] = []
-        self._rounds_before = 0
-        self._expected: Update | None = None
-        # Of the round under way.
-        self._reference = ArrayRecord()
-        self._pending = PendingReplies([], self._names)
-        if self.server_optimizer is not None:
-            self.server_optimizer.load_state_dict(self._first_moments)
+        self._start, self._rounds_before = start, 0
+        self._aggregator.load_state_dict(self._first_state)
+        self._sent, self._pending = ArrayRecord(), PendingReplies([], self._names)
 
     def summary(self) -> None:
         """Log the strategy's options."""
@@ -133,166 +123,96 @@ class FedRot(FedAvg):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: Evaluate | None = None,
     ) -> Result:
         """Run the rounds, or with ``resume`` those that are left of them; see Flower's ``Strategy.start``.
 
         Args:
             grid, timeout, train_config, evaluate_config: as there.
             initial_arrays: the adapter that clients start from, whole, also when resuming.
-            num_rounds: of the whole run.
+            num_rounds: the number of rounds of the whole run.
             evaluate_fn: as there; not called again for the round of the checkpoint.
         """
-        self._begin()
-        self._expected = self._opened(initial_arrays, "the server's adapter")
-        self.method.check(Layout(self._expected.specs, self._expected.name))
-        arrays, done = self._restore(initial_arrays)
-        evaluate = None
-        if evaluate_fn is not None:
-            given = evaluate_fn
-
-            def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
-                return None if done and round == 0 else given(done + round, arrays)
-
+        start = self._open(initial_arrays, "the server's adapter")
+        self._begin(start)
+        self.method.check(Layout(start.specs, start.name))
+        if self._checkpoint is not None:
+            self.base_updates = self._checkpoint.restore(start)
+        done = self._rounds_before = self._aggregator.round
+        arrays = to_arrays(self._aggregator.reference or {}) if done else initial_arrays
+        evaluate = None if evaluate_fn is None else shift_evaluation(evaluate_fn, done)
         result = super().start(grid, arrays, max(num_rounds - done, 0), timeout, train_config, evaluate_config, evaluate)
-        for field in ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"):
-            setattr(result, field, {done + round: metrics for round, metrics in getattr(result, field).items()})
+        shift_rounds(result, done)
         if not result.arrays:
             result.arrays = arrays
         return result
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Keep the reference, and say which factors the method trains; see Flower's FedAvg."""
-        round = self._rounds_before + server_round
-        if self._expected is None:  # under a wrapper, which has a start of its own
-            if self.resume:
-                raise ValueError("resume works through FedRot.start, which a strategy that wraps this one does not call")
-            if self.checkpoint is not None:
-                check_no_checkpoint(self.checkpoint)
-            self._expected = self._opened(arrays, "the server's adapter")
+        """Keep the reference, and tell clients which factors the method trains; see Flower's FedAvg."""
+        if self._start is None:  # under a wrapper, which has a start of its own
+            if self._checkpoint is not None:
+                self._checkpoint.check_new_run()
+            self._start = self._open(arrays, "the server's adapter")
             _log.warning("FedRot under a wrapper: what that clips before, rotation may move further; see align_mod")
-        self._reference = arrays
+        self._sent, round = arrays, self._rounds_before + server_round
         return self._instruct(super().configure_train(round, arrays, config, grid), round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The round's adapter and metrics; see the class.
+        """Aggregate the round's adapter and metrics; see the class.
 
         Raises:
             AggregationError: fewer good answers than ``min_train_replies``.
             UpdateError: a wrong answer, with ``on_invalid="raise"``.
         """
-        if not self._pending.anyone:
+        if not self._pending.anyone or self._start is None:
             return None, None
         round = self._rounds_before + server_round
-        reference = self._opened(self._reference, "the reference")
-        expected = self._whole(reference)
-
-        def open_reply(name: str, message: Message) -> Reply:
-            return open_training_reply(name, message, self.weighted_by_key, expected, self.method, round - 1, reference)
-
-        good, dropped = open_all(self._pending, replies, open_reply, self.options.on_invalid)
-        result = aggregate_replies(good, dropped, self._aggregator(reference, round - 1), self.min_train_replies)
-        log_dropped(f"round {round}", dropped)
-        self.result = replace(result, report=replace(result.report, dropped=dropped))
-        if result.base_update is not None:
-            self.base_updates.append(result.base_update)
-        if self.checkpoint is not None:
-            optimizer = self.server_optimizer.state_dict() if self.server_optimizer is not None else {}
-            progress = Progress(result.state_dict, optimizer, self.base_updates, round)
-            save_progress(self.checkpoint, progress, self._identity())
-        ours = measures(self.result.report)
-        metrics = average_metrics(good, self.weighted_by_key, self.train_metrics_aggr_fn, ours)
-        numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
-        _log.info("round %d: %s", round, ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
-        self.train_metrics = MetricRecord(metrics)
-        return to_arrays(result.state_dict), self.train_metrics
+        sent = self._open(self._sent, "the reference")
+        self._aggregator.round, self._aggregator.reference = round - 1, dict(sent)
+        expected = complete_adapter(sent, self._start, self._personal)
+        open_reply = partial(open_training_reply, self.weighted_by_key, expected, self.method, round - 1, sent)
+        good, dropped = open_replies(self._pending, replies, open_reply, self.options.on_invalid)
+        self.result = aggregate_replies(self._aggregator, good, dropped, self.min_train_replies)
+        if self.result.base_update is not None:
+            self.base_updates.append(self.result.base_update)
+        if self._checkpoint is not None:
+            self._checkpoint.save(self.base_updates)
+        ours = extract_metrics(self.result.report)
+        self.train_metrics = average_metrics(good, self.weighted_by_key, self.train_metrics_aggr_fn, ours)
+        log_metrics(f"round {round}", self.train_metrics)
+        return to_arrays(self.result.state_dict), self.train_metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """See Flower's FedAvg; of methods with base updates or personal factors clients are told what they need."""
+        """Tell clients of base updates and personal factors, which they need to evaluate; see Flower's FedAvg."""
         round = self._rounds_before + server_round
         return self._instruct(super().configure_evaluate(round, arrays, config, grid), round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The average of the clients' metrics; wrong answers are dropped as in training."""
-        round = self._rounds_before + server_round
-
-        def open_reply(name: str, message: Message) -> Reply:
-            return open_evaluation_reply(name, message, self.weighted_by_key)
-
-        good, dropped = open_all(self._pending, replies, open_reply, self.options.on_invalid)
-        log_dropped(f"evaluation of round {round}", dropped)
-        counted = any(reply.weight for reply in good)
-        average = self.evaluate_metrics_aggr_fn
-        self.evaluate_metrics = MetricRecord(average_metrics(good, self.weighted_by_key, average, {}) if counted else {})
-        return self.evaluate_metrics if counted else None
+        """Average the clients' metrics; wrong answers are dropped as in training."""
+        open_reply = partial(open_evaluation_reply, self.weighted_by_key)
+        good, dropped = open_replies(self._pending, replies, open_reply, self.options.on_invalid)
+        log_dropped(f"evaluation of round {self._rounds_before + server_round}", dropped)
+        if not any(reply.weight for reply in good):
+            self.evaluate_metrics = MetricRecord()
+            return None
+        self.evaluate_metrics = average_metrics(good, self.weighted_by_key, self.evaluate_metrics_aggr_fn, {})
+        return self.evaluate_metrics
 
     def fold_into(self, model: Any) -> None:
         """Add all base updates so far to a PEFT model as it was before the first round, for evaluation on the server."""
         for update in self.base_updates:
-            merge_into_base(model, update, self._base_config(update))
-
-    def _restore(self, initial_arrays: ArrayRecord) -> tuple[ArrayRecord, int]:
-        """The adapter to go on from, and how many rounds are done."""
-        if self.checkpoint is None:
-            return initial_arrays, 0
-        if not self.resume:
-            check_no_checkpoint(self.checkpoint)
-            return initial_arrays, 0
-        saved = load_progress(self.checkpoint, self._identity())
-        if saved.rounds_done == 0:
-            _log.info("no checkpoint in %s: starting anew", self.checkpoint)
-            return initial_arrays, 0
-        if self._personal:
-            raise ValueError(f"{self.method.name} cannot resume: clients' own factors end with Flower's run")
-        adapter = self._opened(arrays := to_arrays(saved.adapter), f"the checkpoint in {self.checkpoint}")
-        # Base weights that the method changes are not sent with the adapter.
-        expected = self._whole(adapter) if saved.base_updates else self._expected
-        assert expected is not None
-        check_update(adapter, expected, Layout(expected.specs, expected.name))
-        if self.server_optimizer is not None:
-            self.server_optimizer.load_state_dict(saved.optimizer)
-        self.base_updates = saved.base_updates
-        self._rounds_before = saved.rounds_done
-        _log.info("resuming after round %d; Flower counts the rounds that are left", saved.rounds_done)
-        return arrays, saved.rounds_done
-
-    def _identity(self) -> dict[str, Any]:
-        """The options with which a checkpoint must be resumed."""
-        optimizer = self.server_optimizer
-        names = ("method", "align_on", "reflections", "seed")
-        options = {name: x for name, x in self.options.as_dict().items() if name in names}
-        options["strength"] = self.method.strength
-        return options | {"server_optimizer": None if optimizer is None else [optimizer.name, optimizer.lr]}
-
-    def _aggregator(self, reference: Update, index: int) -> FedRotAggregator:
-        return FedRotAggregator(
-            dict(reference),
-            round=index,
-            configs=self.configs,
-            server_optimizer=self.server_optimizer,
-            **self.options.as_dict(),
-        )
-
-    def _whole(self, sent: Update) -> Update:
-        """The adapter that clients have, by what they were sent and what is theirs alone."""
-        expected = self._expected
-        assert expected is not None
-        keys = [key for key in expected if key in sent or factor_of(key) in tuple(self._personal)]
-        return open_update({expected.keys_given[key]: expected[key] for key in keys}, expected.name)
-
-    def _opened(self, arrays: ArrayRecord, name: str) -> Update:
-        return open_update(from_arrays(arrays, name, self.device), name)
-
-    def _base_config(self, update: State) -> dict[str, Any]:
-        return base_config(update, plain_config(self.configs))
+            merge_into_base(model, update, base_config(update, self._config or {}))
 
     def _instruct(self, messages: Iterable[Message], round: int) -> list[Message]:
-        base = [(update, self._base_config(update)) for update in self.base_updates]
-        trained = "".join(self.method.trains(round - 1))
-        messages = add_instructions(messages, self.configrecord_key, trained, self._personal, base)
+        """Complete a round's messages, and expect their replies."""
+        key, config = self.configrecord_key, self._config
+        messages = add_instructions(messages, key, self.method, round - 1, self.base_updates, config)
         self._pending = PendingReplies(messages, self._names)
         return messages
+
+    def _open(self, arrays: ArrayRecord, name: str) -> Update:
+        return open_update(from_arrays(arrays, name, self.device), name)

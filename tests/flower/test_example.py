@@ -91,6 +91,7 @@ def check_against_simulator(folder: Path, config: SimulationConfig, tasks, tmp_p
     lost = distance(outcome(single.folder, config.method), truth)
     assert lost < 1e-4, "this schedule amplifies rounding: nothing could be said of the app"
     assert distance(outcome(folder, config.method), truth) <= 3 * lost
+    assert len(single.metrics) == config.rounds
     for row, simulated in zip(rows(folder), single.metrics, strict=True):
         measures = row.keys() & simulated.keys() - {"round", "method", "clients", "dropped"}
         assert measures >= {"loss", "train_loss", "rotation_angle"}
@@ -226,7 +227,9 @@ def test_a_resumed_run_has_the_base_weights_of_an_uninterrupted_one(tmp_path):
 
 
 def test_clients_evaluate_where_that_is_asked_for(tmp_path):
-    for row in rows(run_locally(tmp_path / "run", 3, fraction_evaluate=1.0, **QUICK)):
+    measured = rows(run_locally(tmp_path / "run", 3, fraction_evaluate=1.0, **QUICK))
+    assert len(measured) == QUICK["rounds"]
+    for row in measured:
         assert row["clients_accuracy"] == pytest.approx(row["accuracy"])  # their shares are the whole test data
         assert row["clients_loss"] == pytest.approx(row["loss"])
 

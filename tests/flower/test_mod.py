@@ -1,5 +1,6 @@
 """The client mod: aligned replies, averaged by Flower's own FedAvg, are the strategy's result."""
 
+import inspect
 import logging
 
 import pytest
@@ -19,7 +20,7 @@ KIND = KINDS["modules to save"]
 OPTIONS = [
     {},
     {"align_on": "A", "strength": 1.0},
-    {"align_on": "B", "strength": 1.0, "group": "O"},
+    {"align_on": "B", "strength": 1.0, "reflections": True},
     {"align_on": "joint", "strength": 0.3},
 ]
 
@@ -37,6 +38,7 @@ def test_plain_fedavg_of_aligned_replies_is_the_strategy(kind, options):
     start = to_arrays(start_of(kind))
     on_client = from_arrays(FedAvg(fraction_evaluate=0.0).start(federation(kind, [mod]), start, num_rounds=2).arrays)
     on_server = from_arrays(FedRot(fraction_evaluate=0.0, **options).start(federation(kind), start, num_rounds=2).arrays)
+    assert on_client.keys() == on_server.keys() == start.keys()
     unaligned = from_arrays(FedAvg(fraction_evaluate=0.0).start(federation(kind), start, num_rounds=2).arrays)
     for key, x in on_client.items():
         # The client's rounding of the aligned factor, and FedAvg's of shares and sums, in both rounds.
@@ -53,6 +55,7 @@ def test_bfloat16_is_aligned_too():
     FedRot(fraction_evaluate=0.0).start(plain, to_arrays(start), num_rounds=1)
     updates = [from_arrays(m.content["arrays"]) for m in sorted(plain.received, key=lambda m: -m.metadata.src_node_id)]
     on_server = aggregate(updates, [1, 2, 3], start).state_dict
+    assert on_client.keys() == on_server.keys() == start.keys()
     for key, x in on_client.items():
         assert x.dtype == torch.bfloat16
         assert float((x - on_server[key]).abs().max()) <= 2 * torch.finfo(x.dtype).eps * float(x.abs().max())
@@ -73,6 +76,7 @@ def test_the_reply_is_fedrots_align_of_it():
     plain = asked(federation(KIND))
     expected = align(from_arrays(plain.content["arrays"]), start_of(KIND), round=0, strength=1.0)
     found = from_arrays(reply.content["arrays"])
+    assert found.keys() == expected.keys()
     assert all(torch.equal(x, expected[key]) for key, x in found.items())
     assert reply.content["metrics"].keys() == plain.content["metrics"].keys()
 
@@ -109,9 +113,9 @@ def test_other_errors_and_other_messages_pass():
     grid = federation(KIND, [align_mod])
     strategy = FedAvg(min_evaluate_nodes=3)
     messages = strategy.configure_evaluate(1, to_arrays(start_of(KIND)), ConfigRecord(), grid)
-    assert all(
-        m.metadata.message_type == MessageType.EVALUATE and not m.has_error() for m in grid.send_and_receive(messages)
-    )
+    replies = grid.send_and_receive(messages)
+    assert len(replies) == 3
+    assert all(m.metadata.message_type == MessageType.EVALUATE and not m.has_error() for m in replies)
 
 
 def test_options_are_checked():
@@ -119,6 +123,13 @@ def test_options_are_checked():
         AlignMod(strength=2.0)
     with pytest.raises(ValueError, match="align_on"):
         AlignMod(align_on="consensus")
-    for option in ({"align_on": "error"}, {"strength": "auto"}):
-        with pytest.raises(ValueError, match="all clients"):
+    with pytest.raises(TypeError, match="seed plays no part on a client"):
+        AlignMod(seed=1)
+    assert list(inspect.signature(AlignMod).parameters) == ["keys", "align_on", "strength", "reflections"]
+    for option, instead in (
+        ({"align_on": "error"}, "fedrot-least-error"),
+        ({"strength": "auto"}, "fedrot-adaptive"),
+        ({"group": "O"}, "reflections=True"),
+    ):
+        with pytest.raises(ValueError, match=instead):
             AlignMod(**option)

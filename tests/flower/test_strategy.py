@@ -1,6 +1,9 @@
 """The strategy against the aggregator that it stands for, over real messages and ClientApps."""
 
+import inspect
+import json
 import logging
+import re
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from fedrot import METHODS, FedRotAggregator, ServerOptimizer, UpdateError, fold
 from fedrot.adapters.keys import factor_of
 from fedrot.flower import FedRot, from_arrays, to_arrays
-from fedrot.server.aggregator import towards
+from fedrot.options import OPTION_NAMES, AggregationOptions
+from fedrot.server.checkpoint import save_checkpoint
 
 from ..peft_models import KINDS
 from .local_grid import LocalGrid, client_app, fresh_model, train
@@ -30,9 +34,7 @@ def start_of(kind):
 
 def in_process(kind, rounds=ROUNDS, **options):
     """Every round's start and result of the aggregator alone, with the same training, and the folded model."""
-    optimizer = options.pop("server_optimizer", None)
-    start = towards(options.pop("reference", "global"), start_of(kind))
-    aggregator = FedRotAggregator(**start, server_optimizer=optimizer, **options)
+    aggregator = FedRotAggregator(start_of(kind), **options)
     model, state, own = fresh_model(kind), start_of(kind), {}
     results = []
     for round in range(rounds):
@@ -53,6 +55,11 @@ def in_process(kind, rounds=ROUNDS, **options):
     return results, model
 
 
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(x.dtype == expected[key].dtype and torch.equal(x, expected[key]) for key, x in found.items())
+
+
 def on_flower(kind, rounds=ROUNDS, strategy=None, arrival=0, **options):
     strategy = strategy or FedRot(fraction_evaluate=0.0, **options)
     grid = LocalGrid({c: client_app(kind) for c in range(CLIENTS)}, arrival)
@@ -64,9 +71,8 @@ def configs(kind):
 
 
 def options_of(method, kind):
-    if method == "auto":
-        return {"strength": "auto"}
-    return {"method": method, "configs": configs(kind)} if METHODS[method].unequal_ranks else {"method": method}
+    stacks = METHODS[method].unequal_ranks == "stack"
+    return {"method": method, "configs": configs(kind)} if stacks else {"method": method}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -74,13 +80,12 @@ def test_every_method_is_the_aggregators_to_the_bit(method):
     options = options_of(method, KIND)
     expected, folded = in_process(KIND, **options)
     result, strategy = on_flower(KIND, **options)
-    state = from_arrays(result.arrays)
-    assert state.keys() == expected[-1].state_dict.keys()
-    assert all(torch.equal(x, expected[-1].state_dict[key]) for key, x in state.items())
+    assert_equal(from_arrays(result.arrays), expected[-1].state_dict)
     model = fresh_model(KIND)
     strategy.fold_into(model)
     bases = [{n: p for n, p in m.named_parameters() if ".base_layer." in n} for m in (model, folded)]
-    assert bases[0] and all(torch.equal(p, bases[1][name]) for name, p in bases[0].items())
+    assert bases[0]
+    assert_equal(*bases)
     assert len(strategy.base_updates) == (ROUNDS if METHODS[method].updates_base else 0)
     for round, reported in enumerate(expected, 1):
         metrics = result.train_metrics_clientapp[round]
@@ -91,7 +96,8 @@ def test_every_method_is_the_aggregators_to_the_bit(method):
         if method != "fedsa-lora":  # whose B the server never sees
             assert metrics["aggregation-error"] == reported.report.error
             assert metrics["relative-error"] == reported.report.relative_error
-    assert (result.train_metrics_clientapp[2]["rotation-angle"] > 1) == (method in ("fedrot", "random-rotation"))
+    rotates = "reflections" in METHODS[method].uses
+    assert (result.train_metrics_clientapp[2]["rotation-angle"] > 1) == rotates
 
 
 def test_a_personal_factor_is_not_sent():
@@ -104,11 +110,11 @@ def test_a_personal_factor_is_not_sent():
 @pytest.mark.parametrize(
     "options",
     [
-        {"strength": 1.0, "align_on": "joint", "group": "O"},
+        {"strength": 1.0, "align_on": "joint", "reflections": True},
         {"align_on": "A"},
-        {"reference": "consensus"},
-        {"strength": "auto"},
-        {"align_on": "error", "group": "GL"},
+        {"method": "fedrot-consensus", "align_on": "B", "strength": 0.5},
+        {"method": "fedrot-adaptive", "align_on": "joint"},
+        {"method": "fedrot-least-error", "reflections": True},
         {"report_error": False},
         {"server_optimizer": ("adam", 0.1)},
         {"server_optimizer": ("momentum", 0.5)},
@@ -122,7 +128,7 @@ def test_options_are_the_aggregators(options):
 
     expected, _ = in_process(KIND, **fresh())
     result, strategy = on_flower(KIND, **fresh())
-    assert all(torch.equal(x, expected[-1].state_dict[key]) for key, x in from_arrays(result.arrays).items())
+    assert_equal(from_arrays(result.arrays), expected[-1].state_dict)
     assert strategy.result.report == expected[-1].report
 
 
@@ -131,19 +137,23 @@ def test_kinds_and_dtypes_travel(kind):
     expected, _ = in_process(KINDS[kind], rounds=2)
     result, _ = on_flower(KINDS[kind], rounds=2)
     state = from_arrays(result.arrays)
-    assert all(x.dtype == KINDS[kind].dtype and torch.equal(x, expected[-1].state_dict[key]) for key, x in state.items())
+    assert_equal(state, expected[-1].state_dict)
+    assert {x.dtype for x in state.values()} == {KINDS[kind].dtype}
 
 
 def test_the_order_of_arrival_does_not_matter():
     states = [from_arrays(on_flower(KIND, arrival=n)[0].arrays) for n in range(4)]
-    assert all(torch.equal(x, other[key]) for other in states[1:] for key, x in states[0].items())
+    for other in states[1:]:
+        assert_equal(other, states[0])
 
 
-@pytest.mark.parametrize("method", ["fedrot", "auto", "flora", "rolora"])
+@pytest.mark.parametrize("method", ["fedrot", "fedrot-adaptive", "flora", "rolora"])
 @pytest.mark.parametrize("optimizer", [None, "adam"])
 def test_a_restart_at_round_n_ends_with_the_same_bits(method, optimizer, tmp_path):
-    folds = method == "flora"
+    folds = METHODS[method].updates_base
     if optimizer and folds:
+        with pytest.raises(ValueError, match="server optimizer"):
+            FedRot(server_optimizer=ServerOptimizer(optimizer, 0.1), **options_of(method, KIND))
         return
 
     def strategy(**options):
@@ -163,10 +173,10 @@ def test_a_restart_at_round_n_ends_with_the_same_bits(method, optimizer, tmp_pat
     )
     assert seen == [3, 4]
     assert list(result.train_metrics_clientapp) == list(result.evaluate_metrics_serverapp) == [3, 4]
-    assert all(torch.equal(x, from_arrays(whole.arrays)[key]) for key, x in from_arrays(result.arrays).items())
+    assert_equal(from_arrays(result.arrays), from_arrays(whole.arrays))
     assert len(resumed.base_updates) == (4 if folds else 0)
     done, _ = on_flower(KIND, rounds=4, strategy=strategy(checkpoint=tmp_path / "run", resume=True))
-    assert all(torch.equal(x, from_arrays(whole.arrays)[key]) for key, x in from_arrays(done.arrays).items())
+    assert_equal(from_arrays(done.arrays), from_arrays(whole.arrays))
 
 
 def test_evaluation_averages_what_clients_measure_and_sees_base_and_own_factors():
@@ -191,13 +201,13 @@ def test_the_reference_is_what_was_sent_not_the_last_result():
     arrays, _ = strategy.aggregate_train(2, replies)
     updates = [from_arrays(r.content["arrays"]) for r in sorted(replies, key=lambda r: -r.metadata.src_node_id)]
     expected = FedRotAggregator(other, round=1, strength=1.0, align_on="A").aggregate(updates, WEIGHTS)
-    assert all(torch.equal(x, expected.state_dict[key]) for key, x in from_arrays(arrays).items())
+    assert_equal(from_arrays(arrays), expected.state_dict)
 
 
 def test_a_strategy_runs_again_as_for_the_first_time():
     strategy = FedRot(fraction_evaluate=0.0, server_optimizer=ServerOptimizer("adam", 0.1))
     first, second = (from_arrays(on_flower(KIND, strategy=strategy)[0].arrays) for _ in range(2))
-    assert all(torch.equal(x, second[key]) for key, x in first.items())
+    assert_equal(second, first)
 
 
 @pytest.mark.parametrize(
@@ -205,16 +215,39 @@ def test_a_strategy_runs_again_as_for_the_first_time():
     [
         ({"method": "rolora"}, "method fedrot"),
         ({"strength": 1.0}, "strength 0.5"),
+        ({"reflections": True}, "reflections False"),
+        ({"seed": 1}, "seed 0"),
         ({"server_optimizer": None}, "server_optimizer"),
         ({"server_optimizer": ServerOptimizer("adam", 0.2)}, "0.1"),
     ],
-    ids=["method", "strength", "no optimizer", "its learning rate"],
+    ids=["method", "strength", "reflections", "seed", "no optimizer", "its learning rate"],
 )
 def test_another_run_is_not_resumed(other, said, tmp_path):
     options = {"fraction_evaluate": 0.0, "checkpoint": tmp_path, "server_optimizer": ServerOptimizer("adam", 0.1)}
     on_flower(KIND, strategy=FedRot(**options))
     with pytest.raises(ValueError, match=said):
         on_flower(KIND, rounds=5, strategy=FedRot(**options | other, resume=True))
+
+
+def test_options_that_change_no_result_may_differ_when_resuming(tmp_path):
+    on_flower(KIND, rounds=1, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path))
+    others = {"backend": "torch", "report_error": False, "on_invalid": "raise"}
+    result, _ = on_flower(KIND, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path, resume=True, **others))
+    assert_equal(from_arrays(result.arrays), from_arrays(on_flower(KIND)[0].arrays))
+
+
+def test_a_checkpoint_of_fedrot_0_1_is_refused(tmp_path):
+    options = {"method": "fedrot", "reference": "global", "align_on": "alternate", "group": "SO", "seed": 0, "strength": 0.5}
+    tensors = {f"adapter/{key}": x for key, x in start_of(KIND).items()}
+    save_checkpoint(tmp_path, tensors, 2, options=json.dumps(options | {"server_optimizer": None}))
+    with pytest.raises(ValueError, match=r"checkpoint of fedrot 0\.1.* finish that run with fedrot 0\.1, or start another"):
+        on_flower(KIND, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path, resume=True))
+
+
+def test_a_checkpoint_of_a_simulation_is_refused(tmp_path):
+    save_checkpoint(tmp_path, {f"state/{key}": x for key, x in start_of(KIND).items()}, 2)
+    with pytest.raises(ValueError, match="method None"):
+        on_flower(KIND, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path, resume=True))
 
 
 def test_resuming_without_a_checkpoint_says_that_it_starts_anew(tmp_path, caplog):
@@ -251,6 +284,30 @@ def test_no_training_is_asked_for(caplog):
     with caplog.at_level(logging.INFO, "flwr"):
         result, strategy = on_flower(KIND, strategy=FedRot(fraction_train=0.0, fraction_evaluate=0.0))
     assert strategy.result is None and result.train_metrics_clientapp == {}
+    assert_equal(from_arrays(result.arrays), start_of(KIND))
+
+
+def test_the_signature_lists_every_option():
+    parameters = inspect.signature(FedRot).parameters
+    assert {name: parameters[name].default for name in OPTION_NAMES} == FedRot().options.as_dict()
+    assert FedRot().options == AggregationOptions(on_invalid="drop")
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ({"group": "O"}, "reflections=True"),
+        ({"group": "GL"}, "flexlora"),
+        ({"reference": "consensus"}, 'method="fedrot-consensus"'),
+        ({"reference": "global"}, "nothing"),
+        ({"strength": "auto"}, 'method="fedrot-adaptive"'),
+        ({"align_on": "error"}, 'method="fedrot-least-error"'),
+    ],
+    ids=str,
+)
+def test_options_of_fedrot_0_1_are_refused_by_their_new_names(option, instead):
+    with pytest.raises(ValueError, match=f"fedrot 0.1; write .*{re.escape(instead)}"):
+        FedRot(**option)
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path):
