@@ -1,10 +1,10 @@
 """Aligning and averaging the factors of LoRA adapters: tensors in, tensors out."""
 
-from .batched import NOISE, rotate_add_, soften, special_orthogonal
+from .dispatch import Aligned, Backend, align_average, average
+from .groupwise.together import Target, Together, align_together
 from .ops import cross_covariance, polar, procrustes, rotate_average
 from .precision import full_precision
-from .together import Target, Together, align_together
-from .whole_model import Aligned, Backend, align_average, average
+from .torch_backend.procrustes import NOISE, rotate_add_, soften, special_orthogonal
 
 __all__ = [
     "NOISE",

@@ -6,8 +6,8 @@ None is differentiated through. float64, and ranks over 128, are computed by PyT
 import torch
 from torch import Tensor
 
-from . import batched
-from .whole_model import runs_on_triton
+from .dispatch import runs_on_triton
+from .torch_backend import procrustes as batched
 
 
 @torch.library.custom_op("fedrot::cross_covariance", mutates_args=())

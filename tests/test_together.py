@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import fedrot_kernels as fk
-from fedrot_kernels import consensus as consensus_module
-from fedrot_kernels import least_error, reference
-from fedrot_kernels.gram import Grams
-from fedrot_kernels.together import STRENGTHS
+from fedrot_kernels import reference
+from fedrot_kernels.groupwise import consensus as consensus_module
+from fedrot_kernels.groupwise import least_error
+from fedrot_kernels.groupwise.gram import Grams
+from fedrot_kernels.groupwise.together import STRENGTHS
 
 from .spectra import orthogonal
 

@@ -4,8 +4,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..batched import SHIFT
 from ..schedule import PERTURB_AT, SCHEDULE
+from ..torch_backend.procrustes import SHIFT
 from . import polar, polar_blocked
 from .launch import LaunchOptions, current_backend, interpreted
 from .tables import schedule_table

@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..dispatch import Clients
 from ..schedule import CLASSIC, SCHEDULE
-from ..whole_model import Clients
 from . import plain_average, rotate_average
 from .cross_covariance import slice_length
 from .launch import ALIGNMENT

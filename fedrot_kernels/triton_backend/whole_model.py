@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..batched import NOISE
-from ..whole_model import Aligned, Clients
+from ..dispatch import Aligned, Clients
+from ..torch_backend.procrustes import NOISE
 from . import cross_covariance, plain_average, rotate_average
 from .launch import current_backend, interpreted, padded_rank, rank_multiple
 from .rotations import rotations

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedrot_kernels import reference
-from fedrot_kernels.batched import NOISE
+from fedrot_kernels.torch_backend.procrustes import NOISE
 from fedrot_kernels.triton_backend.launch import padded_rank
 from fedrot_kernels.triton_backend.rotations import rotations
 from fedrot_kernels.triton_backend.tables import one_adapter

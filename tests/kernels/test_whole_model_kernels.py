@@ -5,7 +5,7 @@ import torch
 
 import fedrot_kernels as fk
 from fedrot_kernels import reference
-from fedrot_kernels.batched import NOISE
+from fedrot_kernels.torch_backend.procrustes import NOISE
 
 from ..spectra import procrustes_gap
 from ..test_whole_model import by_definition, model, refs

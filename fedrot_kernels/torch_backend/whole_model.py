@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .batched import NOISE, procrustes
-from .factors import Columns, Factors, Rows, parts
+from .procrustes import NOISE, procrustes
+from .stacking import Columns, Factors, Rows, parts
 
 _LARGEST_WEIGHT = 2.0**40  # of a client relative to the first
 

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import torch_backend
 from .checks import Clients, check_adapters, check_clients, normalised, numbers
 from .precision import full_precision
+from .torch_backend import whole_model as torch_backend
 
 Backend = Literal["auto", "torch", "triton"]
 

@@ -7,8 +7,8 @@ E = Σ wₖBₖAₖ − B̄Ā with Ā = Σ wᵢHᵢAᵢ, B̄ = Σ wᵢBᵢGᵢ a
 import torch
 from torch import Tensor
 
+from ..ops import polar
 from .gram import Grams, Means, select
-from .ops import polar
 
 ROTATION_STEPS, MATRIX_STEPS = 20, 40
 # ‖G‖_F‖G⁻¹‖_F / r, ‖G‖_F/√r and ‖G⁻¹‖_F/√r up to which an invertible matrix may go: its condition number is at most r times

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .schedule import CLASSIC, LONG, PERTURBATION, SHORT
+from ..schedule import CLASSIC, LONG, PERTURBATION, SHORT
 
 # ‖XᵀX − I‖_F at which one more classic step is the last: it leaves |σ − 1| at most 2.5 (tol / 2)³.
 _CONVERGED = {torch.float32: 3e-3, torch.float64: 1e-5}

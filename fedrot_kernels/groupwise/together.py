@@ -7,15 +7,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .batched import NOISE, procrustes, soften
-from .checks import check_adapters, normalised
+from ..checks import check_adapters, normalised
+from ..dispatch import Clients
+from ..precision import full_precision
+from ..torch_backend.procrustes import NOISE, procrustes, soften
+from ..torch_backend.whole_model import transform_average
 from .consensus import STEPS as CONSENSUS_STEPS
 from .consensus import consensus
 from .gram import Grams, select
 from .least_error import MATRIX_STEPS, ROTATION_STEPS, least_error_matrices, least_error_rotations
-from .precision import full_precision
-from .torch_backend import transform_average
-from .whole_model import Clients
 
 Target = Literal["reference", "consensus", "error"]
 Group = Literal["SO", "O", "GL"]

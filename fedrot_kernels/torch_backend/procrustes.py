@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
 from .newton_schulz import newton_schulz, short_way
-from .precision import full_precision
 
 # Added to M/‖M‖_F as a multiple of I, so that directions in which M says nothing do not rotate. A third of eps: below
 # the singular values of a matrix of condition number 1e7 even in float32, where 1e-5 costs a Procrustes gap of up to

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..ops import procrustes
 from .gram import Grams
-from .ops import procrustes
 
 STEPS = 10
 

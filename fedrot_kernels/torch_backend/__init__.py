@@ -1,0 +1,1 @@
+"""The kernels in plain PyTorch: for the CPU, for float64, and for ranks that the Triton kernels do not take."""
