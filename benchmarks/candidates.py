@@ -13,8 +13,8 @@ from .workloads import Inputs
 
 try:
     import fedrot
-except ModuleNotFoundError as missing:
-    # A machine with PyTorch and nothing else still runs the kernels; ``candidates`` says what it leaves out.
+except ImportError as missing:
+    # A machine with PyTorch and nothing else still runs the kernels; ``candidates`` prints what it leaves out.
     WITHOUT_FEDROT: str | None = f"fedrot from state dicts: skipped, {missing}"
 else:
     WITHOUT_FEDROT = None
@@ -92,10 +92,9 @@ def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
         "align_average, separate": align_average(separate),
         "align_average, slabs": align_average(slabs),
         "align_average, stacked": align_average(stacked),
-        "strength auto, separate": align_together(target="reference", on="A", strength=None),
+        "adaptive strength, separate": align_together(target="reference", on="A", strength=None),
         "consensus, separate": align_together(target="consensus"),
         "least error, separate": align_together(target="error"),
-        "least error GL, separate": align_together(target="error", group="GL"),
         "average, separate": average(separate),
         "average, slabs": average(slabs),
         "average, stacked": average(stacked),

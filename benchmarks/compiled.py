@@ -24,7 +24,7 @@ KERNELS = {
     "rotate_average": rotate_average.rotate_average_kernel,
     "plain_average": plain_average.plain_average_kernel,
 }
-_FLOATS = ("noise", "shift", "strength")
+_FLOATS = ("floor", "shift", "strength")
 _INT64 = ("p_table", "p_offsets")
 _INT32 = ("p_items", "p_adapters", "p_finite")
 # Per thread and instruction; what is not named here is at most 2 bytes wide.

@@ -37,7 +37,7 @@ def polar(r: int, matrices: int) -> dict[str, Any]:
     in_svd = matrices if r <= SVD_AT_A_TIME else SVD_MATRICES
     calls = {
         "polar": lambda: fk.polar(M),
-        "procrustes": lambda: fk.procrustes(M, strength=0.5),
+        "procrustes": lambda: fk.procrustes(M, strength=0.5, reflections=True),
         "svd": lambda: torch.linalg.svd(M[:in_svd]),
     }
     timings = side_by_side(calls, DEVICE, BUDGET, f"polar r={r} × {matrices}")

@@ -63,7 +63,7 @@ def test_rotation(benchmark, operation, r, matrices):
     M = near_identity(r, matrices)
     calls = {
         "polar": lambda: fk.polar(M),
-        "procrustes": lambda: fk.procrustes(M, strength=0.5),
+        "procrustes": lambda: fk.procrustes(M, strength=0.5, reflections=True),
         "svd": lambda: torch.linalg.svd(M),
     }
     timed(benchmark, f"rotations of {matrices} matrices, r = {r}", calls[operation])

@@ -1,26 +1,38 @@
 """Aligning and averaging the factors of LoRA adapters: tensors in, tensors out."""
 
-from .dispatch import Aligned, Backend, align_average, average
-from .groupwise.together import Target, Together, align_together
-from .ops import cross_covariance, polar, procrustes, rotate_average
-from .precision import full_precision
-from .torch_backend.procrustes import NOISE, rotate_add_, soften, special_orthogonal
+from .dispatch import align_average, average
+from .groupwise.together import align_together
+from .measures import aggregation_error, error_bound, product_norm, rotation_angle
+from .ops import cross_covariance, partial_isometries, polar, procrustes, rotate_average
+from .precision import full_precision, widen, working_dtype
+from .tolerances import ROUNDING_FLOOR
+from .torch_backend.procrustes import soften, special_orthogonal
+from .torch_backend.products import rotate_add_
+from .types import Aligned, Backend, Clients, Target, Together
 
 __all__ = [
-    "NOISE",
+    "ROUNDING_FLOOR",
     "Aligned",
     "Backend",
+    "Clients",
     "Target",
     "Together",
+    "aggregation_error",
     "align_average",
     "align_together",
     "average",
     "cross_covariance",
+    "error_bound",
     "full_precision",
+    "partial_isometries",
     "polar",
     "procrustes",
+    "product_norm",
     "rotate_add_",
     "rotate_average",
+    "rotation_angle",
     "soften",
     "special_orthogonal",
+    "widen",
+    "working_dtype",
 ]

@@ -1,4 +1,4 @@
-"""What is asked of the clients' factors and weights before anything is computed."""
+"""Checks of factors, weights and options before anything is computed, and of results after."""
 
 import math
 from collections.abc import Sequence
@@ -7,25 +7,35 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-Clients = Tensor | Sequence[Tensor]  # one tensor of every client: (N, …), or N × (…)
+from .types import Clients
 
 
-def numbers(weights: Sequence[float] | Tensor, n: int) -> list[float]:
-    """The weights as n numbers that can be averaged with."""
-    values = weights.tolist() if isinstance(weights, Tensor) else [float(w) for w in weights]
+def read_weights(weights: Sequence[float] | Tensor, n: int) -> list[float]:
+    """The weights as numbers.
+
+    Raises:
+        ValueError: not n finite numbers, non-negative and not all zero.
+    """
+    values: list[float] = weights.tolist() if isinstance(weights, Tensor) else [float(w) for w in weights]
     if len(values) != n or not all(math.isfinite(w) and w >= 0 for w in values) or not any(values):
         raise ValueError(f"weights must be {n} finite numbers, non-negative and not all zero, got {values}")
     return values
 
 
-def normalised(weights: Sequence[float] | Tensor, n: int, device: torch.device) -> Tensor:
-    """(n,) float64 on the device, summing to 1."""
+def normalize_weights(weights: Sequence[float] | Tensor, n: int, device: torch.device) -> Tensor:
+    """The weights as (n,) float64 on the device, summing to 1.
+
+    Weights on a GPU are not read, because that would wait for the device; only their number is checked.
+
+    Raises:
+        ValueError: weights that cannot be averaged with.
+    """
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
         if weights.shape != (n,):
             raise ValueError(f"expected one weight per client, ({n},), got {tuple(weights.shape)}")
         values = weights.to(device, torch.float64)
     else:
-        values = torch.tensor(numbers(weights, n), dtype=torch.float64)
+        values = torch.tensor(read_weights(weights, n), dtype=torch.float64)
     values = values / values.amax()  # so that the sum cannot overflow
     values = values / values.sum()
     if values.device.type == "cpu" and device.type == "cuda":
@@ -33,10 +43,37 @@ def normalised(weights: Sequence[float] | Tensor, n: int, device: torch.device) 
     return values.to(device)
 
 
+def check_strength(strength: float) -> None:
+    """Raise ValueError unless λ is in [0, 1]."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be between 0 and 1, got {strength}")
+
+
+def check_square(**matrices: Tensor) -> None:
+    """Raise ValueError unless the matrices are (..., r, r)."""
+    for name, x in matrices.items():
+        if x.dim() < 2 or x.shape[-1] != x.shape[-2]:
+            raise ValueError(f"{name} must have shape (..., r, r), got {tuple(x.shape)}")
+
+
+def check_frames(F: Tensor, F_ref: Tensor) -> None:
+    """Raise ValueError unless both are frames (..., r, d) of one r and d."""
+    if F.dim() < 2 or F_ref.dim() < 2 or F.shape[-2:] != F_ref.shape[-2:]:
+        raise ValueError(f"F and F_ref must both end in (r, d), got {tuple(F.shape)} and {tuple(F_ref.shape)}")
+
+
 def check_adapters(
     A: Sequence[Clients], B: Sequence[Clients], A_ref: Sequence[Tensor] | None, B_ref: Sequence[Tensor] | None
 ) -> int:
-    """N, once everything fits; ValueError or TypeError else."""
+    """Check that adapters, clients and references fit each other.
+
+    Returns:
+        N, the number of clients.
+
+    Raises:
+        ValueError: numbers, shapes, dtypes or devices that do not fit, by the adapter's index.
+        TypeError: tensors that are not floating-point.
+    """
     lengths = [len(x) for x in (A, B, A_ref, B_ref) if x is not None]
     if len(lengths) < 3:
         raise ValueError("pass A_ref, B_ref or both: what to align to")
@@ -57,14 +94,14 @@ def check_adapters(
     return n
 
 
-def check_clients(of_clients: Clients, n: int, name: str, device: torch.device) -> None:
-    """Raise unless this is n clients' tensors of one shape, dtype and device."""
-    if len(of_clients) != n:
-        raise ValueError(f"{name}: {len(of_clients)} clients, but {n} in the first")
-    first = of_clients[0]
+def check_clients(clients: Clients, n: int, name: str, device: torch.device) -> None:
+    """Raise ValueError or TypeError unless there are n clients' tensors of one floating-point dtype, shape and device."""
+    if len(clients) != n:
+        raise ValueError(f"{name}: {len(clients)} clients, but {n} in the first")
+    first = clients[0]
     if not first.is_floating_point():
         raise TypeError(f"{name}: expected floating-point tensors, got {first.dtype}")
-    kinds = {_kind(first)} if isinstance(of_clients, Tensor) else {*map(_kind, of_clients)}
+    kinds = {_kind(first)} if isinstance(clients, Tensor) else {*map(_kind, clients)}
     if kinds == {(first.shape, first.dtype, device)}:
         return
     shapes, dtypes, devices = ({kind[i] for kind in kinds} for i in range(3))
@@ -76,3 +113,17 @@ def check_clients(of_clients: Clients, n: int, name: str, device: torch.device) 
 
 
 _kind = attrgetter("shape", "dtype", "device")
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """A bool scalar tensor: whether tensors of one device hold no NaN and no Inf.
+
+    It looks at the smallest and largest entries, which are NaN if any entry is: a tenth of the time of ``isfinite``.
+
+    Args:
+        tensors: at least one; empty tensors count as finite.
+    """
+    extremes = [x for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)]
+    if not extremes:
+        return torch.ones((), dtype=torch.bool, device=tensors[0].device)
+    return torch.stack(extremes).isfinite().all()

@@ -1,40 +1,19 @@
-"""Aligning and averaging every adapter of a model at once: what is checked, and which backend does it."""
+"""The choice between PyTorch and the Triton kernels, and the functions on whole models that it serves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import Clients, check_adapters, check_clients, normalised, numbers
+from . import torch_backend
+from .checks import check_adapters, check_clients, check_strength
 from .precision import full_precision
-from .torch_backend import whole_model as torch_backend
-
-Backend = Literal["auto", "torch", "triton"]
+from .tolerances import LARGEST_TRITON_RANK
+from .types import Aligned, Backend, Clients
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_TRITON_RANK = 128
-
-
-@dataclass(frozen=True)
-class Aligned:
-    """Rotated averages of L adapters from N clients.
-
-    Attributes:
-        A: per adapter Ā = Σ wᵢ RᵢᵀAᵢ (r, d_in), the inputs' dtype, each with storage of its own (Triton: parts of one).
-        B: per adapter B̄ = Σ wᵢ BᵢRᵢ (d_out, r), likewise.
-        R: per adapter the rotations (N, r, r), float32 (float64 for float64 inputs).
-        residual: (L, N), ‖RᵀR − I‖_max of every rotation; NaN where the cross-covariance was not finite.
-        finite: a bool scalar tensor, on the inputs' device: every entry of every mean is finite.
-    """
-
-    A: list[Tensor]
-    B: list[Tensor]
-    R: list[Tensor]
-    residual: Tensor
-    finite: Tensor
 
 
 @full_precision
@@ -46,40 +25,33 @@ def align_average(
     A_ref: Sequence[Tensor] | None = None,
     B_ref: Sequence[Tensor] | None = None,
     strength: float = 1.0,
-    special: bool = True,
+    reflections: bool = False,
     backend: Backend = "auto",
 ) -> Aligned:
     """Rotate every client's factors towards the reference's and average them, all adapters of a model at once.
 
     Ā = Σ wᵢ RᵢᵀAᵢ and B̄ = Σ wᵢ BᵢRᵢ with Rᵢ = soften(polar(Mᵢ), strength), where Mᵢ is AᵢA_refᵀ if only A_ref is given,
-    BᵢᵀB_ref if only B_ref is, and AᵢA_refᵀ/‖A_ref‖² + BᵢᵀB_ref/‖B_ref‖² with both (a reference of zero counts as zero).
-    Computed in float32 (float64 for float64), rounded once. Deterministic: the same inputs give the same bits.
+    BᵢᵀB_ref if only B_ref is, and AᵢA_refᵀ/‖A_ref‖² + BᵢᵀB_ref/‖B_ref‖² with both (the term of a zero reference is zero).
+    Computed in float32 (float64 for float64) and rounded once. Deterministic: the same inputs give the same bits.
 
     Args:
         A: per adapter (N, r, d_in), or a sequence of N tensors (r, d_in). Shapes and ranks may differ between adapters.
         B: per adapter (N, d_out, r), or a sequence of N tensors (d_out, r), of A's dtype.
         weights: (N,), non-negative and not all zero; only their ratios matter. On a GPU they are not checked.
-        A_ref, B_ref: per adapter (r, d_in) and (d_out, r), any floating dtype; at least one of the two.
+        A_ref: per adapter (r, d_in), any floating dtype; None to align B alone.
+        B_ref: per adapter (d_out, r), any floating dtype; None to align A alone.
         strength: λ in [0, 1], see ``soften``.
-        special: rotations in SO(r), see ``special_orthogonal``; else O(r).
+        reflections: False for rotations, SO(r), see ``special_orthogonal``; True for O(r).
         backend: "triton", "torch", or "auto": Triton for float16, bfloat16 and float32 of rank up to 128 on a GPU.
 
     Raises:
         ValueError: shapes or weights that do not fit, by the adapter's index.
         TypeError: tensors that are not floating-point.
     """
-    n = check_adapters(A, B, A_ref, B_ref)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be between 0 and 1, got {strength}")
-    first = A[0][0]
-    if _use_triton(backend, [of_clients[0] for of_clients in A], max(of_clients[0].shape[0] for of_clients in A)):
-        from .triton_backend import align_average as triton
-
-        return triton(
-            A, B, normalised(weights, n, first.device).float(), A_ref=A_ref, B_ref=B_ref, strength=strength, special=special
-        )
-    shares = normalised(weights, n, first.device)
-    return Aligned(*torch_backend.align_average(A, B, shares, A_ref, B_ref, strength, special))
+    check_adapters(A, B, A_ref, B_ref)
+    check_strength(strength)
+    chosen = _implementation(backend, [clients[0] for clients in A], max(clients[0].shape[0] for clients in A))
+    return chosen.align_average(A, B, weights, A_ref=A_ref, B_ref=B_ref, strength=strength, reflections=reflections)
 
 
 @full_precision
@@ -90,11 +62,13 @@ def average(
 
     Args:
         tensors: each (N, …), or a sequence of N tensors (…).
-        weights, backend: as in ``align_average``.
+        weights: as in ``align_average``.
+        backend: as in ``align_average``.
 
     Returns:
-        The means, in the inputs' dtypes, each with storage of its own (Triton: parts of one per dtype), summed in float32
-        (float64 for float64) and rounded once; and a bool scalar tensor on their device: every entry is finite.
+        The means, in the inputs' dtypes, summed in float32 (float64 for float64) and rounded once; and a bool scalar tensor
+        on their device: every entry of every mean is finite. PyTorch gives each mean storage of its own; the Triton means
+        of one dtype share one storage.
 
     Raises:
         ValueError: shapes or weights that do not fit, by the tensor's index.
@@ -103,28 +77,55 @@ def average(
     n = len(tensors[0]) if len(tensors) else 0
     if not n:
         raise ValueError("nothing to average: pass at least one tensor of at least one client")
-    for i, of_clients in enumerate(tensors):
-        check_clients(of_clients, n, f"tensor {i}", tensors[0][0].device)
-    first = tensors[0][0]
-    if _use_triton(backend, [of_clients[0] for of_clients in tensors], 0):
-        from .triton_backend import average as triton
-
-        return triton(tensors, normalised(weights, n, first.device).float())
-    return torch_backend.average(tensors, numbers(weights, n))
+    for i, clients in enumerate(tensors):
+        check_clients(clients, n, f"tensor {i}", tensors[0][0].device)
+    return _implementation(backend, [clients[0] for clients in tensors], rank=0).average(tensors, weights)
 
 
-def runs_on_triton(x: Tensor, rank: int) -> bool:
-    """Whether "auto" means Triton for a tensor of this rank."""
-    fits = x.device.type == "cuda" and x.dtype in _TRITON_DTYPES and rank <= _TRITON_RANK
-    return fits and find_spec("triton") is not None
+def use_triton(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
+    """Whether the Triton kernels compute.
 
+    Args:
+        backend: the caller's choice.
+        samples: a tensor of every dtype among the inputs, all on one device.
+        rank: the largest rank among the inputs.
 
-def _use_triton(backend: str, samples: Sequence[Tensor], rank: int) -> bool:
-    if backend not in ("auto", "torch", "triton"):
+    Raises:
+        ValueError: a backend that does not exist, or "triton" for inputs that its kernels do not take.
+    """
+    if backend not in get_args(Backend):
         raise ValueError(f"backend must be auto, torch or triton, got {backend!r}")
-    fits = all(x.dtype in _TRITON_DTYPES for x in samples) and rank <= _TRITON_RANK
+    fits = all(x.dtype in _TRITON_DTYPES for x in samples) and rank <= LARGEST_TRITON_RANK
     if backend == "triton" and not fits:
-        raise ValueError(f"the Triton kernels take float16, bfloat16 and float32 of rank up to {_TRITON_RANK}; use torch")
+        raise ValueError(
+            f"the Triton kernels take float16, bfloat16 and float32 of rank up to {LARGEST_TRITON_RANK}; use torch"
+        )
     if backend == "auto":
         return fits and samples[0].device.type == "cuda" and find_spec("triton") is not None
     return backend == "triton"
+
+
+class _Implementation(Protocol):
+    """What each backend offers. Its functions take checked arguments, but for the weights' values."""
+
+    def align_average(
+        self,
+        A: Sequence[Clients],
+        B: Sequence[Clients],
+        weights: Sequence[float] | Tensor,
+        *,
+        A_ref: Sequence[Tensor] | None,
+        B_ref: Sequence[Tensor] | None,
+        strength: float,
+        reflections: bool,
+    ) -> Aligned: ...
+
+    def average(self, tensors: Sequence[Clients], weights: Sequence[float] | Tensor) -> tuple[list[Tensor], Tensor]: ...
+
+
+def _implementation(backend: Backend, samples: Sequence[Tensor], rank: int) -> _Implementation:
+    if not use_triton(backend, samples, rank):
+        return torch_backend
+    from . import triton_backend  # not at the top: Triton is not there on every system
+
+    return triton_backend

@@ -1,63 +1,68 @@
-"""The tensor-level operations, registered with ``torch.library``: Triton on a GPU, PyTorch elsewhere, opaque to compilers.
+"""The tensor-level operations, registered with ``torch.library``: opaque to compilers, not differentiated through.
 
-None is differentiated through. float64, and ranks over 128, are computed by PyTorch on a GPU too.
+Each runs on the Triton kernels where ``dispatch.use_triton`` allows, in PyTorch elsewhere: on a CPU, for float64, and for
+ranks over 128.
 """
 
 import torch
 from torch import Tensor
 
-from .dispatch import runs_on_triton
-from .torch_backend import procrustes as batched
+from .checks import check_frames, check_square, check_strength, read_weights
+from .dispatch import use_triton
+from .precision import full_precision, working_dtype
+from .tolerances import ROUNDING_FLOOR
+from .torch_backend import procrustes as torch_procrustes
+from .torch_backend import products as torch_products
 
 
 @torch.library.custom_op("fedrot::cross_covariance", mutates_args=())
 def _cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
-    if runs_on_triton(F, F.shape[-2]) and F_ref.dtype != torch.float64 and F.shape[-F_ref.dim() :] == F_ref.shape:
+    if use_triton("auto", [F, F_ref], F.shape[-2]) and F.shape[-F_ref.dim() :] == F_ref.shape:
         from .triton_backend.batches import cross_covariance
 
         return cross_covariance(F, F_ref)
-    return batched.cross_covariance(F, F_ref)
+    return torch_products.cross_covariance(F, F_ref)
 
 
 @_cross_covariance.register_fake
 def _(F: Tensor, F_ref: Tensor) -> Tensor:
-    batch, r = torch.broadcast_shapes(F.shape[:-2], F_ref.shape[:-2]), F.shape[-2]
-    return F.new_empty((*batch, r, r), dtype=batched.working_dtype(F, F_ref))
+    batch: torch.Size = torch.broadcast_shapes(F.shape[:-2], F_ref.shape[:-2])  # type: ignore[no-untyped-call]
+    return F.new_empty((*batch, F.shape[-2], F.shape[-2]), dtype=working_dtype(F, F_ref))
 
 
 @torch.library.custom_op("fedrot::procrustes", mutates_args=())
-def _procrustes(M: Tensor, strength: float, special: bool, noise: float) -> tuple[Tensor, Tensor]:
-    if runs_on_triton(M, M.shape[-1]) and M.numel():
+def _procrustes(M: Tensor, strength: float, reflections: bool, floor: float) -> tuple[Tensor, Tensor]:
+    if use_triton("auto", [M], M.shape[-1]) and M.numel():
         from .triton_backend.batches import procrustes
 
-        return procrustes(M, strength, special, noise)
-    return batched.procrustes(M, strength=strength, special=special, noise=noise)
+        return procrustes(M, strength=strength, reflections=reflections, floor=floor)
+    return torch_procrustes.procrustes(M, strength=strength, reflections=reflections, floor=floor)
 
 
 @_procrustes.register_fake
-def _(M: Tensor, strength: float, special: bool, noise: float) -> tuple[Tensor, Tensor]:
-    dtype = batched.working_dtype(M)
+def _(M: Tensor, strength: float, reflections: bool, floor: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    dtype = working_dtype(M)
     return M.new_empty(M.shape, dtype=dtype), M.new_empty(M.shape[:-2], dtype=dtype)
 
 
 @torch.library.custom_op("fedrot::rotate_average", mutates_args=())
 def _rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
     if weights.device.type == "cpu":
-        batched.check_weights(weights)
-    if R is not None and runs_on_triton(F, F.shape[-2]) and R.dtype != torch.float64:
+        read_weights(weights, len(weights))
+    if R is not None and use_triton("auto", [F, R], F.shape[-2]):
         from .triton_backend.batches import rotate_average
 
         return rotate_average(F, R, weights)
-    return batched.rotate_average(F, R, weights)
+    return torch_products.rotate_average(F, R, weights)
 
 
 @_rotate_average.register_fake
-def _(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
-    return F.new_empty(F.shape[1:], dtype=batched.working_dtype(F))
+def _(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:  # noqa: ARG001
+    return F.new_empty(F.shape[1:], dtype=working_dtype(F))
 
 
 def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
-    """M = F F_refᵀ: how a client's frame lies relative to the reference.
+    """Compute M = F F_refᵀ, which measures how a client's frame lies relative to the reference.
 
     Args:
         F: (..., r, d), the clients' frames: A, or B.mT.
@@ -68,38 +73,42 @@ def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: not floating-point.
     """
-    batched.check_frames(F, F_ref)
-    return _cross_covariance(F.detach(), F_ref.detach())
+    check_frames(F, F_ref)
+    M: Tensor = _cross_covariance(F.detach(), F_ref.detach())
+    return M
 
 
-def polar(M: Tensor, *, noise: float = 0.0) -> Tensor:
-    """The orthogonal polar factor R of M = R H, by Newton-Schulz: it maximises tr(RᵀM), so ‖RᵀF − F_ref‖_F is least.
+def polar(M: Tensor, *, floor: float = 0.0) -> Tensor:
+    """The orthogonal polar factor R of M = R H, reflections included, by Newton–Schulz.
+
+    It maximises tr(RᵀM) over O(r), so that ‖RᵀF − F_ref‖_F is least for M = F F_refᵀ.
 
     Args:
         M: (..., r, r), any floating dtype, any scale. Directions in which M is zero do not rotate: polar(0) = I.
-        noise: the size of M's own error relative to ‖M‖_F. Directions in which M is smaller do not rotate either; in a
-            computed product of low rank they would otherwise rotate as its rounding happens to fall.
+        floor: the size of M's own error relative to ‖M‖_F. Directions in which M is smaller do not rotate either. In a
+            computed product of low rank, they would otherwise rotate as its rounding happens to fall.
 
     Returns:
         (..., r, r), float32 (float64 for float64), ‖RᵀR − I‖_max ≤ 1e-6 (1e-12). A matrix holding NaN or Inf gives NaN
-        and leaves its neighbours as they would be without it.
+        and does not change the results of the others.
 
     Raises:
         ValueError: not square.
         TypeError: not floating-point.
     """
-    return procrustes(M, noise=noise)[0]
+    return procrustes(M, reflections=True, floor=floor)[0]
 
 
-def procrustes(M: Tensor, *, strength: float = 1.0, special: bool = False, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The rotation of a cross-covariance, and how far from orthogonal it is.
+def procrustes(M: Tensor, *, strength: float = 1.0, reflections: bool = False, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Compute the rotation of a cross-covariance, and how far from orthogonal it is.
 
     Args:
         M: (..., r, r), any floating dtype.
         strength: λ of ``soften``.
-        special: SO(r), as ``special_orthogonal``; else O(r).
-        noise: as in ``polar``.
+        reflections: False for rotations, SO(r), see ``special_orthogonal``; True for O(r).
+        floor: as in ``polar``.
 
     Returns:
         R (..., r, r) and ‖RᵀR − I‖_max (...), both float32 (float64 for float64); NaN where M is not finite.
@@ -108,14 +117,39 @@ def procrustes(M: Tensor, *, strength: float = 1.0, special: bool = False, noise
         ValueError: not square, or a strength outside [0, 1].
         TypeError: not floating-point.
     """
-    batched.check_square(M=M)
-    batched.check_strength(strength)
-    batched.working_dtype(M)
-    return _procrustes(M.detach(), float(strength), special, float(noise))
+    check_square(M=M)
+    check_strength(strength)
+    working_dtype(M)
+    found: tuple[Tensor, Tensor] = _procrustes(M.detach(), float(strength), reflections, float(floor))
+    return found
+
+
+@full_precision
+def partial_isometries(M: Tensor, rank_mask: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Compute the softened rotations of padded clients, and how far from orthogonal they are.
+
+    The rotation of a padded client is a partial isometry: only its first rᵢ rows are used, and the other rows are set to
+    zero. With J = [I 0] of rᵢ rows it is polar((1−λ) J + λ polar(Mᵢ)). It is the same in SO(r) and O(r), because the unused
+    rows can complete it to either determinant.
+
+    Args:
+        M: (G, r, r), cross-covariances; rows of zero where a client is padded. float32 or float64.
+        rank_mask: (G, r, 1), bool: which rows are the client's own.
+        strength: λ in [0, 1].
+
+    Returns:
+        R (G, r, r), and ‖RᵀR − I‖_max (G,) before the other rows are set to zero.
+    """
+    R, residual = procrustes(M, reflections=True, floor=ROUNDING_FLOOR[M.dtype])
+    if strength < 1:
+        eye = torch.eye(M.shape[-1], dtype=R.dtype, device=R.device)
+        blend = torch.where(rank_mask, (1 - strength) * eye + strength * R, 0)
+        R, residual = procrustes(blend, reflections=True, floor=ROUNDING_FLOOR[R.dtype])
+    return R * rank_mask, residual
 
 
 def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
-    """F̄ = Σ wᵢ RᵢᵀFᵢ, the weights normalised to Σ wᵢ = 1, accumulated in float32 client by client.
+    """Compute F̄ = Σ wᵢ RᵢᵀFᵢ, the weights normalised to Σ wᵢ = 1, accumulated in float32 client by client.
 
     Args:
         F: (N, ..., r, d), any floating dtype.
@@ -127,7 +161,9 @@ def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes or weights that do not fit.
+        TypeError: not floating-point.
     """
     if weights.shape != F.shape[:1]:
         raise ValueError(f"expected one weight per client, got weights {tuple(weights.shape)} and F {tuple(F.shape)}")
-    return _rotate_average(F.detach(), None if R is None else R.detach(), weights.detach())
+    mean: Tensor = _rotate_average(F.detach(), None if R is None else R.detach(), weights.detach())
+    return mean

@@ -1,7 +1,7 @@
-"""The mathematics, written to be read: one adapter, any float dtype, SVD allowed. The oracle of the tests.
+"""The mathematics as plainly as possible: one adapter, any float dtype, by SVD. The oracle of the tests.
 
 Frames follow one convention everywhere: F is (r, d) with a row per rank, so F = A, F = Bᵀ or F = [A | Bᵀ]; a rotation
-R (r, r) acts as Rᵀ F. Run it in float64.
+R (r, r) acts as Rᵀ F. The tests run it in float64.
 """
 
 import torch
@@ -14,10 +14,10 @@ def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
 
 
 def polar(M: Tensor) -> Tensor:
-    """R = argmax tr(RᵀM) over O(r); where M leaves R undetermined, the R nearest the identity."""
+    """R = argmax tr(RᵀM) over O(r); of several maxima the one nearest the identity."""
     U, S, Vh = torch.linalg.svd(M)
     rank = int((S > S[0] * M.shape[-1] * torch.finfo(M.dtype).eps).sum())
-    R = U[:, :rank] @ Vh[:rank]
+    R: Tensor = U[:, :rank] @ Vh[:rank]
     if rank < len(S):  # complete on the null space with U₂ Q V₂ᵀ, Q = argmax tr(U₂ Q V₂ᵀ)
         U2, V2h = U[:, rank:], Vh[rank:]
         P, _, Qh = torch.linalg.svd(U2.T @ V2h.T)
@@ -52,4 +52,5 @@ def aggregation_error(A: list[Tensor], B: list[Tensor], weights: list[float]) ->
     mean_update = torch.stack([w / total * Bi @ Ai for w, Ai, Bi in zip(weights, A, B, strict=True)]).sum(0)
     mean_A = torch.stack([w / total * Ai for w, Ai in zip(weights, A, strict=True)]).sum(0)
     mean_B = torch.stack([w / total * Bi for w, Bi in zip(weights, B, strict=True)]).sum(0)
-    return torch.linalg.norm(mean_update - mean_B @ mean_A)
+    error: Tensor = torch.linalg.norm(mean_update - mean_B @ mean_A)
+    return error

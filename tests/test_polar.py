@@ -5,6 +5,8 @@ import torch
 
 import fedrot_kernels as fk
 from fedrot_kernels import reference
+from fedrot_kernels.tolerances import PERTURBATION
+from fedrot_kernels.torch_backend.newton_schulz import perturbation
 
 from .spectra import RANKS, orthogonal, orthogonality, procrustes_gap, singular_values, with_singular_values
 
@@ -53,12 +55,17 @@ def test_float64_is_exact_to_rounding_at_any_condition_number():
         assert (fk.polar(M) - expected).abs().max() <= 30 * kappa * torch.finfo(torch.float64).eps
 
 
-@pytest.mark.parametrize("r", [2, 5, 16, 64])
+@pytest.mark.parametrize("r", [2, 5, 9, 16, 64, 128])
 def test_nilpotent_matrices(r):
     M = torch.diag(torch.ones(r - 1), 1)
     R = fk.polar(M)
     assert orthogonality(R) <= 1e-6 and procrustes_gap(M, R) <= 2e-6
     assert orthogonality(fk.polar(torch.triu(torch.ones(r, r), 1))) <= 1e-6
+
+
+def test_the_perturbation_of_singular_matrices_is_regular_at_every_rank():
+    smallest = [torch.linalg.svdvals(perturbation(torch.eye(r, dtype=torch.float64)))[-1] for r in range(1, 129)]
+    assert min(smallest) >= 1.3e-3 * PERTURBATION
 
 
 def test_directions_without_information_do_not_rotate():
@@ -114,16 +121,16 @@ def test_special_orthogonal_is_a_rotation_close_to_the_best(r):
     assert ((best - objective) / S.sum(-1).clamp_min(1e-300) <= 1e-3).all()
 
 
-@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("r", [1, 2, 4, 7, 32, 128])
-def test_soften_goes_from_the_identity_to_the_rotation(r, strength, special):
+def test_soften_goes_from_the_identity_to_the_rotation(r, strength, reflections):
     R = orthogonal(50, r, torch.Generator().manual_seed(r)).float()
-    if special:
+    if not reflections:
         R = fk.special_orthogonal(R, R)
     soft = fk.soften(R, strength)
     assert orthogonality(soft) <= 1e-6
-    if special:
+    if not reflections:
         assert (torch.linalg.det(soft.double()) > 0).all()
     blend = (1 - strength) * torch.eye(r, dtype=torch.float64) + strength * R.double()
     assert procrustes_gap(blend, soft) <= 1e-4  # the shift 1e-5, where a blend is all but singular

@@ -38,14 +38,14 @@ def model(shapes, n, dtype=torch.float32, seed=0):
     return A, B, A_ref, B_ref
 
 
-def by_definition(A, B, A_ref, B_ref, weights, on, strength, special, dtype):
+def by_definition(A, B, A_ref, B_ref, weights, on, strength, reflections, dtype):
     """Means of one adapter; float64 is the truth, a lower dtype shows what plain torch loses."""
     A, B, A_ref, B_ref = A.to(dtype), B.to(dtype), A_ref.to(dtype), B_ref.to(dtype)
     R = []
     for a, b in zip(A, B, strict=True):
         M_A, M_B = reference.cross_covariance(a, A_ref), reference.cross_covariance(b.T, B_ref.T)
         M = {"A": M_A, "B": M_B, "joint": M_A / A_ref.square().sum() + M_B / B_ref.square().sum()}[on]
-        R.append(reference.soften(reference.special_orthogonal(M) if special else reference.polar(M), strength))
+        R.append(reference.soften(reference.polar(M) if reflections else reference.special_orthogonal(M), strength))
     mean_B = reference.rotate_average([b.T for b in B], R, weights).T
     return reference.rotate_average(list(A), R, weights), mean_B, torch.stack(R)
 
@@ -60,16 +60,16 @@ def separate(stacked):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 3, 20])
-@pytest.mark.parametrize(("on", "special", "strength"), [("A", True, 0.5), ("B", True, 1.0), ("joint", False, 0.8)])
+@pytest.mark.parametrize(("on", "reflections", "strength"), [("A", False, 0.5), ("B", False, 1.0), ("joint", True, 0.8)])
 @pytest.mark.parametrize("layout", ["stacked", "separate"])
-def test_align_average_is_what_the_definitions_say(layout, on, special, strength, n, dtype):
+def test_align_average_is_what_the_definitions_say(layout, on, reflections, strength, n, dtype):
     A, B, A_ref, B_ref = model(RAGGED, n, dtype)
     weights = [float(i % 4 + 1) for i in range(n)]
     given = (A, B) if layout == "stacked" else (separate(A), separate(B))
-    result = fk.align_average(*given, weights, **refs(A_ref, B_ref, on), strength=strength, special=special)
+    result = fk.align_average(*given, weights, **refs(A_ref, B_ref, on), strength=strength, reflections=reflections)
     assert bool(result.finite) and result.residual.shape == (len(RAGGED), n) and result.residual.max() <= 1e-6
     for i in range(len(RAGGED)):
-        problem = (A[i], B[i], A_ref[i], B_ref[i], weights, on, strength, special)
+        problem = (A[i], B[i], A_ref[i], B_ref[i], weights, on, strength, reflections)
         truth, plain = by_definition(*problem, torch.float64), by_definition(*problem, working(dtype))
         for mean, exact, theirs in zip((result.A[i], result.B[i]), truth[:2], plain[:2], strict=True):
             assert mean.dtype == dtype and mean.shape == exact.shape
@@ -87,6 +87,7 @@ def test_clients_in_any_memory_layout_give_the_same(on):
     transposed = [[x.mT.contiguous().mT for x in of_clients] for of_clients in (*A, *B)]
     strided = [torch.stack([of_clients] * 2, dim=2)[:, :, 0] for of_clients in (*A, *B)]
     last = [of_clients.permute(1, 2, 0).contiguous().permute(2, 0, 1) for of_clients in (*A, *B)]
+    assert len(expected.A) == len(expected.B) == len(RAGGED)
     for given in (transposed, strided, last, [*A, *B]):
         result = fk.align_average(given[: len(A)], given[len(A) :], [1, 2, 3], **refs(A_ref, B_ref, on))
         for x, y in zip(result.A + result.B, expected.A + expected.B, strict=True):
@@ -146,6 +147,7 @@ def test_only_the_ratio_of_weights_matters(scale):
     A, B, A_ref, _ = model(RAGGED, 3)
     expected = fk.align_average(A, B, torch.tensor([1, 1, 0.5]), A_ref=A_ref)
     result = fk.align_average(A, B, [scale, scale, scale / 2], A_ref=A_ref)
+    assert len(result.A) == len(result.B) == len(RAGGED)
     for x, y in zip(result.A + result.B, expected.A + expected.B, strict=True):
         assert (x - y).abs().max() <= 1e-6 * y.abs().max()
 

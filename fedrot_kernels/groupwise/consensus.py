@@ -9,21 +9,25 @@ from .gram import Grams
 STEPS = 10
 
 
-def consensus(grams: Grams, R: Tensor, *, special: bool, noise: float, on: str = "AB", steps: int = STEPS) -> Tensor:
-    """Rotations R that lower Σ wᵢ‖RᵢᵀFᵢ − F̄‖², F̄ = Σ wⱼRⱼᵀFⱼ: F̄ as it is, Rᵢ ← polar(FᵢF̄ᵀ), and again.
+def consensus(grams: Grams, R: Tensor, *, reflections: bool, floor: float, on: str = "AB", steps: int = STEPS) -> Tensor:
+    """Lower Σ wᵢ‖RᵢᵀFᵢ − F̄‖² over rotations R, with F̄ = Σ wⱼRⱼᵀFⱼ and F = [A | Bᵀ], both factors scaled to one size.
 
-    With F = [A | Bᵀ], both factors scaled to one size; no step raises the sum.
+    A step keeps F̄ as it is, sets Rᵢ ← polar(FᵢF̄ᵀ), and updates F̄. No step raises the sum.
 
     Args:
-        grams: of the clients' factors.
+        grams: Gram matrices of the clients' factors.
         R: (G, n, r, r), where to begin.
-        special: rotations in SO(r), else O(r).
-        noise: of the factors, as in ``polar``.
+        reflections: False for SO(r), True for O(r).
+        floor: relative error of the factors, as in ``polar``.
         on: the factors that count, "A", "B" or "AB".
-        steps: how often; on adapters of real clients ten come within 1e-3 of what a hundred reach, relative to the update.
+        steps: how many steps. On adapters of real clients ten come within 1e-3 of what a hundred reach, relative to the
+            update.
+
+    Returns:
+        R (G, n, r, r).
     """
     for _ in range(steps):
         W = grams.w * R
         M = torch.stack([getattr(grams, factor)(W) for factor in on]).sum(0)  # FᵢF̄ᵀ
-        R, _ = procrustes(M, special=special, noise=noise)
+        R, _ = procrustes(M, reflections=reflections, floor=floor)
     return R

@@ -1,8 +1,8 @@
-"""Whole-model alignment and averaging in plain PyTorch, without a copy of the inputs.
+"""Alignment and averaging of a whole model, without a copy of the inputs.
 
 Small factors are stacked, part by part of the model, in memory that stays in the cache, so that a part takes a few calls
-whatever the number of clients; large ones are multiplied where they are. Between the cross-covariances and the averages
-all rotations of one rank are found together, because small batches of rotations cost more than reading factors twice.
+whatever the number of clients. Large factors are multiplied where they are. All rotations of one rank are found together,
+after all cross-covariances and before all averages, because small batches of rotations cost more than reading factors twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,117 +10,121 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .procrustes import NOISE, procrustes
-from .stacking import Columns, Factors, Rows, parts
-
-_LARGEST_WEIGHT = 2.0**40  # of a client relative to the first
+from ..checks import all_finite, normalize_weights, read_weights
+from ..grouping import group_indices
+from ..precision import working_dtype
+from ..tolerances import ROUNDING_FLOOR, WEIGHT_RANGE
+from ..types import Aligned, Clients
+from .procrustes import procrustes
+from .products import relative_to_reference
+from .stacking import Columns, Rows, parts
 
 
 def align_average(
-    A: Sequence[Factors],
-    B: Sequence[Factors],
-    shares: Tensor,
+    A: Sequence[Clients],
+    B: Sequence[Clients],
+    weights: Sequence[float] | Tensor,
+    *,
     A_ref: Sequence[Tensor] | None,
     B_ref: Sequence[Tensor] | None,
     strength: float,
-    special: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The fields of ``Aligned``, from arguments that have been checked; shares (N,) in float64."""
+    reflections: bool,
+) -> Aligned:
+    """Align and average checked factors; see ``dispatch.align_average``."""
+    shares = normalize_weights(weights, len(A[0]), A[0][0].device)
     rows, columns = Rows(), Columns()
+    M: list[Tensor] = []
     if A_ref is not None:
         M = _cross_covariances(A, A_ref, rows, relative=B_ref is not None)
     if B_ref is not None:
         M_B = _cross_covariances(B, B_ref, columns, relative=A_ref is not None)
-        M = M_B if A_ref is None else [x + y for x, y in zip(M, M_B, strict=True)]
-    R, W, residual = _rotations(M, shares, strength, special)
-    mean_A, mean_B, finite = transform_average(A, B, W, W, rows, columns)
-    return mean_A, mean_B, R, residual, finite
+        M = [x + y for x, y in zip(M, M_B, strict=True)] if M else M_B
+    R, W, residual = _rotations(M, shares, strength, reflections)
+    mean_A, mean_B, finite = weighted_average(A, B, W, rows, columns)
+    return Aligned(mean_A, mean_B, R, residual, finite)
 
 
-def transform_average(
-    A: Sequence[Factors],
-    B: Sequence[Factors],
-    W_A: Sequence[Tensor],
-    W_B: Sequence[Tensor],
+def weighted_average(
+    A: Sequence[Clients],
+    B: Sequence[Clients],
+    W: Sequence[Tensor],
     rows: Rows | None = None,
     columns: Columns | None = None,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Σ W_Aᵢᵀ Aᵢ and Σ Bᵢ W_Bᵢ of every adapter, with W (N, r, r) in the working dtype; and whether all are finite."""
-    mean_A, finite_A = _averages(A, W_A, (rows or Rows()).averages)
-    mean_B, finite_B = _averages(B, W_B, (columns or Columns()).averages)
+    """Average factors with matrices as weights.
+
+    Args:
+        A: per adapter the clients' (r, d_in).
+        B: per adapter the clients' (d_out, r).
+        W: per adapter wᵢRᵢ, (N, r, r), in the working dtype.
+        rows: memory for A.
+        columns: memory for B.
+
+    Returns:
+        Per adapter Σ WᵢᵀAᵢ and Σ BᵢWᵢ, in the inputs' dtypes; and a bool scalar tensor: all of their entries are finite.
+    """
+    mean_A, finite_A = _averages(A, W, (rows or Rows()).averages)
+    mean_B, finite_B = _averages(B, W, (columns or Columns()).averages)
     return mean_A, mean_B, finite_A & finite_B
 
 
-def average(tensors: Sequence[Factors], weights: Sequence[float]) -> tuple[list[Tensor], Tensor]:
-    """The fields of ``average``, client by client: the bits that a running sum of the same weights gives."""
-    unit = next(w for w in weights if w)
-    if max(weights) > unit * _LARGEST_WEIGHT:
-        unit = max(weights)
+def average(tensors: Sequence[Clients], weights: Sequence[float] | Tensor) -> tuple[list[Tensor], Tensor]:
+    """Average checked tensors client by client, with the bits of a running sum of the same weights."""
+    given = read_weights(weights, len(tensors[0]))
+    unit = next(w for w in given if w)
+    if max(given) > unit * WEIGHT_RANGE:
+        unit = max(given)
     lists = [x.unbind() if isinstance(x, Tensor) else x for x in tensors]
-    totals = [torch.zeros(x[0].shape, dtype=_working(x[0].dtype), device=x[0].device) for x in lists]
-    for i, weight in enumerate(weights):  # weights of zero too, so that NaN is found
+    totals = [torch.zeros(x[0].shape, dtype=working_dtype(x[0]), device=x[0].device) for x in lists]
+    for i, weight in enumerate(given):  # also weights of zero, so that NaN is found
         torch._foreach_add_(totals, [x[i] for x in lists], alpha=weight / unit)
-    torch._foreach_div_(totals, sum(w / unit for w in weights))
+    torch._foreach_div_(totals, sum(w / unit for w in given))
     means = [total.to(x[0].dtype) for total, x in zip(totals, lists, strict=True)]
-    return means, _finite(means)
+    return means, all_finite(means)
 
 
 def _cross_covariances(
-    factors: Sequence[Factors], refs: Sequence[Tensor], stack: Rows | Columns, *, relative: bool
+    factors: Sequence[Clients], refs: Sequence[Tensor], stack: Rows | Columns, *, relative: bool
 ) -> list[Tensor]:
-    """M (N, r, r) of every adapter; relative to ‖F_ref‖², where a reference that is zero says nothing, and M is zero."""
+    """M (N, r, r) of every adapter, divided by ‖F_ref‖² if relative."""
     M = [refs[0]] * len(factors)
     for part in parts(factors):
-        dtype = _working(factors[part[0]][0].dtype)
+        dtype = working_dtype(factors[part[0]][0])
         F_ref = torch.stack([refs[i] for i in part]) if len(part) > 1 else refs[part[0]][None]
         F_ref = F_ref.to(dtype)
-        of_part = stack.products([factors[i] for i in part], F_ref)
+        products = stack.products([factors[i] for i in part], F_ref)
         if relative:
-            squared = F_ref.flatten(1).square().sum(1)[:, None, None, None]
-            of_part = of_part / torch.where(squared == 0, 1, squared)
-        for i, x in zip(part, of_part, strict=True):
+            products = relative_to_reference(products, F_ref.flatten(1).square().sum(1)[:, None, None, None])
+        for i, x in zip(part, products, strict=True):
             M[i] = x
     return M
 
 
 def _rotations(
-    M: Sequence[Tensor], shares: Tensor, strength: float, special: bool
+    M: Sequence[Tensor], shares: Tensor, strength: float, reflections: bool
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """R and wᵢRᵢ (N, r, r) of every adapter, and the residuals (L, N)."""
-    by_rank: dict[tuple, list[int]] = {}
-    for i, x in enumerate(M):
-        by_rank.setdefault((x.shape, x.dtype), []).append(i)
     R, W, residual = list(M), list(M), list(M)
-    for indices in by_rank.values():
+    for indices in group_indices((x.shape, x.dtype) for x in M):
         stacked = torch.stack([M[i] for i in indices])
-        of_rank, far = procrustes(stacked, strength=strength, special=special, noise=NOISE[stacked.dtype])
-        weighted = of_rank * shares.to(of_rank.dtype)[:, None, None]
-        for i, *of_one in zip(indices, of_rank, weighted, far, strict=True):
-            R[i], W[i], residual[i] = of_one
+        found, deviation = procrustes(
+            stacked, strength=strength, reflections=reflections, floor=ROUNDING_FLOOR[stacked.dtype]
+        )
+        weighted = found * shares.to(found.dtype)[:, None, None]
+        for i, *results in zip(indices, found, weighted, deviation, strict=True):
+            R[i], W[i], residual[i] = results
     return R, W, torch.stack(residual)
 
 
 def _averages(
-    factors: Sequence[Factors], W: Sequence[Tensor], averages: Callable[[list[Factors], Tensor], Tensor]
+    factors: Sequence[Clients], W: Sequence[Tensor], average_part: Callable[[list[Clients], Tensor], Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """The averages of every adapter's factor, and whether they are finite."""
-    means, of_parts = list(W), []
+    """The average of every adapter's factor, and whether all are finite."""
+    means, averaged = list(W), []
     for part in parts(factors):
         weighted = torch.stack([W[i] for i in part]) if len(part) > 1 else W[part[0]][None]
-        mean = averages([factors[i] for i in part], weighted).to(factors[part[0]][0].dtype)
-        of_parts.append(mean)
+        mean = average_part([factors[i] for i in part], weighted).to(factors[part[0]][0].dtype)
+        averaged.append(mean)
         for i, x in zip(part, mean, strict=True):
             means[i] = x.clone() if len(part) > 1 else x
-    return means, _finite(of_parts)
-
-
-def _finite(tensors: Sequence[Tensor]) -> Tensor:
-    # Extremes take a tenth of the time of isfinite, and NaN is one.
-    extremes = [x for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)]
-    if not extremes:
-        return torch.ones((), dtype=torch.bool, device=tensors[0].device)
-    return torch.stack(extremes).isfinite().all()
-
-
-def _working(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return means, all_finite(averaged)

@@ -1,4 +1,4 @@
-"""The Triton kernels and what launches them. Imported when a tensor is on a GPU: Triton is not there on every system."""
+"""The Triton kernels and their launchers. Imported when first used, because Triton is not there on every system."""
 
 from .whole_model import align_average, average
 

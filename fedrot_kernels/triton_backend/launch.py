@@ -1,13 +1,17 @@
-"""What every launcher shares: padded ranks, dtypes, and launch options as data, which the compile matrix enumerates."""
+"""Parts that all launchers share: padded ranks, dtypes, and launch options as data, which the compile matrix enumerates."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-RANKS = (4, 8, 16, 32, 64, 128)  # what ranks are padded to in registers and scratch, never in the factors
+from ..tolerances import LARGEST_TRITON_RANK
+
+RANKS = (4, 8, 16, 32, 64, LARGEST_TRITON_RANK)  # padded ranks, in registers and scratch; factors are never padded
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 ALIGNMENT = 16  # bytes of the widest load
 
@@ -36,15 +40,15 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def rank_multiple(RP: int, dtype: torch.dtype) -> int:
-    """What all ranks must be divisible by for rows of B to be read in the widest loads that fit them."""
+    """The divisor of all ranks that lets rows of B be read in the widest loads that fit them."""
     return min(RP, ALIGNMENT // dtype.itemsize)
 
 
 def precision(backend: str) -> str:
-    """The input precision of float32 products: never Triton's default, tf32, which is good for three digits.
+    """The input precision of float32 products: never Triton's default, tf32, which keeps three digits.
 
     Args:
-        backend: "cuda" or "hip"; the latter has float32 matrix instructions and no tf32x3.
+        backend: "cuda", or "hip", which has float32 matrix instructions and no tf32x3.
     """
     return "tf32x3" if backend == "cuda" else "ieee"
 
@@ -57,3 +61,8 @@ def current_backend() -> str:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Make the tensor's GPU the current one, to which Triton launches; nothing for a tensor on the CPU."""
+    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]

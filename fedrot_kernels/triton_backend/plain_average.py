@@ -53,6 +53,6 @@ BLOCK = 1024
 
 
 def options(dtype: torch.dtype, aligned: bool) -> LaunchOptions:
-    """How to launch: four clients in flight, for few clients' worth of latency."""
+    """Choose how to launch: four clients are in flight at once, which quarters the latency that is waited for."""
     constants = {"DTYPE": triton_dtype(dtype), "ALIGNED": aligned, "CLIENTS": 4, "BLOCK": BLOCK}
     return LaunchOptions(constants, num_warps=4, num_stages=1)

@@ -1,49 +1,57 @@
-"""Procrustes rotations of rank 32 at most: Newton-Schulz to convergence in registers, SO(r) and softening included."""
+"""Procrustes rotations of rank 32 at most: Newton–Schulz to convergence in registers, SO(r) and softening included."""
 
 import triton
 import triton.language as tl
 
 from .launch import LaunchOptions
-from .orthogonal import determinant_sign, longest_column, max_of_matrix, slice_sum, slice_trace, sum_of_matrix
-
-# ‖XᵀX − I‖_F at which one more classic step is the last; see fedrot_kernels/newton_schulz.py.
-_CONVERGED = tl.constexpr(3e-3)
-_SQUARINGS = tl.constexpr(10)
+from .orthogonal import (
+    CLASSIC_BELOW,
+    CONVERGED,
+    ROUNDING_FLOOR,
+    SQUARINGS,
+    WEAKEST_SHIFT,
+    determinant_sign,
+    longest_column,
+    max_per_matrix,
+    perturbation,
+    slice_sum,
+    squared_reference_norm,
+    sum_per_matrix,
+)
 
 
 @triton.jit
 def _newton_schulz(
-    b_X, b_eye, b_generic, b_same, p_schedule, RP: tl.constexpr, STEPS: tl.constexpr, PERTURB_AT: tl.constexpr
+    b_X, b_eye, b_perturbation, b_same, p_schedule, RP: tl.constexpr, STEPS: tl.constexpr, PERTURB_AT: tl.constexpr
 ):
-    """Drive every singular value to 1. A matrix that has converged stays as it is while its neighbours go on."""
+    """Drive every singular value to 1. A matrix that has converged stays as it is while the others go on."""
     SIZE: tl.constexpr = b_X.shape[0]
     ONE: tl.constexpr = SIZE == RP
-    b_going = sum_of_matrix(tl.sum(b_eye, 0), b_same, ONE) > 0  # all, of the type that a loop's variable keeps
+    b_going = sum_per_matrix(tl.sum(b_eye, 0), b_same, ONE) > 0  # all, of the type that a loop's variable keeps
     step = 0
     going = 1
     while going > 0:
         b_D = tl.dot(tl.trans(b_X), b_X, input_precision="ieee") - b_eye
-        b_deviation = tl.sqrt(sum_of_matrix(tl.sum(b_D * b_D, 0), b_same, ONE))
-        if step == PERTURB_AT:  # singular, and no multiple of I completes it
-            b_X += tl.where(b_going & (b_deviation > 0.5), 1e-4, 0.0)[None, :] * b_generic
+        b_deviation = tl.sqrt(sum_per_matrix(tl.sum(b_D * b_D, 0), b_same, ONE))
+        if step == PERTURB_AT:  # what is far from converged is singular, and no multiple of I completes it
+            b_X += tl.where((b_going & (b_deviation > CLASSIC_BELOW))[None, :], b_perturbation, 0.0)
             b_D = tl.dot(tl.trans(b_X), b_X, input_precision="ieee") - b_eye
-            b_deviation = tl.sqrt(sum_of_matrix(tl.sum(b_D * b_D, 0), b_same, ONE))
-        # Once ‖G − I‖_F < 1/2 the classic step converges by itself; a minimax step would throw σ = 1 off again.
-        at = tl.where(b_deviation < 0.5, STEPS, step) * 3
+            b_deviation = tl.sqrt(sum_per_matrix(tl.sum(b_D * b_D, 0), b_same, ONE))
+        at = tl.where(b_deviation < CLASSIC_BELOW, STEPS, step) * 3
         b_a, b_b, b_c = tl.load(p_schedule + at), tl.load(p_schedule + at + 1), tl.load(p_schedule + at + 2)
         b_DD = tl.dot(b_D, b_D, input_precision="ieee")
         b_Y = (b_b + 2.0 * b_c)[None, :] * b_D + b_c[None, :] * b_DD
         b_next = (b_a + b_b + b_c)[None, :] * b_X + tl.dot(b_X, b_Y, input_precision="ieee")
         b_X = tl.where(b_going[None, :], b_next, b_X)
-        b_going = b_going & (b_deviation > _CONVERGED)
+        b_going = b_going & (b_deviation > CONVERGED)
         step += 1
         going = tl.where(step < STEPS, tl.max(b_going.to(tl.int32)), 0)
     return b_X
 
 
 @triton.jit
-def _polish(b_R, b_eye):
-    """One Newton step to orthogonality, for products of orthogonal matrices, which round."""
+def _orthogonalize(b_R, b_eye):
+    """Take one Newton step to orthogonality, for a product of orthogonal matrices, which has been rounded."""
     b_D = tl.dot(tl.trans(b_R), b_R, input_precision="ieee") - b_eye
     return b_R - 0.5 * tl.dot(b_R, b_D, input_precision="ieee")
 
@@ -55,21 +63,20 @@ def _flip_weakest(b_R, b_X, b_eye, b_k, b_entry, b_same, RP: tl.constexpr):
     ONE: tl.constexpr = SIZE == RP
     b_flip = determinant_sign(b_R, b_k, b_same, RP, SIZE) < 0
     if tl.max(b_flip.to(tl.int32)) > 0:
-        # 1.001 I: for r = 1 the difference is 0. Padding is left out, where it would compete.
         b_H = tl.dot(tl.trans(b_R), b_X, input_precision="ieee")
-        b_P = tl.where(b_entry, 1.001 * b_eye - b_H, 0.0)
-        for _ in range(_SQUARINGS):
+        b_P = tl.where(b_entry, WEAKEST_SHIFT * b_eye - b_H, 0.0)  # zero in the padding, whose eigenvalues would compete
+        for _ in range(SQUARINGS):
             b_P = tl.dot(b_P, b_P, input_precision="ieee")
-            b_largest = max_of_matrix(tl.max(tl.abs(b_P), 0), b_same, ONE)
+            b_largest = max_per_matrix(tl.max(tl.abs(b_P), 0), b_same, ONE)
             b_P = b_P / tl.where(b_largest == 0, 1.0, b_largest)[None, :]
         b_v = longest_column(b_P, b_k, b_same, RP, SIZE)
         b_Rv = tl.sum(b_R * b_v[None, :], 1)
-        b_flipped = _polish(b_R - 2.0 * tl.where(b_same, b_Rv[:, None] * b_v[None, :], 0.0), b_eye)
+        b_flipped = _orthogonalize(b_R - 2.0 * tl.where(b_same, b_Rv[:, None] * b_v[None, :], 0.0), b_eye)
         b_R = tl.where(b_flip[None, :], b_flipped, b_R)
     return b_R
 
 
-@triton.jit(do_not_specialize=["n_matrices", "n_clients", "n_rows", "LD", "joint", "special"])
+@triton.jit(do_not_specialize=["n_matrices", "n_clients", "n_rows", "LD", "joint", "reflections"])
 def polar_kernel(
     p_M,
     p_R,
@@ -81,8 +88,8 @@ def polar_kernel(
     n_rows,
     LD,
     joint,
-    special,
-    noise,
+    reflections,
+    floor,
     shift,
     strength,
     RP: tl.constexpr,
@@ -92,8 +99,12 @@ def polar_kernel(
 ):
     """SIZE / RP rotations, of matrices numbered adapter by adapter, client by client; leading dimension LD.
 
-    An adapter is (rank, first, last, first_B, last_B): the slices whose sum is M, and, where it is joint, those of the
-    other factor; each sum is then divided by the trace of that of the reference, which is client ``n_rows - 1``.
+    An adapter is (rank, first, last, first_B, last_B). The sum of its slices is M. Where both factors are aligned, the last
+    two are the slices of B, and each sum is divided by the squared norm of its reference, which is client ``n_rows - 1``.
+
+    The iteration is that of ``torch_backend.polar``, in at most four phases: two passes for the polar factor, of which the
+    first runs only with a floor, and two for the softened rotation, whose blend may be singular. The constants and their
+    reasons are in ``tolerances``.
     """
     ONE: tl.constexpr = SIZE == RP
     i = tl.arange(0, SIZE)
@@ -115,51 +126,49 @@ def polar_kernel(
         first_B, last_B = tl.load(adapter + 3, mask=exists, other=0), tl.load(adapter + 4, mask=exists, other=0)
         b_B = slice_sum(p_M, first_B, last_B, client, n_rows, entries, b_k, b_k, LD, b_entry, b_inside)
         own = n_rows - 1
-        b_norm_A = slice_trace(p_M, first, last, own, n_rows, entries, b_k, LD, b_inside, b_same, ONE)
-        b_norm_B = slice_trace(p_M, first_B, last_B, own, n_rows, entries, b_k, LD, b_inside, b_same, ONE)
-        b_X = b_X / tl.where(b_norm_A == 0, 1.0, b_norm_A)[:, None] + b_B / tl.where(b_norm_B == 0, 1.0, b_norm_B)[:, None]
+        b_norm_A = squared_reference_norm(p_M, first, last, own, n_rows, entries, b_k, LD, b_inside, b_same, ONE)
+        b_norm_B = squared_reference_norm(p_M, first_B, last_B, own, n_rows, entries, b_k, LD, b_inside, b_same, ONE)
+        b_X = b_X / b_norm_A[:, None] + b_B / b_norm_B[:, None]
 
-    b_finite = sum_of_matrix(tl.sum(tl.where(tl.abs(b_X) < float("inf"), 0.0, 1.0), 0), b_same, ONE) == 0
-    b_X = tl.where(b_finite[None, :], b_X, 0.0)  # NaN times the zeros between matrices would reach the neighbours
-    b_largest = max_of_matrix(tl.max(tl.abs(b_X), 0), b_same, ONE)
+    b_finite = sum_per_matrix(tl.sum(tl.where(tl.abs(b_X) < float("inf"), 0.0, 1.0), 0), b_same, ONE) == 0
+    b_X = tl.where(b_finite[None, :], b_X, 0.0)  # NaN times the zeros between matrices would spread
+    b_largest = max_per_matrix(tl.max(tl.abs(b_X), 0), b_same, ONE)
     b_zero = b_largest == 0
     b_X = b_X / tl.where(b_zero, 1.0, b_largest)[None, :]
-    b_norm = tl.sqrt(sum_of_matrix(tl.sum(b_X * b_X, 0), b_same, ONE))
+    b_norm = tl.sqrt(sum_per_matrix(tl.sum(b_X * b_X, 0), b_same, ONE))
     b_X = b_X / tl.where(b_zero, 1.0, b_norm)[None, :]
-    # Padding is the identity, which converges with the rest, and so is a matrix of zeros, which would take longest.
+    # Padding becomes the identity, which converges with the rest. So does a matrix of zeros, which would take longest.
     b_X = tl.where(b_zero[None, :], b_eye, b_X + tl.where(b_inside[None, :], 0.0, b_eye))
-    golden = 0.618034 * (i[:, None] + 0.5) * (b_k[None, :] + 0.5)
-    b_generic = tl.where(b_entry, (golden - tl.floor(golden) - 0.5) * tl.sqrt(12.0 / RP), 0.0)
+    b_perturbation = tl.where(b_entry, perturbation(b_k, b_k), 0.0)
 
-    # Two passes: the shift, at which directions without information rest, turns R by about its own size. Seen from that
-    # R, X is all but positive definite, which no shift turns. Softening has them too, its blend may be singular.
     b_R = b_eye
-    for phase in range(tl.where(noise > 0, 0, 1), tl.where(strength < 1, 4, 2)):
-        at_rest = tl.where(phase < 2, noise, 1e-5)
+    for phase in range(tl.where(floor > 0, 0, 1), tl.where(strength < 1, 4, 2)):
+        phase_floor = tl.where(phase < 2, floor, ROUNDING_FLOOR)
         if phase == 2:
             b_X = (1.0 - strength) * b_eye + strength * b_R
             b_R = b_eye
-        b_start = tl.dot(tl.trans(b_R), b_X, input_precision="ieee") + tl.where(at_rest > 0, at_rest, shift) * b_eye
-        b_turn = _newton_schulz(b_start / (1.0 + 2.0 * at_rest), b_eye, b_generic, b_same, p_schedule, RP, STEPS, PERTURB_AT)
+        b_start = tl.dot(tl.trans(b_R), b_X, input_precision="ieee") + tl.where(phase_floor > 0, phase_floor, shift) * b_eye
+        b_start = b_start / (1.0 + 2.0 * phase_floor)
+        b_turn = _newton_schulz(b_start, b_eye, b_perturbation, b_same, p_schedule, RP, STEPS, PERTURB_AT)
         b_R = tl.dot(b_R, b_turn, input_precision="ieee")
-        if (phase == 3) | ((phase == 1) & (noise > 0)):
-            b_R = _polish(b_R, b_eye)
+        if (phase == 3) | ((phase == 1) & (floor > 0)):
+            b_R = _orthogonalize(b_R, b_eye)
         if phase == 1:
-            b_R = tl.where(b_zero[None, :], b_eye, b_R)  # to the last bit, which the iteration would miss
-            if special != 0:
+            b_R = tl.where(b_zero[None, :], b_eye, b_R)  # exactly I, which the iteration misses by its rounding
+            if reflections == 0:
                 b_R = _flip_weakest(b_R, b_X, b_eye, b_k, b_entry, b_same, RP)
 
     b_D = tl.abs(tl.dot(tl.trans(b_R), b_R, input_precision="ieee") - b_eye)
-    b_residual = max_of_matrix(tl.max(b_D, 0), b_same, ONE)
+    b_residual = max_per_matrix(tl.max(b_D, 0), b_same, ONE)
     at = p_R + (matrix.to(tl.int64) * entries + b_k * LD)[:, None] + b_k[None, :]
     tl.store(at, tl.where(b_finite[None, :], b_R, float("nan")), mask=b_entry)
     tl.store(p_residual + matrix, tl.where(b_finite, b_residual, float("nan")), mask=exists & (b_k == 0))
 
 
 def options(RP: int, steps: int, perturb_at: int, backend: str) -> LaunchOptions:
-    """How to launch, for RP ≤ 32: matrices of rank 4 and 8 share the 16 × 16 that a product takes at least.
+    """Choose how to launch, for RP ≤ 32. Matrices of rank 4 and 8 share a tile of 16 × 16, the least of a product.
 
-    A wave of AMD's holds twice as many lanes; with more than one, Triton 3.6 fails to compile RP = 32 for it.
+    One warp suffices on AMD, whose waves have twice as many lanes; with more, Triton 3.6 fails to compile RP = 32.
     """
     constants = {"RP": RP, "SIZE": max(RP, 16), "STEPS": steps, "PERTURB_AT": perturb_at}
     return LaunchOptions(constants, num_warps=4 if RP == 32 and backend == "cuda" else 1, num_stages=1)

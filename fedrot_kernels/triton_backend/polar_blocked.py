@@ -1,16 +1,27 @@
-"""Procrustes rotations of rank 33 to 128, whose matrices fit no register file: the iteration of ``polar.py`` on scratch
-memory that stays in the L2 cache, product by product in blocks."""
+"""Procrustes rotations of rank 33 to 128, whose matrices fit no register file.
+
+The iteration is that of ``polar.py``, on scratch memory that stays in the L2 cache, product by product in blocks.
+"""
 
 import triton
 import triton.language as tl
 
 from .launch import LaunchOptions, precision
-from .orthogonal import slice_sum, slice_trace
+from .orthogonal import (
+    CLASSIC_BELOW,
+    CONVERGED,
+    ROUNDING_FLOOR,
+    SMALLEST_DIVISOR,
+    SQUARINGS,
+    WEAKEST_SHIFT,
+    perturbation,
+    slice_sum,
+    squared_reference_norm,
+)
 
-_CONVERGED = tl.constexpr(3e-3)
 _BUFFERS = tl.constexpr(6)  # matrices of scratch per program
 BUFFERS = _BUFFERS.value
-_ROWS = tl.constexpr(32)  # of a matrix in registers at a time, where it is worked on entry by entry
+_ROWS = tl.constexpr(32)  # rows of a matrix that are in registers at a time in entrywise work
 
 
 @triton.jit
@@ -29,7 +40,10 @@ def _product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = scale · xy + add · a + identity · I, xᵀ if TRANSPOSE; returns ‖out‖²_F. out is none of the others."""
+    """Compute out = scale · xy + add · a + identity · I, with xᵀ if TRANSPOSE. out is none of the others.
+
+    Returns ‖out‖²_F.
+    """
     squares = 0.0
     for block in tl.range((RP // BLOCK) * (RP // BLOCK), disable_licm=True):
         i = block // (RP // BLOCK) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +68,7 @@ def _product(
 
 @triton.jit
 def _blend(p_out, p_x, scale, identity, RP: tl.constexpr):
-    """out = scale · x + identity · I entry by entry; x may be out. Returns ‖out‖²_F."""
+    """Compute out = scale · x + identity · I entry by entry; x may be out. Returns ‖out‖²_F."""
     j = tl.arange(0, RP)
     squares = 0.0
     for start in tl.range(0, RP, _ROWS, disable_licm=True):
@@ -69,7 +83,7 @@ def _blend(p_out, p_x, scale, identity, RP: tl.constexpr):
 
 @triton.jit
 def _pad(p_out, first, diagonal, RP: tl.constexpr):
-    """diagonal · I from row and column ``first`` on; what lies before them stays."""
+    """Write diagonal · I from row and column ``first`` on; the entries before them stay."""
     j = tl.arange(0, RP)
     for start in tl.range(0, RP, _ROWS, disable_licm=True):
         i = start + tl.arange(0, _ROWS)
@@ -80,7 +94,7 @@ def _pad(p_out, first, diagonal, RP: tl.constexpr):
 
 @triton.jit
 def _determinant_sign(p_W, p_column, RP: tl.constexpr):
-    """The sign of det W, which is destroyed: by elimination with row pivots, signs of the pivots times the row order's."""
+    """The sign of det W, by elimination with row pivots: signs of the pivots times that of the row order. Destroys W."""
     k = tl.arange(0, RP)
     b_left = k >= 0  # the rows without a pivot yet; the others have become zero
     sign = 1.0
@@ -105,13 +119,12 @@ def _determinant_sign(p_W, p_column, RP: tl.constexpr):
 
 @triton.jit
 def _perturb(p_X, RP: tl.constexpr):
-    """X += 1e-4 times a fixed matrix without structure."""
+    """Add the fixed perturbation to X."""
     j = tl.arange(0, RP)
     for start in tl.range(0, RP, _ROWS, disable_licm=True):
         i = start + tl.arange(0, _ROWS)
         at = i[:, None] * RP + j[None, :]
-        golden = 0.618034 * (i[:, None] + 0.5) * (j[None, :] + 0.5)
-        tl.store(p_X + at, tl.load(p_X + at) + 1e-4 * tl.sqrt(12.0 / RP) * (golden - tl.floor(golden) - 0.5))
+        tl.store(p_X + at, tl.load(p_X + at) + perturbation(i, j))
     tl.debug_barrier()
 
 
@@ -134,22 +147,22 @@ def _newton_schulz(
     going = 1
     while going > 0:
         squares = _product(p_D, p_X, p_X, p_X, 1.0, 0.0, -1.0, RP, True, False, BLOCK, BLOCK_K, PRECISION)
-        if (step == PERTURB_AT) & (squares > 0.25):  # singular, and no multiple of I completes it
+        # What is far from converged by then is singular, and no multiple of I completes it.
+        if (step == PERTURB_AT) & (squares > CLASSIC_BELOW * CLASSIC_BELOW):
             _perturb(p_X, RP)
             squares = _product(p_D, p_X, p_X, p_X, 1.0, 0.0, -1.0, RP, True, False, BLOCK, BLOCK_K, PRECISION)
-        # Once ‖G − I‖_F < 1/2 the classic step converges by itself; a minimax step would throw σ = 1 off again.
-        p_abc = p_schedule + tl.where(squares < 0.25, STEPS, step) * 3
+        p_abc = p_schedule + tl.where(squares < CLASSIC_BELOW * CLASSIC_BELOW, STEPS, step) * 3
         a, b, c = tl.load(p_abc), tl.load(p_abc + 1), tl.load(p_abc + 2)
         _product(p_Y, p_D, p_D, p_D, c, b + 2.0 * c, 0.0, RP, False, True, BLOCK, BLOCK_K, PRECISION)
         _product(p_next, p_X, p_Y, p_X, 1.0, a + b + c, 0.0, RP, False, True, BLOCK, BLOCK_K, PRECISION)
         _blend(p_X, p_next, 1.0, 0.0, RP)
         step += 1
-        going = tl.where((squares > _CONVERGED * _CONVERGED) & (step < STEPS), 1, 0)
+        going = tl.where((squares > CONVERGED * CONVERGED) & (step < STEPS), 1, 0)
 
 
 @triton.jit
-def _normalised(p_X, p_M, adapter, client, n_rows, LD, joint, RP: tl.constexpr):
-    """X = M / ‖M‖_F, padded with the identity; M = 0 gives I, and so does a matrix that is not finite.
+def _normalize(p_X, p_M, adapter, client, n_rows, LD, joint, RP: tl.constexpr):
+    """Compute X = M / ‖M‖_F, padded with the identity. M = 0 gives I, and so does a matrix that is not finite.
 
     Returns the largest entry of M and whether M is finite.
     """
@@ -162,11 +175,12 @@ def _normalised(p_X, p_M, adapter, client, n_rows, LD, joint, RP: tl.constexpr):
     if joint != 0:
         own = n_rows - 1
         b_one = k * 0
-        norm_A = tl.sum(slice_trace(p_M, b_one + first, b_one + last, own, n_rows, entries, k, LD, k < rank, k < rank, True))
-        norm_B = tl.sum(
-            slice_trace(p_M, b_one + first_B, b_one + last_B, own, n_rows, entries, k, LD, k < rank, k < rank, True)
+        b_in = k < rank
+        b_norm_A = squared_reference_norm(p_M, b_one + first, b_one + last, own, n_rows, entries, k, LD, b_in, b_in, True)
+        b_norm_B = squared_reference_norm(
+            p_M, b_one + first_B, b_one + last_B, own, n_rows, entries, k, LD, b_in, b_in, True
         )
-        scale_A, scale_B = tl.where(norm_A == 0, 1.0, norm_A), tl.where(norm_B == 0, 1.0, norm_B)
+        scale_A, scale_B = tl.sum(b_norm_A), tl.sum(b_norm_B)
     largest, wrong = 0.0, 0
     for start in tl.range(0, RP, _ROWS, disable_licm=True):
         i = start + tl.arange(0, _ROWS)
@@ -202,14 +216,14 @@ def _flip_weakest(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """R ← R (I − 2 v vᵀ), v the weakest eigenvector of H = RᵀX: the longest column of (1.001 I − H)^1024."""
+    """R ← R (I − 2 v vᵀ), v the weakest eigenvector of H = RᵀX, from powers of I − H."""
     k = tl.arange(0, RP)
-    squares = _product(p_P, p_R, p_X, p_X, -1.0, 0.0, 1.001, RP, True, False, BLOCK, BLOCK_K, PRECISION)
-    _pad(p_P, rank, 0.0, RP)  # which would compete
-    for _ in range(5):  # two squarings each; scaled by what the last one left
-        scale = 1.0 / tl.maximum(squares, 1e-30)
+    squares = _product(p_P, p_R, p_X, p_X, -1.0, 0.0, WEAKEST_SHIFT, RP, True, False, BLOCK, BLOCK_K, PRECISION)
+    _pad(p_P, rank, 0.0, RP)  # whose eigenvalues would compete
+    for _ in range(SQUARINGS // 2):  # two squarings each, scaled by the norm that the last one left
+        scale = 1.0 / tl.maximum(squares, SMALLEST_DIVISOR)
         squares = _product(p_Q, p_P, p_P, p_P, scale, 0.0, 0.0, RP, False, False, BLOCK, BLOCK_K, PRECISION)
-        scale = 1.0 / tl.maximum(squares, 1e-30)
+        scale = 1.0 / tl.maximum(squares, SMALLEST_DIVISOR)
         squares = _product(p_P, p_Q, p_Q, p_Q, scale, 0.0, 0.0, RP, False, False, BLOCK, BLOCK_K, PRECISION)
     b_length = tl.zeros((RP,), tl.float32)
     for start in tl.range(0, RP, _ROWS, disable_licm=True):
@@ -217,7 +231,7 @@ def _flip_weakest(
         b_length += tl.sum(b_P * b_P, 0)
     column = tl.min(tl.where(b_length == tl.max(b_length), k, RP))
     b_v = tl.load(p_P + k * RP + column)
-    b_v = b_v / tl.sqrt(tl.maximum(tl.sum(b_v * b_v), 1e-30))
+    b_v = b_v / tl.sqrt(tl.maximum(tl.sum(b_v * b_v), SMALLEST_DIVISOR))
     for start in tl.range(0, RP, _ROWS, disable_licm=True):
         at = (start + tl.arange(0, _ROWS))[:, None] * RP + k[None, :]
         b_R = tl.load(p_R + at)
@@ -225,7 +239,7 @@ def _flip_weakest(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n_matrices", "n_clients", "n_rows", "LD", "joint", "special"])
+@triton.jit(do_not_specialize=["n_matrices", "n_clients", "n_rows", "LD", "joint", "reflections"])
 def polar_blocked_kernel(
     p_M,
     p_R,
@@ -238,8 +252,8 @@ def polar_blocked_kernel(
     n_rows,
     LD,
     joint,
-    special,
-    noise,
+    reflections,
+    floor,
     shift,
     strength,
     RP: tl.constexpr,
@@ -249,7 +263,10 @@ def polar_blocked_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rotations one after the other, as many programs at once as there is scratch for. Arguments as in ``polar_kernel``."""
+    """Compute rotations one after the other, as many programs at once as there is scratch for.
+
+    Arguments as in ``polar_kernel``.
+    """
     p_X = p_scratch + tl.program_id(0).to(tl.int64) * (_BUFFERS * RP * RP)
     p_here, p_turn, p_D = p_X + RP * RP, p_X + 2 * RP * RP, p_X + 3 * RP * RP
     p_Y, p_next = p_X + 4 * RP * RP, p_X + 5 * RP * RP
@@ -257,28 +274,28 @@ def polar_blocked_kernel(
     for matrix in tl.range(tl.program_id(0), n_matrices, tl.num_programs(0), disable_licm=True):
         adapter = p_adapters + matrix // n_clients * 5
         rank = tl.load(adapter)
-        largest, finite = _normalised(p_X, p_M, adapter, matrix % n_clients, n_rows, LD, joint, RP)
+        largest, finite = _normalize(p_X, p_M, adapter, matrix % n_clients, n_rows, LD, joint, RP)
         _pad(p_here, 0, 1.0, RP)
         # The phases of ``polar_kernel``.
-        for phase in tl.range(tl.where(noise > 0, 0, 1), tl.where(strength < 1, 4, 2), disable_licm=True):
-            at_rest = tl.where(phase < 2, noise, 1e-5)
+        for phase in tl.range(tl.where(floor > 0, 0, 1), tl.where(strength < 1, 4, 2), disable_licm=True):
+            phase_floor = tl.where(phase < 2, floor, ROUNDING_FLOOR)
             if phase == 2:
                 _blend(p_X, p_here, strength, 1.0 - strength, RP)
                 _pad(p_here, 0, 1.0, RP)
-            scale = 1.0 / (1.0 + 2.0 * at_rest)
-            rest = tl.where(at_rest > 0, at_rest, shift) * scale
-            _product(p_turn, p_here, p_X, p_X, scale, 0.0, rest, RP, True, False, BLOCK, BLOCK_K, PRECISION)
+            scale = 1.0 / (1.0 + 2.0 * phase_floor)
+            identity = tl.where(phase_floor > 0, phase_floor, shift) * scale
+            _product(p_turn, p_here, p_X, p_X, scale, 0.0, identity, RP, True, False, BLOCK, BLOCK_K, PRECISION)
             _newton_schulz(p_turn, p_D, p_Y, p_next, p_schedule, RP, STEPS, PERTURB_AT, BLOCK, BLOCK_K, PRECISION)
             _product(p_next, p_here, p_turn, p_X, 1.0, 0.0, 0.0, RP, False, False, BLOCK, BLOCK_K, PRECISION)
-            if (phase == 1) & (special != 0):
+            if (phase == 1) & (reflections == 0):
                 _blend(p_Y, p_next, 1.0, 0.0, RP)
                 if _determinant_sign(p_Y, p_turn, RP) < 0:
                     _flip_weakest(p_next, p_X, p_Y, p_turn, rank, RP, BLOCK, BLOCK_K, PRECISION)
-            # One Newton step to orthogonality: products of orthogonal matrices round.
+            # One Newton step to orthogonality, because products of orthogonal matrices have been rounded.
             _product(p_D, p_next, p_next, p_X, 1.0, 0.0, -1.0, RP, True, False, BLOCK, BLOCK_K, PRECISION)
             _product(p_here, p_next, p_D, p_next, -0.5, 1.0, 0.0, RP, False, True, BLOCK, BLOCK_K, PRECISION)
             if (phase == 1) & (largest == 0):
-                _pad(p_here, 0, 1.0, RP)  # to the last bit, which the iteration would miss
+                _pad(p_here, 0, 1.0, RP)  # exactly I, which the iteration misses by its rounding
         _product(p_D, p_here, p_here, p_X, 1.0, 0.0, -1.0, RP, True, False, BLOCK, BLOCK_K, PRECISION)
         residual = 0.0
         for start in tl.range(0, RP, _ROWS, disable_licm=True):
@@ -293,7 +310,10 @@ def polar_blocked_kernel(
 
 
 def options(RP: int, steps: int, perturb_at: int, backend: str) -> LaunchOptions:
-    """How to launch, for RP 64 and 128. Emulated on the spectra of the tests, tf32x3 ends at ‖RᵀR − I‖_max = 7e-7."""
+    """Choose how to launch, for RP 64 and 128.
+
+    Emulated on the spectra of the tests, tf32x3 ends at ‖RᵀR − I‖_max = 7e-7.
+    """
     constants = {
         "RP": RP,
         "STEPS": steps,

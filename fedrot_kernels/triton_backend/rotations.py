@@ -5,9 +5,9 @@ import triton
 from torch import Tensor
 
 from ..schedule import PERTURB_AT, SCHEDULE
-from ..torch_backend.procrustes import SHIFT
+from ..tolerances import COMPLETION_SHIFT
 from . import polar, polar_blocked
-from .launch import LaunchOptions, current_backend, interpreted
+from .launch import LaunchOptions, current_backend, interpreted, on_device_of
 from .tables import schedule_table
 
 _STEPS = len(SCHEDULE)
@@ -29,17 +29,21 @@ def rotations(
     n_clients: int,
     joint: bool,
     strength: float,
-    special: bool,
-    noise: float,
+    reflections: bool,
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
-    """R of L adapters and N clients, from sums of slices of M.
+    """Compute R of L adapters and N clients, from sums of slices of M.
 
     Args:
         M: (slices, rows, leading, leading) float32, rows ≥ N; row N is the reference's own where joint.
         adapters: (L, 5) int32, see ``ModelTables``.
         RP: the padded rank.
         leading: the leading dimension of the matrices.
-        strength, special, noise: as in ``procrustes``.
+        n_clients: N.
+        joint: whether M is the sum of both factors' cross-covariances, each relative to its reference's norm.
+        strength: as in ``ops.procrustes``.
+        reflections: as in ``ops.procrustes``.
+        floor: as in ``ops.procrustes``.
 
     Returns:
         R (L, N, leading, leading), of which rows and columns beyond an adapter's rank are undefined, and ‖RᵀR − I‖_max
@@ -51,9 +55,9 @@ def rotations(
     residual = torch.empty(L, n_clients, dtype=torch.float32, device=device)
     schedule = schedule_table(device)
     launch = options(RP, current_backend())
-    counts = (n, n_clients, M.shape[1], leading, int(joint), int(special))
-    scalars = (float(noise), SHIFT[torch.float32], float(strength))
-    with torch.cuda.device_of(M):
+    counts = (n, n_clients, M.shape[1], leading, int(joint), int(reflections))
+    scalars = (float(floor), COMPLETION_SHIFT[torch.float32], float(strength))
+    with on_device_of(M):
         if RP <= 32:
             grid = (triton.cdiv(n, launch.constants["SIZE"] // RP),)
             polar.polar_kernel[grid](M, R, residual, adapters, schedule, *counts, *scalars, **launch.arguments())
@@ -67,5 +71,5 @@ def rotations(
 
 
 def _resident_programs(device: torch.device) -> int:
-    """One program per multiprocessor: of their 384 KiB of scratch at rank 128, an H200's L2 holds as many."""
+    """One program per multiprocessor: an H200's L2 cache holds that many scratches of 384 KiB, at rank 128."""
     return 2 if interpreted() else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,8 +1,8 @@
-"""What a launch over a whole model reads from the device: work items, where tensors are, where averages go.
+"""Tables that launches over a whole model read from the device: work items, tensors' addresses, places of averages.
 
-Tables are made once per model shape and kept on the device for good: launches under way and graphs may read them. Addresses
-are kept as well, in case the same tensors come back: what was launched once can be captured in a CUDA graph, which then
-holds nothing but the launches.
+Tables are made once per model shape and stay on the device for good, because launches under way and graphs may read them.
+Tables of addresses are kept for when the same tensors come back: a call that has run once can be captured in a CUDA graph,
+which then holds only the launches.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..dispatch import Clients
 from ..schedule import CLASSIC, SCHEDULE
+from ..types import Clients
 from . import plain_average, rotate_average
 from .cross_covariance import slice_length
 from .launch import ALIGNMENT
@@ -29,9 +29,10 @@ class ModelTables:
 
     Attributes:
         slices: (n, 4) int32, the cross-covariance's items: tensor, rank, d, start. Tensor 2l is A of adapter l, 2l + 1 is B.
-        adapters: (L, 5) int32, rank and the first and last slice that sum to M, and those of B where both are aligned.
+        adapters: (L, 5) int32: the rank, the first and last slice whose sum is M, and those of B where both are aligned.
         tiles: (m, 4) int32, the rotated average's items, likewise.
-        offsets: (2L,) int64, where each average begins in the memory of all; starts: the same on the host.
+        offsets: (2L,) int64, where each average begins in the memory that all share.
+        starts: the offsets on the host.
         size: how many elements that memory has.
     """
 
@@ -45,10 +46,10 @@ class ModelTables:
 
 @cache
 def model_tables(shapes: tuple[Shape, ...], on: tuple[int, ...], RP: int, device: torch.device) -> ModelTables:
-    """The tables of a model whose factors ``on`` (0 for A, 1 for B) are aligned.
+    """Make the tables of a model whose factors ``on`` (0 for A, 1 for B) are aligned.
 
-    The averages begin with the aligned factor's tiles, last adapter first: what the cross-covariance read last is what the
-    L2 cache still holds.
+    The averages begin with the aligned factor's tiles, last adapter first, because the L2 cache still holds what the
+    cross-covariance read last.
     """
     dims = {(adapter, factor): (rank, d[factor]) for adapter, (rank, *d) in enumerate(shapes) for factor in (0, 1)}
     slices: list[tuple[int, ...]] = []
@@ -81,7 +82,14 @@ def model_tables(shapes: tuple[Shape, ...], on: tuple[int, ...], RP: int, device
 
 @dataclass(frozen=True)
 class AverageTables:
-    """The work of plain averages: items (n, 3) int64 of tensor, elements and start; offsets as in ``ModelTables``."""
+    """The work of plain averages.
+
+    Attributes:
+        items: (n, 3) int64: tensor, elements, start.
+        offsets: as in ``ModelTables``, and so are starts and size.
+        starts: the offsets on the host.
+        size: how many elements the memory has that all averages share.
+    """
 
     items: Tensor
     offsets: Tensor
@@ -91,14 +99,14 @@ class AverageTables:
 
 @cache
 def average_tables(sizes: tuple[int, ...], device: torch.device) -> AverageTables:
-    """The tables of tensors of these many elements."""
+    """Make the tables of tensors that have ``sizes`` elements."""
     items = [(t, n, start) for t, n in enumerate(sizes) for start in range(0, n, plain_average.BLOCK)]
     starts, size = _starts(sizes)
     return AverageTables(_on_device(items, torch.int64, device), _on_device(starts, torch.int64, device), starts, size)
 
 
 def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
-    """int64 addresses on the device, ordered by tensor, then client, then the reference."""
+    """Put addresses on the device, as int64, ordered by tensor, then client, then the reference."""
     table = _address_table(tuple(addresses), device)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
@@ -108,7 +116,7 @@ def address_table(addresses: Sequence[int], device: torch.device) -> Tensor:
     return table
 
 
-_captured: list[Tensor] = []  # what graphs read lives as long as the process: nothing tells when a graph is gone
+_captured: list[Tensor] = []  # tables that graphs read; kept for good, because nothing tells when a graph is gone
 
 
 @lru_cache(maxsize=16)
@@ -118,18 +126,22 @@ def _address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 @cache
 def one_adapter(rank: int, device: torch.device) -> Tensor:
-    """(1, 5) int32: the ``adapters`` of a batch of whole matrices of one rank."""
+    """Make the ``adapters`` of a batch of whole matrices of one rank: (1, 5) int32."""
     return _on_device([(rank, 0, 1, 0, 0)], torch.int32, device)
 
 
 @cache
 def schedule_table(device: torch.device) -> Tensor:
-    """(steps + 1, 3) float32: the coefficients of Newton-Schulz, the classic ones last."""
+    """Put the coefficients of Newton–Schulz on the device: (steps + 1, 3) float32, the classic ones last."""
     return _on_device((*SCHEDULE, CLASSIC), torch.float32, device)
 
 
 def addresses_of(clients: Clients) -> tuple[list[int], Clients]:
-    """Where every client's tensor is, and what must live until the launch: the tensors, or copies if not contiguous."""
+    """Find the address of every client's tensor.
+
+    Returns:
+        The addresses, and the tensors that must live until the launch: copies of those that are not contiguous.
+    """
     if not clients[0].numel():
         return [0] * len(clients), clients
     if isinstance(clients, Tensor):
@@ -143,7 +155,7 @@ def addresses_of(clients: Clients) -> tuple[list[int], Clients]:
 
 
 def are_aligned(addresses: Sequence[int]) -> bool:
-    """Whether 16 bytes can be read at once from all of them."""
+    """Whether 16 bytes can be read at once from every address."""
     return not bool((torch.tensor(addresses) % ALIGNMENT).any())
 
 
@@ -152,8 +164,8 @@ def _starts(sizes: Sequence[int]) -> tuple[tuple[int, ...], int]:
     return (0, *ends[:-1]), ends[-1]
 
 
-def _on_device(rows: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A copy that every stream may read. Waits for itself alone, on a stream of its own, not for what is under way."""
+def _on_device(rows: Sequence[int] | Sequence[Sequence[int | float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy that every stream may read. It is made on a stream of its own, so that only the copy is waited for."""
     if device.type != "cuda":
         return torch.tensor(rows, dtype=dtype, device=device)
     if torch.cuda.is_current_stream_capturing():
@@ -167,4 +179,4 @@ def _on_device(rows: Sequence, dtype: torch.dtype, device: torch.device) -> Tens
 
 @lru_cache(maxsize=64)
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

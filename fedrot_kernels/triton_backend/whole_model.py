@@ -6,38 +6,34 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dispatch import Aligned, Clients
-from ..torch_backend.procrustes import NOISE
+from ..checks import normalize_weights
+from ..grouping import group_indices
+from ..tolerances import ROUNDING_FLOOR
+from ..types import Aligned, Clients
 from . import cross_covariance, plain_average, rotate_average
-from .launch import current_backend, interpreted, padded_rank, rank_multiple
+from .launch import current_backend, interpreted, on_device_of, padded_rank, rank_multiple
 from .rotations import rotations
-from .tables import (
-    ModelTables,
-    address_table,
-    addresses_of,
-    are_aligned,
-    average_tables,
-    model_tables,
-)
+from .tables import ModelTables, address_table, addresses_of, are_aligned, average_tables, model_tables
 
 
 def align_average(
     A: Sequence[Clients],
     B: Sequence[Clients],
-    shares: Tensor,
+    weights: Sequence[float] | Tensor,
     *,
     A_ref: Sequence[Tensor] | None,
     B_ref: Sequence[Tensor] | None,
     strength: float,
-    special: bool,
+    reflections: bool,
 ) -> Aligned:
-    """``fedrot_kernels.align_average`` on a GPU, from arguments that have been checked; three launches per dtype.
+    """Align and average checked factors, in three launches per dtype; see ``dispatch.align_average``.
 
-    The averages of one dtype share their memory. shares: (N,) float32 on the factors' device, summing to 1.
+    The averages of one dtype share their memory.
     """
+    shares = normalize_weights(weights, len(A[0]), A[0][0].device).float()
     A_mean, B_mean, R = [A[0][0]] * len(A), [A[0][0]] * len(A), [A[0][0]] * len(A)
     residual, finite = [shares] * len(A), []
-    for indices in _by_dtype([x[0] for x in A]):
+    for indices in group_indices(clients[0].dtype for clients in A):
         model = Model(
             [A[i] for i in indices],
             [B[i] for i in indices],
@@ -45,7 +41,7 @@ def align_average(
             None if B_ref is None else [B_ref[i] for i in indices],
         )
         M = model.cross_covariance()
-        model_R, far = rotations(
+        model_R, deviation = rotations(
             M,
             model.tables.adapters,
             RP=model.RP,
@@ -53,27 +49,32 @@ def align_average(
             n_clients=model.n_clients,
             joint=len(model.on) == 2,
             strength=strength,
-            special=special,
-            noise=NOISE[torch.float32],
+            reflections=reflections,
+            floor=ROUNDING_FLOOR[torch.float32],
         )
         means, is_finite = model.rotate_average(model_R, shares, model.dtype)
         finite.append(is_finite)
         for at, i in enumerate(indices):
             rank = model.shapes[at][0]
             A_mean[i], B_mean[i], R[i] = means[2 * at], means[2 * at + 1], model_R[at, :, :rank, :rank]
-            residual[i] = far[at]
+            residual[i] = deviation[at]
     return Aligned(A_mean, B_mean, R, torch.stack(residual), torch.stack(finite).all())
 
 
-def average(tensors: Sequence[Clients], shares: Tensor) -> tuple[list[Tensor], Tensor]:
-    """``fedrot_kernels.average`` on a GPU, likewise; one launch per dtype."""
+def average(tensors: Sequence[Clients], weights: Sequence[float] | Tensor) -> tuple[list[Tensor], Tensor]:
+    """Average checked tensors, in one launch per dtype; see ``dispatch.average``."""
+    return weighted_sums(tensors, normalize_weights(weights, len(tensors[0]), tensors[0][0].device).float())
+
+
+def weighted_sums(tensors: Sequence[Clients], shares: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Compute Σ wᵢxᵢ of checked tensors, and whether all are finite; shares: wᵢ, (N,) float32 on their device."""
     means, finite = [tensors[0][0]] * len(tensors), []
-    for indices in _by_dtype([x[0] for x in tensors]):
+    for indices in group_indices(clients[0].dtype for clients in tensors):
         first = [tensors[i][0] for i in indices]
         device, dtype = first[0].device, first[0].dtype
         _check_device(device)
         found = [addresses_of(tensors[i]) for i in indices]
-        addresses = [p for of_tensor, _ in found for p in of_tensor]
+        addresses = [p for pointers, _ in found for p in pointers]
         sizes = tuple(x.numel() for x in first)
         tables = average_tables(sizes, device)
         table = address_table(addresses, device)
@@ -81,7 +82,7 @@ def average(tensors: Sequence[Clients], shares: Tensor) -> tuple[list[Tensor], T
         flags = torch.empty(len(tables.items), dtype=torch.int32, device=device)
         aligned = are_aligned(addresses) and all(n % 8 == 0 for n in sizes)
         options = plain_average.options(dtype, aligned)
-        with torch.cuda.device_of(out):
+        with on_device_of(out):
             plain_average.plain_average_kernel[(len(tables.items),)](
                 table, tables.items, shares, out, tables.offsets, flags, len(shares), len(shares), **options.arguments()
             )
@@ -92,7 +93,20 @@ def average(tensors: Sequence[Clients], shares: Tensor) -> tuple[list[Tensor], T
 
 
 class Model:
-    """Adapters of one dtype, wherever their factors are: L adapters of N clients, and the references."""
+    """L adapters of N clients, all of one dtype, wherever in memory their factors and the references are.
+
+    Attributes:
+        n_clients: N.
+        dtype: of the factors.
+        device: of the factors.
+        shapes: per adapter its rank, d_in and d_out.
+        on: the aligned factors, 0 for A and 1 for B.
+        RP: the padded rank of all adapters.
+        tables: the work of the launches.
+        ref_dtype: the dtype in which the references are read.
+        aligned: whether all tensors can be read in 16-byte loads.
+        table: the address of every tensor.
+    """
 
     def __init__(
         self,
@@ -101,25 +115,26 @@ class Model:
         A_ref: Sequence[Tensor] | None,
         B_ref: Sequence[Tensor] | None,
     ):
+        """Make the tables; arguments as in ``dispatch.align_average``, of one dtype."""
         self.n_clients, self.dtype, self.device = len(A[0]), A[0][0].dtype, A[0][0].device
         _check_device(self.device)
         self.shapes = tuple((a[0].shape[0], a[0].shape[1], b[0].shape[0]) for a, b in zip(A, B, strict=True))
         self.on = tuple(factor for factor, ref in enumerate((A_ref, B_ref)) if ref is not None)
         self.RP = padded_rank(max(rank for rank, _, _ in self.shapes))
         self.tables: ModelTables = model_tables(self.shapes, self.on, self.RP, self.device)
-        refs = [r for of_factor in (A_ref, B_ref) if of_factor is not None for r in of_factor]
+        refs = [x for factor_refs in (A_ref, B_ref) if factor_refs is not None for x in factor_refs]
         self.ref_dtype = self.dtype if all(r.dtype == self.dtype for r in refs) else torch.float32
         addresses: list[int] = []
-        self._alive: list[Clients] = []  # copies of what was not contiguous live until the launches
+        self._alive: list[Clients] = []  # copies of tensors that are not contiguous live until the launches
         for adapter, factors in enumerate(zip(A, B, strict=True)):
-            for clients, of_factor in zip(factors, (A_ref, B_ref), strict=True):
+            for clients, factor_refs in zip(factors, (A_ref, B_ref), strict=True):
                 found, alive = addresses_of(clients)
                 addresses += found
                 self._alive.append(alive)
-                if of_factor is None:
+                if factor_refs is None:
                     addresses.append(0)
                 else:
-                    found, alive = addresses_of([of_factor[adapter].to(self.device, self.ref_dtype)])
+                    found, alive = addresses_of([factor_refs[adapter].to(self.device, self.ref_dtype)])
                     addresses += found
                     self._alive.append(alive)
         multiple = rank_multiple(self.RP, self.dtype)
@@ -129,7 +144,7 @@ class Model:
         self.table = address_table(addresses, self.device)
 
     def cross_covariance(self) -> Tensor:
-        """(slices, N + 1, RP, RP) float32; row N, the reference's own, is written where both factors are aligned."""
+        """Compute M, (slices, N + 1, RP, RP) float32; row N, the reference's own, only where both factors are aligned."""
         n_rows = self.n_clients + 1
         M = torch.empty(len(self.tables.slices), n_rows, self.RP, self.RP, dtype=torch.float32, device=self.device)
         joint, mixed = len(self.on) == 2, self.ref_dtype != self.dtype
@@ -141,18 +156,27 @@ class Model:
     def _launch_cross_covariance(self, M: Tensor, dtype: torch.dtype, first: int, last: int) -> None:
         options = cross_covariance.options(self.RP, dtype, self.ref_dtype, self.aligned, current_backend())
         grid = (len(self.tables.slices), triton.cdiv((last - first) * self.RP, options.constants["ROWS"]))
-        with torch.cuda.device_of(M):
+        with on_device_of(M):
             cross_covariance.cross_covariance_kernel[grid](
                 self.table, self.tables.slices, M, first, last, self.n_clients + 1, **options.arguments()
             )
 
     def rotate_average(self, R: Tensor, shares: Tensor, out_dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-        """Ā (r, d_in) and B̄ (d_out, r) of every adapter in turn, and whether all are finite. R: (L, N, RP, RP)."""
+        """Average the rotated factors.
+
+        Args:
+            R: (L, N, RP, RP) float32.
+            shares: (N,) float32, summing to 1.
+            out_dtype: of the averages.
+
+        Returns:
+            Ā (r, d_in) and B̄ (d_out, r) of every adapter in turn, and a bool scalar tensor: all of their entries are finite.
+        """
         tables = self.tables
         out = torch.empty(tables.size, dtype=out_dtype, device=self.device)
         flags = torch.empty(len(tables.tiles), dtype=torch.int32, device=self.device)
         options = rotate_average.options(self.RP, self.dtype, out_dtype, self.aligned, current_backend())
-        with torch.cuda.device_of(out):
+        with on_device_of(out):
             rotate_average.rotate_average_kernel[(len(tables.tiles),)](
                 self.table,
                 tables.tiles,
@@ -168,13 +192,6 @@ class Model:
         shapes = [shape for rank, d_in, d_out in self.shapes for shape in ((rank, d_in), (d_out, rank))]
         means = [out[s : s + r * c].view(r, c) for s, (r, c) in zip(tables.starts, shapes, strict=True)]
         return means, flags.all()
-
-
-def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
-    groups: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(tensors):
-        groups.setdefault(x.dtype, []).append(i)
-    return list(groups.values())
 
 
 def _check_device(device: torch.device) -> None:

@@ -75,6 +75,7 @@ def test_streams_do_not_disturb_each_other():
             with torch.cuda.stream(stream):
                 results.append(call(x, weights))
     torch.cuda.synchronize()
+    assert len(results) == 5 * len(inputs)
     for i, result in enumerate(results):
         assert_same(bits(result), expected[i % len(inputs)])
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedrot_kernels.triton_backend import average
 from fedrot_kernels.triton_backend.plain_average import BLOCK
+from fedrot_kernels.triton_backend.whole_model import weighted_sums
 
 from .cases import DEVICE, DTYPES, GPU, LAYOUTS, assert_as_accurate, place, random, rounding, shares, untouched_between
 
@@ -14,7 +14,7 @@ WIDE = [(8,), (16, 8), (2, BLOCK), (3, 2 * BLOCK + 8)]
 
 def check(stacks, weights, layout):
     w = shares(weights)
-    means, finite = average(place(stacks, layout), w.float().to(DEVICE))
+    means, finite = weighted_sums(place(stacks, layout), w.float().to(DEVICE))
     assert bool(finite) and finite.dtype == torch.bool and finite.shape == ()
     for dtype in {x.dtype for x in stacks}:
         assert untouched_between([mean for mean in means if mean.dtype == dtype])
@@ -47,7 +47,7 @@ def test_dtypes_in_one_call():
 
 
 def test_nothing_to_average_in_an_empty_tensor():
-    means, finite = average([torch.zeros(2, 0, 3, device=DEVICE)], torch.tensor([0.5, 0.5], device=DEVICE))
+    means, finite = weighted_sums([torch.zeros(2, 0, 3, device=DEVICE)], torch.tensor([0.5, 0.5], device=DEVICE))
     assert bool(finite) and means[0].shape == (0, 3)
 
 
@@ -56,14 +56,15 @@ def test_nothing_to_average_in_an_empty_tensor():
 def test_what_is_not_finite_shows_at_its_place_even_at_weight_zero(weight, bad):
     stacks = [random(3, 2000), random(3, 4, 4)]
     w = torch.tensor([0.75 - weight, weight, 0.25], device=DEVICE)
-    clean, _ = average(place(stacks, "separate"), w)
+    clean, _ = weighted_sums(place(stacks, "separate"), w)
     stacks[0][1, 1999] = bad
-    means, finite = average(place(stacks, "separate"), w)
+    means, finite = weighted_sums(place(stacks, "separate"), w)
     assert not bool(finite)
     assert not means[0][1999].isfinite()
     assert torch.equal(means[0][:1999], clean[0][:1999]) and torch.equal(means[1], clean[1])
 
 
 def test_an_average_that_overflows_its_dtype_is_not_finite():
-    means, finite = average([torch.full((2, 9), 65504, dtype=torch.float16, device=DEVICE)], torch.ones(2, device=DEVICE))
+    largest = torch.full((2, 9), 65504, dtype=torch.float16, device=DEVICE)
+    means, finite = weighted_sums([largest], torch.ones(2, device=DEVICE))
     assert not bool(finite) and means[0].isinf().all()

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fedrot_kernels import reference
-from fedrot_kernels.torch_backend.procrustes import NOISE
+from fedrot_kernels.tolerances import ROUNDING_FLOOR
+from fedrot_kernels.torch_backend import newton_schulz
 from fedrot_kernels.triton_backend.launch import padded_rank
+from fedrot_kernels.triton_backend.orthogonal import perturbation
 from fedrot_kernels.triton_backend.rotations import rotations
 from fedrot_kernels.triton_backend.tables import one_adapter
 
@@ -27,7 +31,7 @@ def grid(r, most=12):
     return S[[*range(kinds, len(S)), *chosen][: most if r <= 32 else 4]]
 
 
-def procrustes(M, *, strength=1.0, special=False, noise=0.0):
+def procrustes(M, *, strength=1.0, reflections=True, floor=0.0):
     """R and residual of M (n, r, r), on the CPU; M[:, :r, :r] inside leading dimensions as large as r."""
     n, r, _ = M.shape
     R, residual = rotations(
@@ -38,8 +42,8 @@ def procrustes(M, *, strength=1.0, special=False, noise=0.0):
         n_clients=n,
         joint=False,
         strength=strength,
-        special=special,
-        noise=noise,
+        reflections=reflections,
+        floor=floor,
     )
     R, residual = R[0].cpu(), residual[0].cpu()
     good = residual.isfinite()
@@ -49,14 +53,14 @@ def procrustes(M, *, strength=1.0, special=False, noise=0.0):
     return R, residual
 
 
-@pytest.mark.parametrize("noise", [0.0, NOISE[torch.float32]])
+@pytest.mark.parametrize("floor", [0.0, ROUNDING_FLOOR[torch.float32]])
 @pytest.mark.parametrize("r", RANKS)
-def test_polar_is_orthogonal_and_optimal(r, noise):
-    M = with_singular_values(grid(r, most=6 if noise else 12), seed=r).float()
-    R, residual = procrustes(M, noise=noise)
+def test_polar_is_orthogonal_and_optimal(r, floor):
+    M = with_singular_values(grid(r, most=6 if floor else 12), seed=r).float()
+    R, residual = procrustes(M, floor=floor)
     assert orthogonality(R) <= 1e-6 and residual.max() <= 1e-6
-    # A direction of singular value σ below the noise that is left at rest costs 2σ of ‖M‖_* ≥ ‖M‖_F, and there are r.
-    assert procrustes_gap(M, R) <= 2e-6 + 2 * r * noise
+    # A direction of singular value σ below the floor does not rotate, which costs 2σ of ‖M‖_* ≥ ‖M‖_F, and there are r.
+    assert procrustes_gap(M, R) <= 2e-6 + 2 * r * floor
 
 
 @pytest.mark.skipif(not GPU, reason="the interpreter takes a minute for each")
@@ -64,9 +68,9 @@ def test_polar_is_orthogonal_and_optimal(r, noise):
 @pytest.mark.parametrize("n", [1000])
 def test_more_large_matrices_than_programs(n, r):
     M = torch.randn(n, r, r, generator=torch.Generator().manual_seed(0))
-    R, _ = procrustes(M, strength=1.0, special=True, noise=NOISE[torch.float32])
+    R, _ = procrustes(M, strength=1.0, reflections=False, floor=ROUNDING_FLOOR[torch.float32])
     assert orthogonality(R) <= 1e-6 and (torch.linalg.det(R.double()) > 0).all()
-    assert torch.equal(R[-3:], procrustes(M[-3:], special=True, noise=NOISE[torch.float32])[0])
+    assert torch.equal(R[-3:], procrustes(M[-3:], reflections=False, floor=ROUNDING_FLOOR[torch.float32])[0])
 
 
 def test_more_matrices_than_programs_on_scratch_memory():
@@ -79,7 +83,7 @@ def test_more_matrices_than_programs_on_scratch_memory():
 def test_the_largest_rank():
     M = with_singular_values(torch.logspace(0, -3, 128, dtype=torch.float64)[None], seed=1).float()
     M[0, 0] *= -torch.linalg.det(M.double()).sign().float()  # reflected
-    R, _ = procrustes(M, special=True)
+    R, _ = procrustes(M, reflections=False)
     assert orthogonality(R) <= 1e-6 and torch.linalg.det(R[0].double()) > 0
 
 
@@ -107,10 +111,24 @@ def test_nilpotent_matrices(r):
     assert orthogonality(R) <= 1e-6 and procrustes_gap(M[:1], R[:1]) <= 2e-6
 
 
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("noise", [0.0, NOISE[torch.float32]])
+@triton.jit
+def perturbation_kernel(p_out, R: tl.constexpr):
+    i = tl.arange(0, R)
+    tl.store(p_out + i[:, None] * R + i[None, :], perturbation(i, i))
+
+
+@pytest.mark.parametrize("r", [4, 16, 128])
+def test_pytorch_perturbs_with_the_same_matrix(r):
+    out = torch.empty(r, r, device=DEVICE)
+    perturbation_kernel[(1,)](out, r)
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(out.cpu(), newton_schulz.perturbation(torch.eye(r, dtype=dtype)).float())
+
+
+@pytest.mark.parametrize("reflections", [False, True])
+@pytest.mark.parametrize("floor", [0.0, ROUNDING_FLOOR[torch.float32]])
 @pytest.mark.parametrize("r", [1, 4, 5, 16, 33])
-def test_directions_without_information_do_not_rotate(r, noise, special):
+def test_directions_without_information_do_not_rotate(r, floor, reflections):
     M = torch.zeros(2, r, r)
     M[1] = 2 * torch.eye(r)
     if r > 3:
@@ -119,7 +137,7 @@ def test_directions_without_information_do_not_rotate(r, noise, special):
     expected = torch.eye(r).repeat(2, 1, 1)
     if r > 3:
         expected[1, :2, :2] = M[1, :2, :2] / 3
-    R, _ = procrustes(M, noise=noise, special=special)
+    R, _ = procrustes(M, floor=floor, reflections=reflections)
     assert torch.equal(R[0], expected[0])  # to the last bit
     torch.testing.assert_close(R[1], expected[1], atol=1e-6, rtol=0)
 
@@ -133,7 +151,7 @@ def test_special_orthogonal_is_a_rotation_close_to_the_best(r):
             torch.randn(200 if GPU else few, r, r, generator=torch.Generator().manual_seed(r), dtype=torch.float64),
         ]
     ).float()
-    R, _ = procrustes(M, special=True)
+    R, _ = procrustes(M, reflections=False)
     assert orthogonality(R) <= 1e-6
     assert (torch.linalg.det(R.double()) > 0).all()
     reflected = torch.linalg.det(procrustes(M)[0].double()) < 0
@@ -144,15 +162,15 @@ def test_special_orthogonal_is_a_rotation_close_to_the_best(r):
     assert ((best - objective) / S.sum(-1).clamp_min(1e-300) <= 1e-3).all()
 
 
-@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.5, *([0.9] if GPU else [])])
 @pytest.mark.parametrize("r", [1, 2, 4, 7, 32, *([64, 128] if GPU else [33])])
-def test_soften_goes_from_the_identity_to_the_rotation(r, strength, special):
+def test_soften_goes_from_the_identity_to_the_rotation(r, strength, reflections):
     M = orthogonal(50 if GPU else 8 if r < 8 else 1, r, torch.Generator().manual_seed(r)).float()
-    R, _ = procrustes(M, special=special)
-    soft, residual = procrustes(M, strength=strength, special=special)
+    R, _ = procrustes(M, reflections=reflections)
+    soft, residual = procrustes(M, strength=strength, reflections=reflections)
     assert orthogonality(soft) <= 1e-6 and residual.max() <= 1e-6
-    if special:
+    if not reflections:
         assert (torch.linalg.det(soft.double()) > 0).all()
     blend = (1 - strength) * torch.eye(r, dtype=torch.float64) + strength * R.double()
     assert procrustes_gap(blend, soft) <= 1e-4  # the shift 1e-5, where a blend is all but singular
@@ -175,7 +193,7 @@ def test_soften_where_the_blend_is_singular(half_turns):
 @pytest.mark.parametrize("r", [1, 4, 8, 12, 33])
 def test_one_bad_matrix_leaves_the_others_untouched(r, bad):
     M = with_singular_values(grid(r, most=5), seed=1).float()[: 5 if r < 12 else 2]
-    settings = {"strength": 0.5, "special": True, "noise": NOISE[torch.float32]} if r < 32 else {}
+    settings = {"strength": 0.5, "reflections": False, "floor": ROUNDING_FLOOR[torch.float32]} if r < 32 else {}
     alone, residual_alone = procrustes(M, **settings)
     M[1, r // 2, r - 1] = bad
     R, residual = procrustes(M, **settings)
@@ -187,8 +205,9 @@ def test_one_bad_matrix_leaves_the_others_untouched(r, bad):
 @pytest.mark.parametrize("r", SHARING)
 def test_matrices_that_share_a_program_are_as_alone(r):
     M = with_singular_values(grid(r, most=5), seed=5).float()
-    settings = {"strength": 0.9, "special": True, "noise": NOISE[torch.float32]}
+    settings = {"strength": 0.9, "reflections": False, "floor": ROUNDING_FLOOR[torch.float32]}
     together, residual = procrustes(M, **settings)
+    assert len(together) == len(M) > 1
     for i in range(len(M)):
         R, far = procrustes(M[i : i + 1], **settings)
         assert torch.equal(R[0], together[i]) and far[0] == residual[i]
@@ -210,11 +229,11 @@ def test_ranks_of_one_launch_may_differ():
         n_clients=n,
         joint=False,
         strength=1.0,
-        special=True,
-        noise=0.0,
+        reflections=False,
+        floor=0.0,
     )
     assert residual.shape == (4, n) and residual.max() <= 1e-6
     for i, rank in enumerate(ranks):
         of_rank = R[i, :, :rank, :rank].cpu()
-        assert (of_rank - procrustes(sums[i], special=True)[0]).abs().max() <= 1e-6
+        assert (of_rank - procrustes(sums[i], reflections=False)[0]).abs().max() <= 1e-6
         assert R[i, :, rank:].isnan().all() and R[i, :, :, rank:].isnan().all()

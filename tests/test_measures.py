@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from fedrot_kernels import aggregation_error, rotation_angle
 from fedrot_kernels import reference as oracle
-from fedrot_kernels.measures import aggregation_error, rotation_angle
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,0 +1,76 @@
+"""Every numerical constant of the algorithms, each with its reason. PyTorch and the Triton kernels both read them here.
+
+The coefficients of the Newton–Schulz iteration are in ``schedule.py``. Block sizes are where they are used: they change how
+fast a result is computed, not the result.
+"""
+
+import torch
+
+CONVERGED = {torch.float32: 3e-3, torch.float64: 1e-5}
+"""‖XᵀX − I‖_F at which the next classic step is the last: it leaves |σ − 1| ≤ 2.5 (tolerance / 2)³, below eps."""
+
+CLASSIC_BELOW = 0.5
+"""‖XᵀX − I‖_F below which the classic step converges by itself. A minimax step would move σ away from 1 again."""
+
+COMPLETION_SHIFT = {torch.float32: 4e-8, torch.float64: 7e-17}
+"""Multiple of I added to M/‖M‖_F, so that polar completes a singular M by the identity.
+
+It is a third of eps, which is below the singular values of a matrix of condition number 1e7 even in float32. There a shift
+of 1e-5 would cost a Procrustes gap of up to 5e-4; this one costs at most 1e-6.
+"""
+
+ROUNDING_FLOOR = {torch.float32: 1e-5, torch.float64: 2e-14}
+"""The relative error to expect of a computed product of two matrices, or of a rotation: a hundred times eps, for room.
+
+As the ``floor`` of ``polar`` it keeps directions still of which a computed product knows nothing but rounding.
+"""
+
+PERTURBATION = 1e-4
+"""Factor of the perturbation of a matrix that has not converged when a regular matrix would have.
+
+Such a matrix is singular, and no multiple of I completes it: it is nilpotent, for example. Turning the directions that
+M determines by an angle θ costs a Procrustes gap of about θ². At rank 128 the perturbation's spectral norm is 6e-4.
+"""
+
+PERTURBATION_MULTIPLIER, PERTURBATION_BITS = 56269, 16
+"""Entry (i, j) of the perturbation, i and j from 0, is the fraction of (2i + 1)(2j + 1) · 56269 / 2¹⁶, minus ½.
+
+Float32 holds it exactly, and so it holds the products that lead to it up to rank 128: PyTorch and the kernels compute the
+same bits without a table. Of 2,500 multipliers tried, this one keeps the smallest singular value of the leading r × r blocks,
+r up to 128, furthest from 0: at 1.3e-3. Multiples of the golden ratio look as irregular, but have a singular block at r = 9.
+"""
+
+SQUARINGS = 10
+"""Squarings of 1.001 I − H/‖H‖_F that leave the eigenvector of H's smallest eigenvalue.
+
+Any unit vector gives det = +1 exactly. Over 2,000 random matrices of rank 4 to 64 the power 2¹⁰ came within 1e-4 of the best
+objective at worst, and within 1e-7 on average.
+"""
+
+WEAKEST_SHIFT = 1.001
+"""Multiple of I from which H/‖H‖_F is subtracted before squaring. At rank 1, H/‖H‖_F is 1 and so the difference is not 0."""
+
+SMALLEST_DIVISOR = 1e-30
+"""Lower bound of squared norms before they divide, for a matrix of zeros in float32."""
+
+WEIGHT_RANGE = 2.0**40
+"""The largest weight, in units of the first client's, up to which that client's weight is the unit of a running sum.
+
+Weights of one magnitude then give the same bits whether clients are summed at once or one by one. Float32 sums have room for
+2⁴⁰ times the values; beyond it the largest weight becomes the unit.
+"""
+
+LARGEST_TRITON_RANK = 128
+"""The largest rank with Triton kernels: its scratch, 384 KiB per multiprocessor, still fits an H200's L2 cache."""
+
+EQUAL_ERRORS = 0.01
+"""Relative difference up to which the predicted errors of two strengths count as equal."""
+
+ERROR_ROUNDING = 1e-7
+"""Rounding of a predicted error, relative to the update. A squared error is known to 1e-16 of the squared update."""
+
+PREFERRED_STRENGTH = 0.5
+"""λ to prefer among strengths whose errors count as equal: the default of FedRot-LoRA."""
+
+CURVATURE_RIDGE = 0.1
+"""Multiple of the mean curvature that is added to every direction's, so that no flat direction takes an unbounded step."""

@@ -1,0 +1,61 @@
+"""Types that the functions of this package take and return."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Clients = Tensor | Sequence[Tensor]
+"""One tensor from each of N clients: stacked, (N, …), or N tensors (…)."""
+
+Backend = Literal["auto", "torch", "triton"]
+"""What computes: Triton kernels, PyTorch, or ("auto") Triton wherever it has kernels for the inputs."""
+
+Target = Literal["reference", "consensus", "error"]
+"""What ``align_together`` minimises: the distance to a reference, the distance between clients, or the aggregation error."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Rotated averages of L adapters from N clients.
+
+    Attributes:
+        A: per adapter Ā = Σ wᵢ RᵢᵀAᵢ, (r, d_in), in the inputs' dtype. PyTorch gives each average storage of its own; the
+            Triton averages of one dtype share one storage.
+        B: per adapter B̄ = Σ wᵢ BᵢRᵢ, (d_out, r), likewise.
+        R: per adapter the rotations, (N, r, r), float32 (float64 for float64 inputs).
+        residual: (L, N), ‖RᵀR − I‖_max of every rotation; NaN where the cross-covariance was not finite.
+        finite: a bool scalar tensor on the inputs' device: every entry of every average is finite.
+    """
+
+    A: list[Tensor]
+    B: list[Tensor]
+    R: list[Tensor]
+    residual: Tensor
+    finite: Tensor
+
+
+@dataclass(frozen=True)
+class Together:
+    """Rotated averages of L adapters whose N clients were aligned together.
+
+    Attributes:
+        A: per adapter Ā = Σ wᵢ RᵢᵀAᵢ, (r, d_in), in the inputs' dtype.
+        B: per adapter B̄ = Σ wᵢ BᵢRᵢ, (d_out, r), likewise.
+        R: per adapter the rotations, (N, r, r), float32 (float64 for float64 inputs).
+        residual: (L, N), ‖RᵀR − I‖_max of every rotation; NaN where products of the factors were not finite.
+        finite: a bool scalar tensor on the inputs' device: every entry of every average is finite.
+        strengths: (L,) float64, λ of every adapter.
+        error: (L,) float64, ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F before Ā and B̄ are rounded to the inputs' dtype.
+        update_norm: (L,) float64, ‖Σ wᵢBᵢAᵢ‖_F.
+    """
+
+    A: list[Tensor]
+    B: list[Tensor]
+    R: list[Tensor]
+    residual: Tensor
+    finite: Tensor
+    strengths: Tensor
+    error: Tensor
+    update_norm: Tensor
