@@ -4,8 +4,49 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import accurate_dot, address, client_rows, one_address, work_item
+from .device import (
+    accurate_dot,
+    address,
+    client_rows,
+    frame_offset,
+    on_rank_axis,
+    on_width_axis,
+    one_address,
+    work_item,
+)
 from .launch import LaunchOptions, precision, rank_multiple, triton_dtype
+
+
+@triton.jit
+def _partial_product(
+    p_F,
+    p_ref,
+    b_k,
+    b_inside,
+    rank,
+    d,
+    start,
+    end,
+    IS_A: tl.constexpr,
+    ROWS: tl.constexpr,
+    REF_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """F F_refᵀ over columns start … end of the frames, for rows k of the clients' frames."""
+    j = tl.arange(0, REF_ROWS)
+    b_M = tl.zeros((ROWS, REF_ROWS), tl.float32)
+    for first in range(start, end, BLOCK_D):
+        c = tl.multiple_of(first, BLOCK_D) + tl.arange(0, BLOCK_D)
+        b_j, b_c = on_rank_axis(j, IS_A), on_width_axis(c, IS_A)
+        at_F = p_F[:, None] + frame_offset(b_k[:, None], c[None, :], rank, d, IS_A)
+        at_ref = p_ref + frame_offset(b_j, b_c, rank, d, IS_A)
+        b_F = tl.load(at_F, mask=b_inside[:, None] & (c[None, :] < d), other=0.0)
+        b_ref = tl.load(at_ref, mask=(b_j < rank) & (b_c < d), other=0.0)
+        if IS_A:
+            b_ref = tl.trans(b_ref)
+        b_M = accurate_dot(b_F, b_ref, b_M, PRECISION)
+    return b_M
 
 
 @triton.jit(do_not_specialize=["first_client", "n_clients", "n_rows"])
@@ -42,25 +83,12 @@ def cross_covariance_kernel(
     p_F = address(p_tensor + client, exists, DTYPE, ALIGNED, RP)
     p_ref = one_address(p_tensor + n_rows - 1, REF_DTYPE, ALIGNED)
     inside = exists & (k < rank)
-    j = tl.arange(0, REF_ROWS)
     end = tl.minimum(start + SLICE, d)
-    b_M = tl.zeros((ROWS, REF_ROWS), tl.float32)
     if tensor % 2 == 0:
-        for first in range(start, end, BLOCK_D):
-            c = tl.multiple_of(first, BLOCK_D) + tl.arange(0, BLOCK_D)
-            at_F = p_F[:, None] + (k[:, None].to(tl.int64) * d + c[None, :])
-            at_ref = p_ref + (j[:, None].to(tl.int64) * d + c[None, :])
-            b_F = tl.load(at_F, mask=inside[:, None] & (c[None, :] < d), other=0.0)
-            b_ref = tl.load(at_ref, mask=(j[:, None] < rank) & (c[None, :] < d), other=0.0)
-            b_M = accurate_dot(b_F, tl.trans(b_ref), b_M, PRECISION)
+        b_M = _partial_product(p_F, p_ref, k, inside, rank, d, start, end, True, ROWS, REF_ROWS, BLOCK_D, PRECISION)
     else:
-        for first in range(start, end, BLOCK_D):
-            c = tl.multiple_of(first, BLOCK_D) + tl.arange(0, BLOCK_D)
-            at_F = p_F[:, None] + (c[None, :].to(tl.int64) * rank + k[:, None])
-            at_ref = p_ref + (c[:, None].to(tl.int64) * rank + j[None, :])
-            b_F = tl.load(at_F, mask=inside[:, None] & (c[None, :] < d), other=0.0)
-            b_ref = tl.load(at_ref, mask=(j[None, :] < rank) & (c[:, None] < d), other=0.0)
-            b_M = accurate_dot(b_F, b_ref, b_M, PRECISION)
+        b_M = _partial_product(p_F, p_ref, k, inside, rank, d, start, end, False, ROWS, REF_ROWS, BLOCK_D, PRECISION)
+    j = tl.arange(0, REF_ROWS)
     row = item.to(tl.int64) * n_rows * RP + first_client * RP + q
     tl.store(p_M + row[:, None] * RP + j[None, :], b_M, mask=exists[:, None] & (j[None, :] < RP))
 
@@ -71,8 +99,11 @@ def slice_length(RP: int) -> int:
 
 
 def options(RP: int, dtype: torch.dtype, ref_dtype: torch.dtype, aligned: bool, backend: str) -> LaunchOptions:
-    """How to launch: one stage, because the asynchronous copies of deeper pipelines are 4 bytes wide for float32 frames
-    that must be transposed; 64 rows are what Hopper's matrix unit takes at least; BLOCK_D is what registers hold."""
+    """Choose how to launch.
+
+    One stage, because the asynchronous copies of deeper pipelines are 4 bytes wide for float32 frames that must be
+    transposed. 64 rows are the least that Hopper's matrix unit takes. BLOCK_D is as large as registers hold.
+    """
     wide, mixed = RP == 128, dtype != ref_dtype
     constants = {
         "DTYPE": triton_dtype(dtype),

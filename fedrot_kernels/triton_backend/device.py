@@ -1,6 +1,8 @@
-"""What the kernels share on the device: addresses out of a table, and products that stay accurate to float32.
+"""Functions that the kernels share: addresses out of a table, frames in memory, and products accurate to float32.
 
-Names in kernels: ``p_`` pointers, ``b_`` blocks in registers; q counts the rows of all clients' frames, k those of one.
+Names in kernels: ``p_`` pointers, ``b_`` blocks in registers; q counts the rows of all clients' frames, k those of one
+client's. A frame (r, d) is in memory as A (r, d) or as B (d, r). A block of it is loaded as it is in memory: its first axis
+is the rank's for A and the width's for B.
 """
 
 import triton
@@ -15,7 +17,7 @@ def client_rows(q, RP: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def address(entry, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, RUN: tl.constexpr):
-    """Pointers out of the table, one per row q. Without the hints a 16-byte load falls apart into four or eight."""
+    """Pointers out of the table, one per row q. Without the hints a 16-byte load is split into four or eight."""
     p = tl.max_constancy(tl.load(entry, mask=mask, other=0).to(tl.pointer_type(DTYPE)), RUN)
     if ALIGNED:
         p = tl.multiple_of(p, 16)
@@ -33,7 +35,7 @@ def one_address(entry, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def work_item(p_item, ALIGNED: tl.constexpr, RANK_MULTIPLE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(tensor, rank, d, start) of a work item."""
+    """Read a work item: (tensor, rank, d, start)."""
     tensor = tl.load(p_item)
     rank = tl.load(p_item + 1)
     d = tl.load(p_item + 2)
@@ -45,12 +47,31 @@ def work_item(p_item, ALIGNED: tl.constexpr, RANK_MULTIPLE: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def on_rank_axis(b_x, IS_A: tl.constexpr):
+    """A vector as a block that varies along the rank's axis of a frame in memory."""
+    return tl.expand_dims(b_x, 1 if IS_A else 0)
+
+
+@triton.jit
+def on_width_axis(b_x, IS_A: tl.constexpr):
+    """A vector as a block that varies along the width's axis of a frame in memory."""
+    return tl.expand_dims(b_x, 0 if IS_A else 1)
+
+
+@triton.jit
+def frame_offset(b_k, b_c, rank, d, IS_A: tl.constexpr):
+    """The offset of entry (k, c) of a frame from its first."""
+    return b_k.to(tl.int64) * d + b_c if IS_A else b_c.to(tl.int64) * rank + b_k
+
+
+@triton.jit
 def accurate_dot(b_x, b_y, b_total, PRECISION: tl.constexpr):
-    """total + x y. Half precision is multiplied as it is, which is exact in float32; anything else in float32."""
+    """Compute total + x y. Half precision is multiplied as it is, exactly in float32; anything else is in float32."""
     if (b_x.dtype == b_y.dtype) and (b_x.dtype != tl.float32):
-        return tl.dot(b_x, b_y, b_total)
+        b_total = tl.dot(b_x, b_y, b_total)
     else:
-        return tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_total, input_precision=PRECISION)
+        b_total = tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_total, input_precision=PRECISION)
+    return b_total
 
 
 @triton.jit
@@ -61,7 +82,7 @@ def all_finite(b_x):
 
 @triton.jit
 def split_bfloat16(b_x):
-    """Three bfloat16 that sum to a float32 exactly: its 24 bits in three times eight."""
+    """Three bfloat16 whose sum is a float32 exactly: its 24 bits in three times eight."""
     b_high = b_x.to(tl.bfloat16)
     b_rest = b_x - b_high.to(tl.float32)
     b_middle = b_rest.to(tl.bfloat16)
