@@ -8,8 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fedrot_kernels import average, full_precision
-from fedrot_kernels.measures import product_norm
+from fedrot_kernels import average, full_precision, product_norm, working_dtype
 
 from .adapters.checks import check_range, check_weights, own_scalings
 from .adapters.config import rank_fields
@@ -131,8 +130,7 @@ def _by_adapters(adapters: Sequence[Update], layout: Layout) -> list[tuple[list[
         for key in (a.key_A, a.key_B, f"{a.module}.lora_B.bias"):
             if key in layout.specs:
                 spec = layout.specs[key]
-                wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
-                groups.setdefault(having, {})[key] = replace(spec, dtype=wide)
+                groups.setdefault(having, {})[key] = replace(spec, dtype=working_dtype(spec.dtype))
     return [([adapters[i] for i in having], Layout(specs, "the merged adapter")) for having, specs in groups.items()]
 
 

@@ -96,10 +96,7 @@ def test_imports_run_one_way(package):
     assert list(steps_back(graph)) == []
 
 
-CIRCLES = pytest.mark.xfail(strict=True, reason="whole_model and triton_backend.whole_model import each other")
-
-
-@pytest.mark.parametrize("package", ["fedrot", pytest.param("fedrot_kernels", marks=CIRCLES)])
+@pytest.mark.parametrize("package", ["fedrot", "fedrot_kernels"])
 def test_no_modules_import_each_other_in_circles(package):
     assert circle(imports(package)) == []
 

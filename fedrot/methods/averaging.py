@@ -51,7 +51,7 @@ def average_round(
             A_ref=A_ref if "A" in on else None,
             B_ref=B_ref if "B" in on else None,
             strength=strength,
-            special=not reflections,
+            reflections=reflections,
             backend=backend,
         )
         R, residual = aligned.R, aligned.residual

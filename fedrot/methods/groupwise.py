@@ -50,7 +50,7 @@ class GroupwiseMethod(Method):
             B_ref=B_ref,
             target=self.target,
             on=self.on(round.index),
-            group="O" if self.options.reflections else "SO",
+            reflections=self.options.reflections,
             strength=None if self.chooses_strength else self.strength,
         )
         mean = {}
@@ -68,7 +68,7 @@ class GroupwiseMethod(Method):
             {key: mean[key] for key in layout.specs},
             A,
             B,
-            aligned.G,
+            aligned.R,
             aligned.residual,
             bool(torch.stack(checks).all()),
             errors=errors if self.options.report_error else [(None, None)] * len(errors),

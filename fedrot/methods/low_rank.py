@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedrot_kernels import average, full_precision
-from fedrot_kernels.measures import product_norm
+from fedrot_kernels import average, full_precision, product_norm, working_dtype
 
 from ..adapters.layout import Adapter
 from ..errors import UpdateError
@@ -87,7 +86,7 @@ def _stacks(round: Round) -> Iterator[tuple[Sequence[Adapter], Tensor, Tensor]]:
     """Some adapters of one shape at a time: they, A (G, N, r, d_in) and B (G, N, d_out, r), rows of zero up to rank r."""
     for group in round.layout.groups:
         a = group.adapters[0]
-        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+        dtype = working_dtype(a.dtype)
         size = max(1, _ENTRIES // (len(round.clients) * a.rank * (a.d_in + a.d_out)))
         for start in range(0, len(group.adapters), size):
             part = group.adapters[start : start + size]

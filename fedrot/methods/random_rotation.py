@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-import fedrot_kernels as fk
+from fedrot_kernels import procrustes, working_dtype
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
@@ -11,7 +11,6 @@ from ..seeding import generator
 from .averaging import stream_round
 from .base import Method
 from .round import Averages, Round
-from .running_mean import sum_dtype
 
 
 class RandomRotation(Method):
@@ -38,6 +37,6 @@ class RandomRotation(Method):
         for group in layout.groups:
             a = group.adapters[0]
             M = torch.randn(len(group.adapters), a.rank, a.rank, generator=numbers, dtype=torch.float64)
-            R, _ = fk.procrustes(M, strength=self.strength, special=not self.options.reflections)
-            rotations.append(R.to(client.device, sum_dtype(a.dtype)))
+            R, _ = procrustes(M, strength=self.strength, reflections=self.options.reflections)
+            rotations.append(R.to(client.device, working_dtype(a.dtype)))
         return client, rotations

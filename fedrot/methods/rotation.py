@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import NOISE, cross_covariance, procrustes
+from fedrot_kernels import ROUNDING_FLOOR, cross_covariance, partial_isometries, procrustes
 
 from ..adapters.layout import Adapter, AdapterGroup
 from ..adapters.update import StateDict, Update
 from ..errors import UpdateError
 from ..options import AlignOn, Factor
-from ..ranks.padding import partial_isometries, rank_mask
+from ..ranks.padding import rank_mask
 
 # ‖RᵀR − I‖_max up to which R counts as a rotation; iterations that converge end a hundred times below.
 LARGEST_RESIDUAL = 1e-4
@@ -46,7 +46,7 @@ def rotations(
     if len(on) > 1:
         products = [_relative(M, F_ref) for M, (_, F_ref) in zip(products, frames, strict=True)]
     M = products[0] if len(on) == 1 else products[0] + products[1]
-    R, residual = procrustes(M, strength=strength, special=not reflections, noise=NOISE[M.dtype])
+    R, residual = procrustes(M, strength=strength, reflections=reflections, floor=ROUNDING_FLOOR[M.dtype])
     if client.ranks is not None:
         rows = torch.stack([rank_mask(a, [client])[0] for a in group.adapters]).to(R.device)
         padded = ~rows.all(1).squeeze(-1)

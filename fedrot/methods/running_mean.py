@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import full_precision, rotate_add_
+from fedrot_kernels import full_precision, rotate_add_, working_dtype
+from fedrot_kernels.tolerances import WEIGHT_RANGE
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict
-
-_LARGEST_WEIGHT = 2.0**40  # in units; the first client's weight is one
 
 # Called with every group's index, A, B, rotations (or None) and the client's share of the weights so far.
 Watch = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
@@ -39,7 +38,7 @@ class RunningMean:
         self.sums: dict[str, Tensor] = {}
         for group in layout.groups:
             first, G = group.adapters[0], len(group.adapters)
-            dtype = sum_dtype(first.dtype)
+            dtype = working_dtype(first.dtype)
             A = torch.zeros(G, first.rank, first.d_in, dtype=dtype, device=device)
             B = torch.zeros(G, first.d_out, first.rank, dtype=dtype, device=device)
             self.groups.append((A, B))
@@ -47,7 +46,7 @@ class RunningMean:
                 self.sums[a.key_A], self.sums[a.key_B] = A[i], B[i]
         for key in layout.other_keys:
             spec = layout.specs[key]
-            self.sums[key] = torch.zeros(spec.shape, dtype=sum_dtype(spec.dtype), device=device)
+            self.sums[key] = torch.zeros(spec.shape, dtype=working_dtype(spec.dtype), device=device)
 
     @full_precision
     def add(self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None, watch: Watch | None = None) -> None:
@@ -96,7 +95,7 @@ class RunningMean:
 
     def _keep_in_range(self, weight: float) -> None:
         """Take a weight as the unit if it is too large in units of the present one."""
-        if weight > self.unit * _LARGEST_WEIGHT:
+        if weight > self.unit * WEIGHT_RANGE:
             for total in self.sums.values():
                 total.mul_(self.unit / weight)
             self.total_weight *= self.unit / weight
@@ -117,8 +116,3 @@ def shares_of(weights: Sequence[float]) -> tuple[float, ...]:
     relative = [w / largest for w in weights]  # whose sum cannot overflow
     total = sum(relative)
     return tuple(w / total for w in relative)
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums of tensors: float64 for float64, float32 otherwise."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

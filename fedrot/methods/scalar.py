@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from fedrot_kernels import widen
+
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from .averaging import stream_round
 from .base import Method
 from .rotation import aligned_factors
 from .round import Averages, Round
-from .running_mean import sum_dtype
 
 
 class Scalar(Method):
@@ -41,9 +42,8 @@ class Scalar(Method):
         on = aligned_factors(self.options.align_on, round)
         scaled = {key: client[key] for key in layout.other_keys}
         for a in layout.adapters:
-            wide = sum_dtype(a.dtype)
-            A, B = client[a.key_A].detach().to(wide), client[a.key_B].detach().to(wide)
-            c = torch.ones((), dtype=wide, device=client.device)
+            A, B = widen(client[a.key_A]), widen(client[a.key_B])
+            c = torch.ones((), dtype=A.dtype, device=client.device)
             if "A" in on:
                 c = c * _scale_towards(A, reference[a.key_A])
             if "B" in on:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import NOISE, full_precision, procrustes
+from fedrot_kernels import widen
 
 from ..adapters.common import with_rank
 from ..adapters.keys import TensorSpec
@@ -32,11 +32,11 @@ def pad(client: Update, layout: Layout, s_client: dict[str, float], s_result: di
     ranks = {a.key_A: client.specs[a.key_A].shape[0] for a in layout.adapters}
     for a in layout.adapters:
         s = s_client[a.module] / s_result[a.module]
-        A, B = (_wide(client[key].detach()) for key in (a.key_A, a.key_B))
+        A, B = (widen(client[key]) for key in (a.key_A, a.key_B))
         tensors[a.key_A] = _with_zeros(A, 0, a.rank)
         tensors[a.key_B] = _with_zeros(B if s == 1 else B * s, 1, a.rank)
         if (bias := f"{a.module}.lora_B.bias") in tensors:
-            tensors[bias] = _wide(tensors[bias].detach()) * s
+            tensors[bias] = widen(tensors[bias]) * s
     keys_given = {key: key for key in layout.specs}
     narrow = any(ranks[a.key_A] < a.rank for a in layout.adapters)
     return Update(client.name, layout.specs, keys_given, tensors, client.device, None, ranks if narrow else None)
@@ -77,35 +77,9 @@ def rank_mask(adapter: Adapter, clients: Sequence[Update]) -> Tensor:
     return torch.arange(adapter.rank)[None, :, None] < torch.tensor(own)[:, None, None]
 
 
-@full_precision
-def partial_isometries(M: Tensor, rows: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """The rotations of padded clients, softened, and how far they are from orthogonal.
-
-    Rᵢ is polar((1−λ) J + λ polar(Mᵢ)), J = [I 0], of the client's own rows, as the rows of a square matrix that is zero in
-    the others. It is the same in SO and O: what the others complete it to may have either determinant.
-
-    Args:
-        M: (G, r, r), cross-covariances; rows of zero where a client has none.
-        rows: (G, r, 1), which rows are the client's own.
-        strength: λ.
-
-    Returns:
-        R (G, r, r), and ‖RᵀR − I‖_max (G,) before the others are zero.
-    """
-    R, residual = procrustes(M, noise=NOISE[M.dtype])
-    if strength < 1:
-        eye = torch.eye(M.shape[-1], dtype=R.dtype, device=R.device)
-        R, residual = procrustes(torch.where(rows, (1 - strength) * eye + strength * R, 0), noise=NOISE[R.dtype])
-    return R * rows, residual
-
-
 def _with_zeros(x: Tensor, axis: int, rank: int) -> Tensor:
     """The tensor with zeros appended along an axis, up to a rank."""
     if x.shape[axis] == rank:
         return x
     zeros = x.new_zeros(with_rank(TensorSpec(tuple(x.shape), x.dtype), axis, rank - x.shape[axis]).shape)
     return torch.cat([x, zeros], dim=axis)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

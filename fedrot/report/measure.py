@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrot_kernels import full_precision
-from fedrot_kernels.measures import aggregation_error, rotation_angle
+from fedrot_kernels import aggregation_error, full_precision, rotation_angle, widen
 
 from ..adapters.layout import Layout
 from ..methods.round import Averages
@@ -73,4 +72,4 @@ def adapter_reports(
 def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:
     """Stack one factor of G adapters from N clients, (G, N, …), in working precision."""
     S = torch.stack([x for per_client in part for x in per_client])
-    return (S if S.dtype == torch.float64 else S.float()).view(len(part), -1, *S.shape[1:])
+    return widen(S).view(len(part), -1, *S.shape[1:])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedrot_kernels import full_precision
+from fedrot_kernels import full_precision, working_dtype
 
 from ..adapters.layout import Adapter, Layout
 from ..seeding import generator
@@ -52,7 +52,7 @@ class Sketch:
             R: the client's rotations (G, r, r), or None.
             share: the client's part of the sum of all weights so far, its own among them.
         """
-        right = A.to(dtype := _working(A.dtype)) @ self._projection("A", A.shape[-1], dtype, A.device)
+        right = A.to(dtype := working_dtype(A.dtype)) @ self._projection("A", A.shape[-1], dtype, A.device)
         left = (B.to(dtype).mT @ self._projection("B", B.shape[-2], dtype, B.device)).mT
         if R is not None:
             left, right = left @ R, R.mT @ right
@@ -116,7 +116,3 @@ def _merge(mine: dict[str, Tensor], theirs: dict[str, Tensor], share: float) -> 
         lost.add_(theirs["lost"], alpha=share)
     mine["left"].add_(left, alpha=share)
     mine["right"].add_(right, alpha=share)
-
-
-def _working(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

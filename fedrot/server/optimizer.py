@@ -6,6 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fedrot_kernels import widen
+
 from ..adapters.checks import is_finite, not_finite
 from ..adapters.keys import TensorSpec
 from ..adapters.update import Update
@@ -84,7 +86,7 @@ class ServerOptimizer:
         self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: Container[str]
     ) -> dict[str, Tensor]:
         if self._optimizer is None:
-            wide = {key: _wide(reference[key].to(x.device)).reshape(x.shape) for key, x in mean.items()}
+            wide = {key: widen(reference[key].to(x.device)).reshape(x.shape) for key, x in mean.items()}
             copies = {key: x.clone(memory_format=torch.contiguous_format) for key, x in wide.items()}
             self._parameters = {key: nn.Parameter(x) for key, x in copies.items()}
             values = list(self._parameters.values())
@@ -94,8 +96,8 @@ class ServerOptimizer:
                 self._optimizer = torch.optim.SGD(values, self.lr, _MOMENTUM)
             self._load()
         for key, p in self._parameters.items():
-            start = _wide(reference[key].to(p.device)).reshape(p.shape)
-            p.grad = None if key in frozen else start - _wide(mean[key])
+            start = widen(reference[key].to(p.device)).reshape(p.shape)
+            p.grad = None if key in frozen else start - widen(mean[key])
         self._optimizer.step()
         return {key: p.detach().to(specs[key].dtype).clone() for key, p in self._parameters.items()}
 
@@ -134,7 +136,3 @@ class ServerOptimizer:
             else:  # Adam counts its steps on the CPU
                 self._optimizer.state[p][name] = x.clone() if name == "step" else x.to(p.device).clone()
         self._restored = None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)

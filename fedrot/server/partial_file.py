@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedrot_kernels import working_dtype
+
 from ..adapters.checks import is_finite
 from ..adapters.config import check_lora, rank_of, scaling
 from ..adapters.files import check_new, replace_file
@@ -20,7 +22,6 @@ from ..adapters.keys import TensorSpec, parse_key
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..errors import UpdateError
-from ..methods.running_mean import sum_dtype
 from ..report.sketch import part_shapes
 from .stream import StreamedRound, is_name
 
@@ -121,12 +122,12 @@ def _expected(name: str, layout: Layout, header: Mapping[str, Any]) -> dict[str,
     N, double = len(header["clients"]), torch.float64
     found = {"weights": TensorSpec((N,), double), "angles": TensorSpec((N, len(layout.adapters)), double)}
     for a in layout.adapters:
-        found[f"sum/{a.key_A}"] = TensorSpec((a.rank, a.d_in), sum_dtype(a.dtype))
-        found[f"sum/{a.key_B}"] = TensorSpec((a.d_out, a.rank), sum_dtype(a.dtype))
+        found[f"sum/{a.key_A}"] = TensorSpec((a.rank, a.d_in), working_dtype(a.dtype))
+        found[f"sum/{a.key_B}"] = TensorSpec((a.d_out, a.rank), working_dtype(a.dtype))
         if header["sketch"]:
             found |= {f"sketch/{n}/{a.key_A}": TensorSpec(shape, double) for n, shape in part_shapes(a).items()}
     for key in layout.other_keys:
-        found[f"sum/{key}"] = TensorSpec(layout.specs[key].shape, sum_dtype(layout.specs[key].dtype))
+        found[f"sum/{key}"] = TensorSpec(layout.specs[key].shape, working_dtype(layout.specs[key].dtype))
     for key in header["frozen"]:
         if not any(key in keys for keys in layout.factor_keys):
             raise UpdateError(f"{name}: its header has {key[:_LONGEST]} frozen, which is no factor of it; send it again")

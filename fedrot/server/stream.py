@@ -8,7 +8,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from fedrot_kernels.measures import product_norm, rotation_angle
+from fedrot_kernels import product_norm, rotation_angle
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import NOISE, cross_covariance, full_precision, procrustes
-from fedrot_kernels.measures import error_bound
+from fedrot_kernels import ROUNDING_FLOOR, cross_covariance, error_bound, full_precision, procrustes, working_dtype
 
 from ..adapters.checks import check_updates, open_reference
 from ..adapters.layout import AdapterGroup, Layout
@@ -70,10 +69,10 @@ def alignment_geometry(
 def _distances(F: Tensor, F_ref: Tensor, method: Method) -> Tensor:
     """‖F − F_ref‖, ‖RᵀF − F_ref‖, ‖R − I‖ and ‖F_ref‖, (4, N, G), for F (N, G, r, d) and F_ref (G, r, d)."""
     # Directions that the clients' own precision leaves undetermined are not rotated, as in the run itself.
-    noise = NOISE[torch.float64 if F.dtype == torch.float64 else torch.float32]
+    floor = ROUNDING_FLOOR[working_dtype(F)]
     F, F_ref = F.double(), F_ref.double()
     M = cross_covariance(F, F_ref)
-    R, _ = procrustes(M, special=not method.options.reflections, noise=noise)
+    R, _ = procrustes(M, reflections=method.options.reflections, floor=floor)
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     size = torch.linalg.matrix_norm(F_ref).expand(F.shape[:2])
     return torch.stack([*(torch.linalg.matrix_norm(D) for D in (F - F_ref, R.mT @ F - F_ref, R - eye)), size])

@@ -120,7 +120,7 @@ def _mix(h: Tensor) -> Tensor:
 # The parameters have PyTorch's names, by which callers may pass them.
 def _dropout(
     clients: ClientDropout,
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,  # noqa: ARG001
@@ -130,7 +130,7 @@ def _dropout(
 
 def _channels(
     clients: ClientDropout,
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,  # noqa: ARG001
