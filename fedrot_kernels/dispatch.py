@@ -106,7 +106,7 @@ def use_triton(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
 
 
 class _Implementation(Protocol):
-    """What each backend offers. Its functions take checked arguments, but for the weights' values."""
+    """The functions of a backend. Their arguments are checked, except for the weights, which backends read unlike."""
 
     def align_average(
         self,

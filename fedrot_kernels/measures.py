@@ -1,4 +1,4 @@
-"""Measures of an alignment: what averaging the factors loses, and how far clients were rotated."""
+"""Measures of an alignment: the aggregation error, its bound, and how far clients were rotated."""
 
 import torch
 from torch import Tensor

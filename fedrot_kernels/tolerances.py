@@ -36,9 +36,8 @@ PERTURBATION_MULTIPLIER, PERTURBATION_BITS = 56269, 16
 """Entry (i, j) of the perturbation, i and j from 0, is the fraction of (2i + 1)(2j + 1) · 56269 / 2¹⁶, minus ½.
 
 Float32 holds it exactly, and so it holds the products that lead to it up to rank 128: PyTorch and the kernels compute the
-same bits without a table. Among 2,500 multipliers tried, this one keeps the smallest singular value of the leading r × r
-blocks, r up to 128, furthest from 0: at 1.3e-3. Multiples of the golden ratio look as irregular, but have a singular block at
-r = 9.
+same bits without a table. Of 2,500 multipliers tried, this one keeps the smallest singular value of all leading r × r blocks
+up to r = 128 furthest from 0: at 1.3e-3. Multiples of the golden ratio look as irregular; one of their blocks is singular.
 """
 
 SQUARINGS = 10

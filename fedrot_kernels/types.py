@@ -10,10 +10,10 @@ Clients = Tensor | Sequence[Tensor]
 """One tensor from each of N clients: stacked, (N, …), or N tensors (…)."""
 
 Backend = Literal["auto", "torch", "triton"]
-"""What computes: Triton kernels, PyTorch, or ("auto") Triton wherever it has kernels for the inputs."""
+"""The implementation: Triton kernels, PyTorch, or ("auto") Triton on a GPU wherever it has kernels for the inputs."""
 
 Target = Literal["reference", "consensus", "error"]
-"""What ``align_together`` minimises: the distance to a reference, the distance between clients, or the aggregation error."""
+"""The quantity that ``align_together`` minimises: distance to a reference, spread of the clients, or aggregation error."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Grams:
         return torch.stack([(S_B.mT @ S_A[:, start : start + _COLUMNS]).square().sum() for start in starts]).sum()
 
     def at(self, R: Tensor) -> "Means":
-        """What is known of the means of RᵢᵀAᵢ and BᵢRᵢ; R (G, n, r, r), orthogonal."""
+        """Compute the products of the means of RᵢᵀAᵢ and BᵢRᵢ; R (G, n, r, r), orthogonal."""
         W = self.w * R
         P, Q = self.A(W), self.B(W)
         a, b = (W.mT @ P).sum(1), (W.mT @ Q).sum(1)

@@ -1,4 +1,4 @@
-"""Rotations that minimise what averaging the factors loses.
+"""Rotations that minimise the aggregation error.
 
 The error is E = Σ wₖBₖAₖ − B̄Ā with Ā = Σ wᵢRᵢᵀAᵢ and B̄ = Σ wᵢBᵢRᵢ. Along Rᵢ ← Rᵢ(I + t Xᵢ), Xᵢ skew, ‖E‖² changes by
 −2t Σ wᵢ⟨Zᵢ, Xᵢ⟩ with Zᵢ = Rᵢᵀ(BᵢᵀEĀᵀ) − (RᵢᵀAᵢEᵀB̄)ᵀ. Both terms are sums of Gram blocks.

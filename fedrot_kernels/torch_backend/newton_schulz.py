@@ -40,7 +40,7 @@ def fast_pass(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def perturbation(like: Tensor) -> Tensor:
-    """What is added to a singular matrix: (r, r), fixed, without structure; see ``tolerances``.
+    """The fixed matrix (r, r) without structure that is added to singular ones; see ``tolerances``.
 
     Args:
         like: (..., r, r), whose dtype and device the result has.

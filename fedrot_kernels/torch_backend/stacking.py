@@ -11,7 +11,7 @@ from ..types import Clients
 
 # Entries of a factor from which on it is multiplied where it is: copying it takes longer than a call per client.
 _LARGE = 1 << 14
-# Entries that are stacked at a time: what an L2 cache holds.
+# Entries that are stacked at a time: as many as an L2 cache holds.
 _PART = 1 << 17
 # Least number of columns of the products of B. Several rows are taken as one to reach it, and the blocks off the diagonal
 # are left out: at r = 4 and 8 this halves the time of the product and of stacking.

@@ -33,7 +33,7 @@ def _newton_schulz(
     while going > 0:
         b_D = tl.dot(tl.trans(b_X), b_X, input_precision="ieee") - b_eye
         b_deviation = tl.sqrt(sum_per_matrix(tl.sum(b_D * b_D, 0), b_same, ONE))
-        if step == PERTURB_AT:  # what is far from converged is singular, and no multiple of I completes it
+        if step == PERTURB_AT:  # a matrix that is still far off is singular
             b_X += tl.where((b_going & (b_deviation > CLASSIC_BELOW))[None, :], b_perturbation, 0.0)
             b_D = tl.dot(tl.trans(b_X), b_X, input_precision="ieee") - b_eye
             b_deviation = tl.sqrt(sum_per_matrix(tl.sum(b_D * b_D, 0), b_same, ONE))

@@ -147,7 +147,7 @@ def _newton_schulz(
     going = 1
     while going > 0:
         squares = _product(p_D, p_X, p_X, p_X, 1.0, 0.0, -1.0, RP, True, False, BLOCK, BLOCK_K, PRECISION)
-        # What is far from converged by then is singular, and no multiple of I completes it.
+        # A matrix that is still far off by then is singular.
         if (step == PERTURB_AT) & (squares > CLASSIC_BELOW * CLASSIC_BELOW):
             _perturb(p_X, RP)
             squares = _product(p_D, p_X, p_X, p_X, 1.0, 0.0, -1.0, RP, True, False, BLOCK, BLOCK_K, PRECISION)
