@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ..adapters.files import check_new
@@ -24,30 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv and argv[0] in SIMULATOR:
-            return _simulator()(argv[0], argv[1:])
-        args = make_parser(_aggregate, _merge, _inspect, lambda _: print(methods_table())).parse_args(argv)
+            return _load_simulator()(argv[0], argv[1:])
+        args = make_parser().parse_args(argv)
         refuse_old_spellings({name: x for name, x in vars(args).items() if x is not None})
-        args.run(args)
+        _COMMANDS[args.command](args)
         return 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
         print(f"fedrot: error: {error}", file=sys.stderr)
         return 1
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of an aggregation among those of the command line."""
-    return {name: value for name, value in vars(args).items() if name in OPTION_NAMES}
-
-
-def _record(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """What the result's record keeps of the command line beside the options."""
-    return {name: getattr(args, name) for name in names}
-
-
-def _aggregate_folders(args: argparse.Namespace, **options: Any) -> AggregationResult:
-    return aggregate(args.folders, args.weights, args.reference, round=args.round, **_options(args) | options)
 
 
 def _aggregate(args: argparse.Namespace) -> None:
@@ -69,10 +56,10 @@ def _aggregate(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     check_new(args.output)
-    own = {"rank": args.rank, "alpha": args.alpha, "method": args.method, "reflections": args.reflections}
-    result = merge(args.folders, args.weights, **own)
+    options = {"rank": args.rank, "alpha": args.alpha, "method": args.method, "reflections": args.reflections}
+    result = merge(args.folders, args.weights, **options)
     bases = {str(read_adapter(folder)[1].get("base_model_name_or_path")) for folder in args.folders}
-    if len(bases) > 1:  # which need not mean anything: paths differ between machines
+    if len(bases) > 1:  # not an error, because paths differ between machines
         print(f"note: the adapters name the base models {', '.join(sorted(bases))}", file=sys.stderr)
     print(result.report)
     result.save(args.output, record=_record(args, "folders", "weights", "rank", "alpha"))
@@ -80,22 +67,43 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    print(f"averaged as they are\n{_aggregate_folders(args, strength=0.0).report}")
+    print(f"averaged as they are\n{_aggregate_folders(args, method='fedrot', strength=0.0).report}")
     rotated = _aggregate_folders(args)
     print(f"\nrotated, then averaged\n{rotated.report}")
     _explain_no_rotation(rotated, args)
 
 
+def _show_methods(_: argparse.Namespace) -> None:
+    print(methods_table())
+
+
+_COMMANDS = MappingProxyType({"aggregate": _aggregate, "merge": _merge, "inspect": _inspect, "methods": _show_methods})
+
+
+def _aggregate_folders(args: argparse.Namespace, **changed: Any) -> AggregationResult:
+    options = {name: value for name, value in vars(args).items() if name in OPTION_NAMES}
+    return aggregate(args.folders, args.weights, args.reference, round=args.round, **options | changed)
+
+
+def _record(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Collect what the result's record keeps of the command line beside the options."""
+    return {name: getattr(args, name) for name in names}
+
+
 def _explain_no_rotation(result: AggregationResult, args: argparse.Namespace) -> None:
-    rotates = "reflections" in METHODS[result.report.method].uses
-    if rotates and args.strength != 0 and result.report.angle == 0 and len(args.folders) > 1:
+    uses = METHODS[result.report.method].uses
+    if "reflections" not in uses or args.strength == 0 or result.report.angle or len(args.folders) == 1:
+        return
+    if "align_on" in uses:
         print(
             "no client was rotated: the factor to align is zero in the reference (B is in a fresh adapter), or the clients "
             "agree with it; odd rounds align A (--round 1, or --align-on A)"
         )
+    else:
+        print("no client was rotated: no rotation loses less")
 
 
-def _simulator() -> Callable[[str, list[str]], int]:
+def _load_simulator() -> Callable[[str, list[str]], int]:
     try:
         from ..simulation.cli import main as simulator
     except ModuleNotFoundError as error:

@@ -14,56 +14,80 @@ from ..options import AggregationOptions
 SIMULATOR = MappingProxyType(
     {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}
 )
-Run = Callable[[argparse.Namespace], None]
+ROTATING = tuple(name for name, method in METHODS.items() if "reflections" in method.uses)
 
 
-def make_parser(aggregate: Run, merge: Run, inspect: Run, methods: Run) -> argparse.ArgumentParser:
-    """Make the parser of everything but the simulator's options.
-
-    Args:
-        aggregate, merge, inspect, methods: what runs each command.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of everything but the simulator's options; ``command`` of what it parses names the command."""
     parser = argparse.ArgumentParser(prog="fedrot", description="Federated averaging of LoRA adapters in a common basis.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('fedrot')}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="command")
     for name, text in SIMULATOR.items():
         commands.add_parser(name, help=text)
-
-    average = commands.add_parser("aggregate", help="merge the adapters of one round into one")
-    _add_adapters(average)
-    average.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
-    add_options(average)
-    average.set_defaults(run=aggregate)
-
-    merging = commands.add_parser("merge", help="merge adapters that were trained independently into one")
-    merging.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders of one base, of any ranks and modules")
-    merging.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
-    merging.add_argument("--rank", type=int, metavar="R", help="of the merged adapter (default: the adapters' largest)")
-    merging.add_argument("--alpha", type=float, metavar="α", help="its lora_alpha (default: the widest adapter's scaling)")
-    merging.add_argument(
-        "--method",
-        default="flexlora",
-        choices=[*get_args(MergeMethod), "fedrot"],
-        metavar="{" + ",".join(get_args(MergeMethod)) + "}",
-        help="flexlora: the best adapter of the rank; fedrot-least-error: rotate so that averaging loses least, and "
-        "average, which loses more and ends in the basis of one adapter (default: %(default)s)",
-    )
-    add_options(merging, "reflections")
-    _refuse_group(merging)
-    merging.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
-    merging.set_defaults(run=merge)
-
-    looking = commands.add_parser("inspect", help="what averaging adapters would lose, as they are and rotated")
-    _add_adapters(looking)
-    add_options(looking, "align_on", "strength", "reflections", "backend")
-    looking.set_defaults(run=inspect)
-
-    listing = commands.add_parser("methods", help="what each method communicates, costs, and loses")
-    listing.set_defaults(run=methods)
+    _add_aggregate(commands.add_parser("aggregate", help="merge the adapters of one round into one"))
+    _add_merge(commands.add_parser("merge", help="merge adapters that were trained independently into one"))
+    _add_inspect(commands.add_parser("inspect", help="show what averaging adapters loses, as they are and rotated"))
+    commands.add_parser("methods", help="show what each method communicates, costs and loses")
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
+def _add_aggregate(parser: argparse.ArgumentParser) -> None:
+    _add_clients(parser)
+    _add_output(parser)
+    _add_options(parser)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders of one base, of any ranks and modules")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
+    parser.add_argument("--rank", type=int, metavar="R", help="of the merged adapter (default: the adapters' largest)")
+    parser.add_argument("--alpha", type=float, metavar="α", help="its lora_alpha (default: the widest adapter's scaling)")
+    parser.add_argument(
+        "--method",
+        default=get_args(MergeMethod)[0],
+        type=_parse_merge_method,
+        metavar=_show_choices(MergeMethod),
+        help="flexlora: the best adapter of the rank; fedrot-least-error: rotate so that averaging loses least, and "
+        "average, which loses more and ends in the basis of one adapter (default: %(default)s)",
+    )
+    _add_options(parser, "reflections")
+    _add_old_options(parser, "--group")
+    _add_output(parser)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_clients(parser)
+    parser.add_argument(
+        "--method", default="fedrot", choices=ROTATING, metavar="NAME", help=f"{', '.join(ROTATING)} (default: %(default)s)"
+    )
+    _add_options(parser, "align_on", "strength", "reflections", "backend", "seed")
+
+
+def _add_clients(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders, one per client")
+    parser.add_argument("--reference", metavar="DIR", help="the adapter the clients started from (default: the heaviest's)")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
+    parser.add_argument(
+        "--round",
+        type=_parse_as(int),
+        default=0,
+        metavar="N",
+        help="the round's index, from 0: even rounds align B, odd rounds A (default: %(default)s)",
+    )
+    _add_old_options(parser, "--group", "--previous")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder for the merged adapter and its report")
+
+
+def _add_old_options(parser: argparse.ArgumentParser, *flags: str) -> None:
+    """Add options of fedrot 0.1, hidden, for ``refuse_old_spellings`` to refuse by what replaces them."""
+    for flag in flags:
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+
+
+def _add_options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add the fields of ``AggregationOptions``, or those of these names, as options of the command line."""
     for f in fields(AggregationOptions):
         if names and f.name not in names:
@@ -73,38 +97,33 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
         if f.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         elif f.name == "method":
-            parser.add_argument(flag, choices=METHODS, **settings)
+            settings["help"] += "; fedrot methods lists them"
+            parser.add_argument(flag, choices=METHODS, metavar="NAME", **settings)
         else:
-            parser.add_argument(flag, type=_parsed_as(f.type), metavar=_shown(f.type), **settings)
+            parser.add_argument(flag, type=_parse_as(f.type), metavar=_show_choices(f.type), **settings)
 
 
-def _parsed_as(kind: Any) -> Callable[[str], Any]:
-    """How a value is read: as the first number type of the annotation, or as it stands. ``AggregationOptions`` checks it."""
+def _parse_as(kind: Any) -> Callable[[str], Any]:
+    """Make a function that reads a value as the first number type of an annotation, or leaves it as it is.
+
+    ``AggregationOptions`` checks values, so that its errors name what replaces an old word, such as auto.
+    """
     read = next((t for t in (int, float) if t is kind or t in get_args(kind)), str)
 
-    def value(text: str) -> Any:
+    def parse(text: str) -> Any:
         try:
             return read(text)
         except ValueError:
-            return text  # an old word, such as auto, which is refused by its new spelling
+            return text
 
-    return value
+    return parse
 
 
-def _shown(kind: Any) -> str | None:
+def _parse_merge_method(text: str) -> str:
+    if text in (*get_args(MergeMethod), "fedrot"):  # merge says what replaces fedrot
+        return text
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(get_args(MergeMethod))})")
+
+
+def _show_choices(kind: Any) -> str | None:
     return "{" + ",".join(get_args(kind)) + "}" if get_origin(kind) is Literal else None
-
-
-def _add_adapters(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders, one per client")
-    parser.add_argument("--reference", metavar="DIR", help="the adapter the clients started from (default: the heaviest's)")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
-    parser.add_argument(
-        "--round", type=_parsed_as(int), default=0, help="the round's index, from 0: even rounds align B, odd rounds A"
-    )
-    _refuse_group(parser)
-    parser.add_argument("--previous", help=argparse.SUPPRESS)
-
-
-def _refuse_group(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--group", help=argparse.SUPPRESS)  # of fedrot 0.1; AggregationOptions names what replaces it
