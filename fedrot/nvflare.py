@@ -22,10 +22,9 @@ except ModuleNotFoundError as error:
 
 from .adapters.checks import check_update, check_weight
 from .adapters.layout import Layout
-from .adapters.update import StateDict, Update, open_update
-from .admission import admit, in_order, one_line
+from .adapters.update import Update, open_update
+from .admission import admit, make_one_line, sort_key
 from .errors import UpdateError
-from .methods.registry import make_method
 from .options import AggregationOptions, shows_options
 from .report.result import AggregationResult
 from .server.aggregator import FedRotAggregator
@@ -46,32 +45,37 @@ class FedRotModelAggregator(ModelAggregator):
 
     It is the ``aggregator`` of NVFlare's FedAvg controller and recipes, or of ScatterAndGather. The server's model is the
     adapter, a PEFT state dict and nothing else (such as ``PTFileModelPersistor(source_ckpt_file_full_name=…)`` loads).
-    Clients answer with all of its keys, as FULL or DIFF parameters. The reference and the round, from 0, are what the
-    controller sent them, whatever made it: a checkpoint, the last result, or an optimizer between the two.
+    Clients answer with all of its keys, as FULL or DIFF parameters. The reference and the round are what the controller
+    sent to clients, whatever made it: a checkpoint, the last result, or an optimizer between the two.
 
     A wrong answer (other keys, shapes or dtypes, NaN, no weight, of another round) is refused: ``accept_model`` raises
     UpdateError, upon which NVFlare's controllers log the error, do not count the client and go on. Answers are kept until
-    the round ends, so that the result does not depend on their order and its aggregation error can be told. Its metrics are
-    those that all clients sent as finite numbers, averaged, and "aggregation_error", "relative_error", "rotation_angle"
-    (degrees), "clients" and "dropped".
+    the round ends, so that the result does not depend on their order and its aggregation error can be computed. The metrics
+    of the result are those that all clients sent as finite numbers, averaged, and "aggregation_error", "relative_error",
+    "rotation_angle" (degrees), "clients" and "dropped". Logs and errors count rounds from 1 and name NVFlare's
+    ``current_round``, which counts from 0, beside.
 
     Nothing is lost on the way with ``server_expected_format="pytorch"`` and a persistor with
     ``allow_numpy_conversion=False``: tensors travel as safetensors, bfloat16 too. NumPy, NVFlare's default, has no
     bfloat16: the persistor widens it to float32, and clients must send float32.
 
-    Sites that allow jobs no code of their own need "fedrot" in the ``class_allow_list`` of their resources.json, and jobs
-    for them ``job.set_app_packages(["fedrot"])``, or NVFlare copies modules of fedrot into the job.
+    Sites that allow jobs no code of their own need "fedrot" in the ``class_allow_list`` of their resources.json. Jobs for
+    them need ``job.set_app_packages(["fedrot"])``, or NVFlare copies modules of fedrot into the job.
 
     Args:
         server_optimizer: as in ``fedrot.FedRotAggregator``; its state ends with the job.
         weighted_by: the entry of ``FLModel.meta`` that holds a client's weight, its number of steps or examples; None weighs
             all alike.
         **options: fields of ``fedrot.AggregationOptions``, but for methods that change base weights or leave clients a
-            factor of their own. ``on_invalid`` is "drop" here: wrong answers are left out, unless it is "raise", which raises
-            UpdateError at the end of their round and so ends the job.
+            factor of their own. ``on_invalid`` is "drop" here: wrong answers are left out, unless it is "raise", which
+            raises UpdateError at the end of their round and so ends the job.
 
     Attributes:
-        result: of the last round.
+        result: the result of the last round.
+
+    Raises:
+        ValueError: an option's value that there is not, options that do not go together, or a method that exchanges more or
+            less than whole adapters.
     """
 
     @shows_options(on_invalid="drop")
@@ -82,23 +86,22 @@ class FedRotModelAggregator(ModelAggregator):
         **options: Any,
     ):
         super().__init__()
-        self._options = AggregationOptions.of({"on_invalid": "drop"} | options)
-        self._method = make_method(self._options)
-        # NVFlare writes a component into a job's configuration by its attributes that are called like arguments.
+        chosen = AggregationOptions.of({"on_invalid": "drop"} | options)
+        self._aggregator = FedRotAggregator(server_optimizer=server_optimizer, **chosen.as_dict())
+        # NVFlare writes a component into a job's configuration by the parameters in the signature of __init__ and the
+        # attributes of the same names.
         self.server_optimizer, self.weighted_by = server_optimizer, weighted_by
-        for name, value in self._options.as_dict().items():
+        for name, value in chosen.as_dict().items():
             setattr(self, name, value)
-        if self._method.updates_base or self._method.returns() != ("A", "B"):
+        method = self._aggregator.method
+        if method.updates_base or method.returns() != ("A", "B"):
             raise ValueError(
-                f"{self._method.name} exchanges other things than whole adapters, which NVFlare does not; take another method"
+                f"{method.name} exchanges more or less than whole adapters, which NVFlare cannot; take another method"
             )
         self.result: AggregationResult | None = None
         self._sent: FLModel | None = None
         self._answers: dict[str, _Answer] = {}
         self._dropped: dict[str, str] = {}
-
-    def _aggregator(self, sent: StateDict, round: int) -> FedRotAggregator:
-        return FedRotAggregator(sent, round=round, server_optimizer=self.server_optimizer, **self._options.as_dict())
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Keep what clients are sent."""
@@ -111,7 +114,7 @@ class FedRotModelAggregator(ModelAggregator):
         self._sent, self._answers, self._dropped = None, {}, {}
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
-        """Keep one client's answer, for ScatterAndGather; False if it cannot be averaged."""
+        """Keep one client's answer, for ScatterAndGather; return whether it can be averaged."""
         self.fl_ctx = fl_ctx
         name = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, _UNKNOWN)
         try:
@@ -119,7 +122,7 @@ class FedRotModelAggregator(ModelAggregator):
             model.meta[_CLIENT] = name
             self.accept_model(model)
         except (TypeError, ValueError) as error:  # not a model at all, or an UpdateError
-            self._dropped[name] = one_line(str(error))
+            self._dropped[name] = make_one_line(str(error))
             return False
         return True
 
@@ -135,58 +138,61 @@ class FedRotModelAggregator(ModelAggregator):
                 raise UpdateError(f"{name} answered a second time; the first answer counts")
             self._answers[name] = self._open(name, model)
         except UpdateError as error:
-            self._dropped[name] = one_line(str(error))
+            self._dropped[name] = make_one_line(str(error))
             raise
 
     def aggregate_model(self) -> FLModel:
-        """The round's adapter, under the keys of the server's model, as tensors or as arrays as that is.
+        """Aggregate the round's answers.
+
+        Returns:
+            The adapter under the keys of the server's model, in tensors or in arrays as that is.
 
         Raises:
             UpdateError: no answer of positive weight is left, or, with ``on_invalid="raise"``, one was wrong.
         """
-        model, reference = self._reference()
-        round = model.current_round
+        model, reference = self._open_reference()
+        when = _name_round(model.current_round)
         for name, why in self._dropped.items():
-            self.warning(f"round {round}: dropped {name}: {why}")
-        if not self._answers or (self._dropped and self._options.on_invalid == "raise"):
-            raise UpdateError("; ".join([f"round {round}: {len(self._answers)} good answers", *self._dropped.values()]))
-        names = sorted(self._answers, key=in_order)
+            self.warning(f"{when}: dropped {name}: {why}")
+        if not self._answers or (self._dropped and self._aggregator.options.on_invalid == "raise"):
+            raise UpdateError("; ".join([f"{when}: {len(self._answers)} good answers", *self._dropped.values()]))
+        names = sorted(self._answers, key=sort_key)
         answers = [self._answers[name] for name in names]
         weights = [answer.weight for answer in answers]
-        aggregator = self._aggregator(reference.tensors, round)
-        result = aggregator.aggregate([answer.update for answer in answers], weights, names=names)
+        self._aggregator.round, self._aggregator.reference = model.current_round, dict(reference.tensors)
+        result = self._aggregator.aggregate([answer.update for answer in answers], weights, names=names)
         report = replace(result.report, dropped=self._dropped)
         self.result = replace(result, report=report)
         errors = {"aggregation_error": report.error, "relative_error": report.relative_error}
         metrics = _average([answer.metrics for answer in answers], weights)
         metrics |= {key: x for key, x in errors.items() if x is not None}
         metrics |= {"rotation_angle": report.angle, "clients": len(names), "dropped": len(report.dropped)}
-        self.info(f"round {round}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        self.info(f"{when}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
         arrays = any(isinstance(x, np.ndarray) for x in model.params.values())
         params = {key: x.numpy() if arrays else x for key, x in result.state_dict.items()}
         self.reset_stats()
-        return FLModel(ParamsType.FULL, params, metrics=metrics, current_round=round)
+        return FLModel(ParamsType.FULL, params, metrics=metrics, current_round=model.current_round)
 
-    def _reference(self) -> tuple[FLModel, Update]:
-        """What clients were sent."""
+    def _open_reference(self) -> tuple[FLModel, Update]:
+        """Open the model that clients were sent."""
         if self._sent is None:
             raise UpdateError(f"no model was sent to clients: the event {AppEventType.BEFORE_TRAIN_TASK} was not fired")
         if self._sent.current_round is None:
             raise UpdateError("the controller sent a model without its current_round")
         name = "the server's model"
-        return self._sent, open_update(_tensors(self._sent.params, name), name)
+        return self._sent, open_update(_read_tensors(self._sent.params, name), name)
 
     def _open(self, name: str, model: FLModel) -> _Answer:
-        task, reference = self._reference()
-        round = task.current_round
-        if model.current_round not in (None, round):
-            raise UpdateError(f"{name} answered round {model.current_round}, but this is round {round}")
-        sent = open_update(_tensors(model.params, name), name)
+        task, reference = self._open_reference()
+        if model.current_round not in (None, task.current_round):
+            now = _name_round(task.current_round)
+            raise UpdateError(f"{name} answered with current_round {model.current_round!r}, but this is {now}")
+        sent = open_update(_read_tensors(model.params, name), name)
         check_update(sent, reference, Layout(reference.specs, reference.name))
         change = model.params_type == ParamsType.DIFF
         values = {key: reference[key] + sent[key] if change else sent[key] for key in reference}
         update = open_update({given: values[key] for key, given in reference.keys_given.items()}, name)
-        admit(update, reference, self._method, round, reference)
+        admit(update, reference, self._aggregator.method, task.current_round, reference)
         if self.weighted_by is None:
             return _Answer(update, 1.0, model.metrics or {})
         if self.weighted_by not in model.meta:
@@ -194,8 +200,13 @@ class FedRotModelAggregator(ModelAggregator):
         return _Answer(update, check_weight(model.meta[self.weighted_by], update), model.metrics or {})
 
 
-def _tensors(params: Any, name: str) -> dict[str, Any]:
-    """Arrays as tensors in their memory, and what enable_tensor_disk_offload left on disk read from there."""
+def _name_round(current_round: int) -> str:
+    """Name a round for people, who count from 1, and beside it NVFlare's own number, which stands in its logs."""
+    return f"round {current_round + 1} (current_round {current_round})"
+
+
+def _read_tensors(params: Any, name: str) -> dict[str, Any]:
+    """Convert arrays to tensors in their memory, and read from disk what enable_tensor_disk_offload left there."""
     if not isinstance(params, Mapping):
         raise UpdateError(f"{name}: expected tensors or arrays by name, got {type(params).__name__}")
     loaded = {key: x.materialize() if hasattr(x, "materialize") else x for key, x in params.items()}
@@ -206,10 +217,10 @@ def _tensors(params: Any, name: str) -> dict[str, Any]:
 
 
 def _average(metrics: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, float]:
-    """Of the metrics that all clients sent as finite numbers."""
+    """Average the metrics that all clients sent as finite numbers."""
 
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and math.isfinite(value)
 
-    common = [key for key in metrics[0] if all(is_number(of_client.get(key)) for of_client in metrics)]
+    common = [key for key in metrics[0] if all(is_number(client.get(key)) for client in metrics)]
     return {key: sum(w * m[key] for w, m in zip(weights, metrics, strict=True)) / sum(weights) for key in common}

@@ -1,5 +1,6 @@
-"""The aggregator for NVIDIA FLARE: inside a run of its simulator, and answer by answer."""
+"""The aggregator for NVIDIA FLARE, answer by answer."""
 
+import inspect
 import logging
 import subprocess
 import sys
@@ -8,145 +9,30 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-import fedrot
-
-from .peft_models import KINDS, turned_clients
-from .refusals import HEAD, A, B, refused
-
-pytest.importorskip("nvflare")
-
 from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.fl_constant import ReservedKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.app_constant import AppConstants
-from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
-from nvflare.app_common.workflows.fedavg import FedAvg
-from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
 from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
-from nvflare.client.config import ExchangeFormat
-from nvflare.job_config.api import FedJob
-from nvflare.job_config.script_runner import ScriptRunner
+from safetensors.torch import save_file
 
+import fedrot
 from fedrot.nvflare import FedRotModelAggregator
-from fedrot.server.aggregator import towards
+from fedrot.options import OPTION_NAMES, AggregationOptions
 
-SITES, STEPS = ("site-1", "site-2", "site-10"), (3, 1, 2)
-# A client whose training adds the change that a file holds for this site and round, and that keeps what it sends.
-CLIENT = """
-import sys
-from pathlib import Path
-
-import nvflare.client as flare
-from nvflare.app_common.abstract.fl_model import FLModel
-from safetensors.torch import load_file, save_file
-
-folder, steps = Path(sys.argv[1]), {"site-1": 3, "site-2": 1, "site-10": 2}
-flare.init()
-site = flare.get_site_name()
-while flare.is_running():
-    received = flare.receive()
-    changes = load_file(folder / f"{site}-{received.current_round}.safetensors")
-    params = {key: received.params[key] + change for key, change in changes.items()}
-    save_file(params, folder / f"{site}-{received.current_round}-sent.safetensors")
-    meta = {"NUM_STEPS_CURRENT_ROUND": steps[site]}
-    flare.send(FLModel(params=params, metrics={"loss": float(steps[site])}, meta=meta))
-"""
+from ..peft_models import KINDS, turned_clients
+from ..refusals import HEAD, A, B, refused
+from .rounds import SITES, STEPS, answer, as_arrays, equal, run_round, send
 
 
-def contiguous(state):
-    return {key: x.contiguous() for key, x in state.items()}
-
-
-@pytest.fixture
-def start():
-    return contiguous(turned_clients(KINDS["modules to save"], 3)[0])
-
-
-@pytest.fixture
-def updates():
-    return [contiguous(update) for update in turned_clients(KINDS["modules to save"], 3)[1]]
-
-
-def send(aggregator, model, round=0):
-    """What the controllers do with a round's task."""
-    aggregator.reset_stats()
-    context = FLContext()
-    task = FLModelUtils.to_shareable(FLModel(params=model, current_round=round))
-    context.set_prop(AppConstants.TRAIN_SHAREABLE, task, private=True, sticky=False)
-    aggregator.handle_event(AppEventType.BEFORE_TRAIN_TASK, context)
-
-
-def answer(name, params, steps=1, **fields):
-    meta = {"client_name": name} | ({} if steps is None else {"NUM_STEPS_CURRENT_ROUND": steps})
-    return FLModel(params=params, meta=meta, **fields)
-
-
-def run_round(aggregator, start, updates, round=0, names=SITES, steps=STEPS, **fields):
-    send(aggregator, start, round)
-    for name, update, n in zip(names, updates, steps, strict=True):
-        aggregator.accept_model(answer(name, update, n, **fields))
-    return aggregator.aggregate_model()
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
-
-
-def as_arrays(state):
-    return {key: x.numpy() for key, x in state.items()}
-
-
-def test_simulator(tmp_path, monkeypatch):
-    # bfloat16, a server optimizer, and in round 1 a client that sends NaN: FedAvg's loop is FedRotAggregator's, to the bit.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    start, turned = turned_clients(KINDS["bfloat16"], 3)
-    torch.save(contiguous(start), tmp_path / "start.pt")
-    for site, client in zip(SITES, turned, strict=True):
-        for round, size in enumerate((1.0, 0.1)):
-            changes = {key: (client[key] - x) * size for key, x in start.items()}
-            if (site, round) == ("site-2", 1):
-                changes[B][0] = torch.nan
-            save_file(contiguous(changes), tmp_path / f"{site}-{round}.safetensors")
-    (tmp_path / "client.py").write_text(CLIENT)
-
-    def options():
-        return {"strength": 1.0, "server_optimizer": fedrot.ServerOptimizer("momentum", 0.5)}
-
-    job = FedJob("fedrot")
-    job.set_app_packages(["fedrot"])
-    persistor = PTFileModelPersistor(source_ckpt_file_full_name=str(tmp_path / "start.pt"), allow_numpy_conversion=False)
-    job.to_server(persistor, id="persistor")
-    job.to_server(FedAvg(num_clients=3, num_rounds=2, aggregator=FedRotModelAggregator(**options())))
-    script = ScriptRunner(str(tmp_path / "client.py"), str(tmp_path), server_expected_format=ExchangeFormat.PYTORCH)
-    for site in SITES:
-        job.to(script, site)
-    assert job.simulator_run(str(tmp_path / "workspace"), threads=3) == 0
-
-    server = tmp_path / "workspace" / "server"
-    saved = torch.load(server / "simulate_job" / "app_server" / "FL_global_model.pt")
-    by_hand = fedrot.FedRotAggregator(contiguous(start), on_invalid="drop", **options())
-    for round in range(2):
-        sent = [load_file(tmp_path / f"{site}-{round}-sent.safetensors") for site in SITES]
-        result = by_hand.aggregate(sent, STEPS, names=SITES)
-    assert equal(dict(saved["model"]), result.state_dict)
-    assert saved["meta_props"]["nr_aggregated"] == 2
-    log = (server / "log.txt").read_text()
-    assert f"round 1: dropped site-2: site-2, {B} (16, 4) holds NaN or Inf" in log
-    report = result.report
-    assert f"round 1: loss 2.6, aggregation_error {report.error:.4g}, relative_error {report.relative_error:.4g}, " in log
-    assert f"rotation_angle {report.angle:.4g}, clients 2, dropped 1" in log
-
-
-@pytest.mark.parametrize("options", [{"strength": 1.0}, {"reference": "consensus", "strength": "auto"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"strength": 1.0}, {"method": "fedrot-consensus"}, {"method": "fedrot-adaptive"}], ids=str
+)
 @pytest.mark.parametrize("convert", [dict, as_arrays])
 def test_rounds(start, updates, convert, options):
-    of_start = towards(options.get("reference", "global"), start)
     aggregator = FedRotModelAggregator(**options)
-    by_hand = fedrot.FedRotAggregator(**{**options, **of_start}, round=3)
+    by_hand = fedrot.FedRotAggregator(start, round=3, **options)
     model = convert(start)
     for round in (3, 4):  # aligned on A, then on B
         out = run_round(aggregator, model, [convert(u) for u in updates], round)
@@ -257,7 +143,7 @@ WRONG = {
     "negative weight": (dict, {"steps": -1}, ("weight -1",)),
     "weight NaN": (dict, {"steps": float("nan")}, ("weight nan",)),
     "text for a weight": (dict, {"steps": "many"}, ("weight many",)),
-    "another round": (dict, {"current_round": 1}, ("round 1", "round 2")),
+    "another round": (dict, {"current_round": 1}, ("current_round 1", "this is round 3 (current_round 2)")),
     "a change of another shape": (put(HEAD, lambda x: x[:1]), {"params_type": ParamsType.DIFF}, (HEAD, "(1, 16)")),
 }
 
@@ -275,7 +161,7 @@ def test_wrong_answers_are_dropped(start, updates, change, fields, named, caplog
     assert equal(out.params, fedrot.aggregate([updates[0], updates[2]], None, start, round=2).state_dict)
     assert (out.metrics["clients"], out.metrics["dropped"]) == (2, 1)
     why = aggregator.result.report.dropped["site-2"]
-    assert f"round 2: dropped site-2: {why}" in caplog.text
+    assert f"round 3 (current_round 2): dropped site-2: {why}" in caplog.text
 
 
 def test_the_second_answer_of_a_client_is_dropped(start, updates):
@@ -293,7 +179,7 @@ def test_raise_on_wrong_answers(start, updates):
     aggregator.accept_model(answer("site-1", updates[0]))
     with refused("site-2"):
         aggregator.accept_model(answer("site-2", updates[1], None))
-    with refused("round 0", "1 good answers", "site-2 sent no NUM_STEPS_CURRENT_ROUND"):
+    with refused("round 1 (current_round 0): 1 good answers", "site-2 sent no NUM_STEPS_CURRENT_ROUND"):
         aggregator.aggregate_model()
 
 
@@ -375,6 +261,19 @@ def test_options():
             FedRotModelAggregator(method=method)
     with refused("on_invalid", "ignore", error=ValueError):
         FedRotModelAggregator(on_invalid="ignore")
+    with refused("flexlora", "server optimizer", error=ValueError):
+        FedRotModelAggregator(fedrot.ServerOptimizer("adam", 0.1), method="flexlora")
+    with refused("fedrot 0.1", "reflections=True", error=ValueError):
+        FedRotModelAggregator(group="O")
+    with refused("fedrot 0.1", "fedrot-consensus", error=ValueError):
+        FedRotModelAggregator(reference="consensus")
+
+
+def test_the_signature_lists_every_option():
+    parameters = inspect.signature(FedRotModelAggregator.__init__).parameters
+    assert list(parameters) == ["self", "server_optimizer", "weighted_by", *OPTION_NAMES]
+    defaults = {name: parameters[name].default for name in OPTION_NAMES}
+    assert defaults == AggregationOptions(on_invalid="drop").as_dict()
 
 
 def test_optional():
