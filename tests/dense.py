@@ -34,6 +34,7 @@ def modules(kind, update):
     model = peft_model(kind)
     set_peft_model_state_dict(model, update)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert layers
     return {n: (m.lora_A.default.weight, m.lora_B.default.weight, m.scaling["default"]) for n, m in layers.items()}
 
 

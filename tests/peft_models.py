@@ -149,8 +149,9 @@ def as_saved(kind: Kind, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def factor_keys(update: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """The keys of A and B of every adapter."""
+    """The keys of A and B of every adapter, of which there is one at least."""
     keys_A = [key for key in update if re.search(r"lora_(embedding_)?A", key)]
+    assert keys_A
     return [(key, re.sub(r"(lora_(?:embedding_)?)A", r"\1B", key)) for key in keys_A]
 
 

@@ -8,6 +8,7 @@ from fedrot import METHODS, FedRotAggregator
 from fedrot.methods.registry import make_method
 from fedrot.options import AggregationOptions
 
+from .definitions import assert_same_bits
 from .dense import with_frozen
 from .peft_models import KINDS, turned_clients
 
@@ -56,9 +57,7 @@ def grown(tree, reference, clients, through=lambda partial: partial, **options):
 
 
 def assert_same(result, other):
-    assert list(result.state_dict) == list(other.state_dict)
-    for key, x in other.state_dict.items():
-        assert torch.equal(result.state_dict[key], x), key
+    assert_same_bits(result.state_dict, other.state_dict)
     assert result.report == other.report
 
 
@@ -66,6 +65,7 @@ def assert_within_rounding(state_dict, reference, clients, additions, method, ki
     """Of Σ wᵢ x̃ᵢ / Σ wᵢ in float64, x̃ᵢ being what a client alone contributes, after so many additions in a row."""
     alone = [added(started(reference, method=method), clients, [i]).finish().state_dict for i in range(len(clients))]
     u = torch.finfo(kind.dtype).eps / 2
+    assert state_dict.keys() == alone[0].keys() and state_dict
     for key, x in state_dict.items():
         terms = [w / sum(WEIGHTS) * c[key].double() for w, c in zip(WEIGHTS, alone, strict=True)]
         # Weights are rounded once, each sum once and the quotient once, and the sums of a server when they are rescaled.

@@ -105,5 +105,5 @@ def test_a_step_back_and_a_circle_are_found():
     graph = {"fedrot.adapters.keys": {"fedrot.errors"}, "fedrot.errors": set(), "fedrot.merge": {"fedrot.admission"}}
     assert list(steps_back(graph)) == ["fedrot.merge imports fedrot.admission"] and circle(graph) == []
     graph["fedrot.errors"] = {"fedrot.adapters.keys"}
-    assert list(steps_back(graph))[0] == "fedrot.errors imports fedrot.adapters.keys"
+    assert next(steps_back(graph)) == "fedrot.errors imports fedrot.adapters.keys"
     assert set(circle(graph)) == {"fedrot.errors", "fedrot.adapters.keys"}

@@ -20,7 +20,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def assert_same(first, second):
-    assert first.keys() == second.keys()
+    assert first and first.keys() == second.keys()
     for key in first:
         assert first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]), key
 

@@ -5,6 +5,7 @@ import torch
 
 import fedrot
 
+from ..definitions import assert_same_bits
 from ..peft_models import KINDS, client_updates, factor_keys, save_folder, turned_clients
 from ..refusals import LINEAR, A, refused
 
@@ -70,11 +71,11 @@ def test_no_strength_is_fedit_to_the_bit(mode):
     updates = client_updates(LINEAR, 3)
     plain = fedrot.aggregate(updates, WEIGHTS, method="fedit").state_dict
     found = fedrot.aggregate(updates, WEIGHTS, **mode, strength=0).state_dict
-    assert all(torch.equal(found[key], plain[key]) for key in plain)
+    assert_same_bits(found, plain)
     stream = fedrot.FedRotAggregator(**mode, strength=0)
     for update, weight in zip(updates, WEIGHTS, strict=True):
         stream.add(update, weight)
-    assert all(torch.equal(x, plain[key]) for key, x in stream.finish().state_dict.items())
+    assert_same_bits(stream.finish().state_dict, plain)
 
 
 @every_fixed_strength
@@ -84,7 +85,7 @@ def test_the_strength_left_open_is_one(mode):
         fedrot.aggregate(updates, WEIGHTS, **mode, **options).state_dict
         for options in ({}, {"strength": 1}, {"strength": 0.5})
     )
-    assert all(torch.equal(by_default[key], x) for key, x in whole.items())
+    assert_same_bits(by_default, whole)
     assert not torch.equal(by_default[A], half[A])
 
 
@@ -129,7 +130,7 @@ def test_an_aggregator_keeps_the_consensus_and_its_basis():
     by_hand = fedrot.aggregate(updates, WEIGHTS, common, method="fedrot-consensus")
     then = fedrot.aggregate(updates, WEIGHTS, first.state_dict, method="fedrot-consensus", round=1)
     for found, wanted in ((first, by_hand), (second, then)):
-        assert all(torch.equal(found.state_dict[key], x) for key, x in wanted.state_dict.items())
+        assert_same_bits(found.state_dict, wanted.state_dict)
     assert server.round == 2 and server.reference is second.state_dict
 
 
@@ -175,7 +176,7 @@ def test_what_cannot_be_averaged_is_named_or_dropped(mode):
     found = fedrot.aggregate(bad, WEIGHTS, **mode, on_invalid="drop")
     alone = fedrot.aggregate([updates[0], updates[2]], [WEIGHTS[0], WEIGHTS[2]], **mode)
     assert list(found.report.dropped) == ["client 1"]
-    assert all(torch.equal(found.state_dict[key], x) for key, x in alone.state_dict.items())
+    assert_same_bits(found.state_dict, alone.state_dict)
 
 
 @every_mode
@@ -198,4 +199,4 @@ def test_folders_and_a_folder_called_consensus(tmp_path, monkeypatch):
     for method in ("fedrot", "fedrot-consensus"):
         found = fedrot.aggregate(folders, reference="./consensus", method=method).state_dict
         expected = fedrot.aggregate(updates, reference=common, method=method).state_dict
-        assert all(torch.equal(found[key], x) for key, x in expected.items())
+        assert_same_bits(found, expected)

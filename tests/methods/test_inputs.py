@@ -8,6 +8,7 @@ from fedrot import METHODS, FedRotAggregator
 from fedrot.methods.registry import make_method
 from fedrot.options import AggregationOptions
 
+from ..definitions import assert_same_bits
 from ..dense import KIND, UNEQUAL, lora_config, with_frozen
 from ..peft_models import KINDS, client_updates, factor_keys
 from ..refusals import refused
@@ -49,7 +50,7 @@ def test_a_client_with_nan_is_refused_or_dropped(updates, method):
         assert result.report.adapters[0].angles[0] == without.report.adapters[0].angles[0]
         assert result.report.adapters[0].angles[1] != without.report.adapters[0].angles[1]
         return
-    assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
+    assert_same_bits(result.state_dict, without.state_dict)
 
 
 @pytest.mark.parametrize("method", ["fedit", "random-rotation", "lora-fair"])
@@ -81,7 +82,7 @@ def test_the_widest_client_may_be_dropped(unequal, method):
     result = fedrot.aggregate(unequal, method=method, configs=configs, on_invalid="drop")
     kept = [unequal[0], unequal[2]]
     without = fedrot.aggregate(kept, method=method, configs=[configs[0], configs[2]])
-    assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
+    assert_same_bits(result.state_dict, without.state_dict)
 
 
 @pytest.mark.parametrize(

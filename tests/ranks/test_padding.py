@@ -8,6 +8,7 @@ from torch import nn
 
 import fedrot
 
+from ..definitions import assert_same_bits
 from ..dense import KIND, SHARES, UNEQUAL, WEIGHTS, WIDE, dense, lora_config, matrices, pairs, scaling_of
 from ..peft_models import KINDS, client_updates, factor_keys, save_folder
 from ..refusals import refused
@@ -97,7 +98,7 @@ def test_without_a_reference_the_widest_client_is_one():
     clients = pairs([UNEQUAL[0], WIDE, UNEQUAL[1]])
     result = fedrot.aggregate(clients, [5, 1, 5], strength=1)
     same = fedrot.aggregate(clients, [5, 1, 5], clients[1], strength=1)
-    assert all(torch.equal(x, same.state_dict[key]) for key, x in result.state_dict.items())
+    assert_same_bits(result.state_dict, same.state_dict)
     assert result.config["r"] == 7 and result.report.adapters[0].angles[1] == pytest.approx(0, abs=1e-5)
     # Of several, the one of the largest weight; none is widest everywhere, and the result spells its ranks out.
     kinds = [replace(KIND, config=KIND.config | {"rank_pattern": p}) for p in ({"query": 6}, {"value": 6})]
@@ -178,6 +179,6 @@ def test_the_widest_client_may_be_dropped():
     result = fedrot.aggregate([*clients[:2], broken], on_invalid="drop", **options)
     without = fedrot.aggregate(clients[:2], **options)
     assert list(result.report.dropped) == ["client 2"] and result.config == without.config
-    assert all(torch.equal(x, without.state_dict[key]) for key, x in result.state_dict.items())
+    assert_same_bits(result.state_dict, without.state_dict)
     with refused("client 2", "NaN"):
         fedrot.aggregate([*clients[:2], broken], **options)

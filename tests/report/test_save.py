@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 import fedrot
 
+from ..definitions import assert_same_bits
 from ..dense import KIND, SHARES, WEIGHTS, dense, lora_config, mean_update
 from ..peft_models import base_model, client_updates, factor_keys, save_clients
 from ..refusals import CONFIG_FILE, WEIGHTS_FILE, A, refused
@@ -31,8 +32,7 @@ def loaded(folder, base=None):
 
 
 def assert_same(first, second):
-    assert first and first.keys() == second.keys()
-    assert all(torch.equal(x, second[key]) for key, x in first.items())
+    assert_same_bits(dict(sorted(first.items())), dict(sorted(second.items())))
 
 
 @pytest.mark.parametrize(

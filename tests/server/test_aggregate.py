@@ -35,6 +35,7 @@ def test_aggregate_is_what_the_definitions_say(kind, on, strength, reflections, 
     mean = fedrot.aggregate(clients, WEIGHTS, reference, align_on=on, **options).state_dict
     truth = expected_mean(clients, WEIGHTS, reference, on, dtype=torch.float64, **options)
     plain = expected_mean(clients, WEIGHTS, reference, on, dtype=working(kind.dtype), **options)
+    assert mean.keys() == truth.keys() == reference.keys()
     for key, x in truth.items():
         theirs = (plain[key].to(kind.dtype).double() - x).abs().max()
         bound = theirs + ROUNDING[working(kind.dtype)] * x.abs().max()

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 import fedrot
 from fedrot import FedRotAggregator, ServerOptimizer
 
+from ..definitions import assert_same_bits
 from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
 from ..refusals import refused
 
@@ -44,9 +45,9 @@ def test_it_steps_along_the_rotated_mean(name, method):
         means.append(fedrot.aggregate(updates, None, start, method=method, round=round).state_dict)
         results.append(aggregator.aggregate(updates).state_dict)
         start = results[-1]
+    assert len(results) == 3
     for got, expected in zip(results, formula(name, reference, means), strict=True):
-        for key, x in expected.items():
-            torch.testing.assert_close(got[key], x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", LR)
@@ -61,7 +62,7 @@ def test_it_goes_on_after_a_restart_to_the_bit(name, tmp_path):
     again.server_optimizer.load_state_dict(load_file(tmp_path / "state"))
     assert again.server_optimizer.state_dict().keys() == whole.server_optimizer.state_dict().keys()
     expected, got = whole.aggregate(last).state_dict, again.aggregate(last).state_dict
-    assert all(torch.equal(got[key], x) for key, x in expected.items())
+    assert_same_bits(got, expected)
 
 
 def test_added_one_by_one_too():
@@ -75,8 +76,7 @@ def test_added_one_by_one_too():
         for update in updates:
             aggregator.add(update)
         results.append(aggregator.finish().state_dict)
-    for key, x in results[0].items():
-        torch.testing.assert_close(results[1][key], x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
 
 
 def test_a_frozen_factor_and_its_moments_stay():
@@ -100,6 +100,7 @@ def test_small_steps_add_up_in_half_precision():
     aggregator = FedRotAggregator(reference, method="fedit", server_optimizer=ServerOptimizer("adam", 1e-3))
     for _ in range(20):  # each below half of what bfloat16 can tell apart at 1
         result = aggregator.aggregate([{key: x + 1 for key, x in aggregator.reference.items()}])
+    assert result.state_dict
     for x in result.state_dict.values():
         assert x.dtype == torch.bfloat16
         torch.testing.assert_close(x.float(), torch.full(x.shape, 1.02), rtol=0, atol=0.004)
@@ -149,4 +150,5 @@ def test_a_step_that_overflows_leaves_the_optimizer_as_it_was():
     with refused("overflows", "lower its learning rate"):
         aggregator.aggregate([update])
     after = aggregator.server_optimizer.state_dict()
-    assert all(torch.equal(after[name], x) for name, x in before.items()) and aggregator.reference is start
+    assert_same_bits(after, before)
+    assert aggregator.reference is start

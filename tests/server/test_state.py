@@ -11,6 +11,7 @@ from fedrot import FedRotAggregator, ServerOptimizer
 from fedrot.methods.registry import make_method
 from fedrot.options import AggregationOptions
 
+from ..definitions import assert_same_bits
 from ..dense import KIND, UNEQUAL, lora_config, pairs
 from ..peft_models import KINDS, client_updates, factor_keys, save_folder
 from ..refusals import A, refused
@@ -64,8 +65,8 @@ def through_a_file(state):
 def assert_same(results, others):
     assert results and len(results) == len(others)
     for result, other in zip(results, others, strict=True):
-        assert list(result.state_dict) == list(other.state_dict) and result.report == other.report
-        assert all(torch.equal(x, other.state_dict[key]) for key, x in result.state_dict.items())
+        assert_same_bits(result.state_dict, other.state_dict)
+        assert result.report == other.report
         assert result.config == other.config and result.base_config == other.base_config
 
 
