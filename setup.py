@@ -68,7 +68,7 @@ setup(
             # What the wheel is built and checked with.
             "setuptools>=77",
             "build>=1.2",
-            "twine>=6.1",
+            "twine>=6.1,<7",  # 7 needs a packaging that Flower does not take yet
         ],
     },
     entry_points={"console_scripts": ["fedrot = fedrot.cli:main"]},

@@ -35,9 +35,8 @@ def failures(results: Sequence[Compiled]) -> list[str]:
         matching = [result for result in results if key in _exceptions(result)]
         if not matching:
             found.append(f"{kernel}, {pattern}, {architecture}: exception for no configuration at all")
-        for result in matching:
-            if result.resources and result.resources.stack == 0:
-                found.append(f"{_name(result)}: exception of {limit} bytes of stack, which it no longer needs")
+        unneeded = [result for result in matching if result.resources and result.resources.stack == 0]
+        found += [f"{_name(result)}: exception of {limit} bytes of stack, which it no longer needs" for result in unneeded]
     return found
 
 

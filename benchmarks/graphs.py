@@ -17,7 +17,7 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay(keep: object = result) -> None:  # freed memory of a graph may be given to others
+    def replay(_keep: object = result) -> None:  # freed memory of a graph may be given to others
         graph.replay()
 
     return replay

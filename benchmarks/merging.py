@@ -61,7 +61,7 @@ def train(task: Task, n: int, ranks: Sequence[int], seed: int, steps: int) -> Tr
         )
         clients = Clients(task, config)
         mine = [c for c in range(n) if ranks[c % len(ranks)] == r]
-        trained = clients.train(0, mine, [clients.own_start(c) for c in mine], lambda n: None) if mine else []
+        trained = clients.train(0, mine, [clients.own_start(c) for c in mine], lambda _: None) if mine else []
         for c, (state, _) in zip(mine, trained, strict=True):
             clients.load(state)
             state_dict = {key: x.clone() for key, x in get_peft_model_state_dict(clients.model).items()}

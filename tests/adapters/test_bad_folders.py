@@ -29,7 +29,7 @@ def write(name, content):
 
 
 def cut(size):
-    return lambda folder: os.truncate(folder / WEIGHTS_FILE, size(os.path.getsize(folder / WEIGHTS_FILE)))
+    return lambda folder: os.truncate(folder / WEIGHTS_FILE, size((folder / WEIGHTS_FILE).stat().st_size))
 
 
 def tensors(**changed):

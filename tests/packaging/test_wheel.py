@@ -42,7 +42,7 @@ def built(tmp_path_factory):
     for path in files_of_the_clone():
         source.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / path, source / path)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, source)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, source, cwd=output)
     (sdist,), (wheel,) = output.glob("*.tar.gz"), output.glob("*.whl")
     return sdist, wheel
 

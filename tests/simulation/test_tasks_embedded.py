@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 
 import numpy as np
 import pytest
@@ -91,9 +90,9 @@ def test_without_a_variable_the_cache_is_in_the_home(monkeypatch):
 
 
 def test_the_digits_model_comes_from_the_cache():
-    first, before = digits_model(), sorted(os.listdir(cache_folder()))
+    first, before = digits_model(), sorted(path.name for path in cache_folder().iterdir())
     again = digits_model()
-    assert equal(first, again) and before == sorted(os.listdir(cache_folder()))
+    assert equal(first, again) and before == sorted(path.name for path in cache_folder().iterdir())
     assert any(name.startswith("digits-") for name in before)
 
 

@@ -30,8 +30,8 @@ def configure(tiny_bert, tmp_path):
 
     def make(columns, classes=2, **options):
         lines = ["\t".join([*columns, "label", "idx"])]
-        for i in range(12):
-            lines.append("\t".join([*(TEXTS[(i + at) % 4] for at in range(len(columns))), str(i % classes), str(i)]))
+        texts = [[TEXTS[(i + at) % 4] for at in range(len(columns))] for i in range(12)]
+        lines += ["\t".join([*row, str(i % classes), str(i)]) for i, row in enumerate(texts)]
         (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
         lora = {"r": 2, "target_modules": ["query"]}
         data = {"model": str(tiny_bert), "dataset": str(tmp_path / "train.tsv"), "lora": lora, "clients": 2}
