@@ -282,6 +282,7 @@ def test_what_is_said_later_replaces_what_was_said_before():
     assert without({"lora": {"r": 4, "lora_alpha": 8}, "vary": {"lora.r": [2]}}, ["lora.r"]) == {"lora": {"lora_alpha": 8}}
     assert overlay({"seeds": [1, 2]}, {"seed": 3}) == {"seeds": [3]}
     assert overlay({}, {"seed": 3, "seeds": [4, 5]}) == {"seeds": [4, 5]}
+    assert overlay({"strengths": [0.5]}, {"strength": None, "method": "fedit"}) == {"strengths": [0.5], "methods": ["fedit"]}
     with pytest.raises(ValueError, match="clients is both set and varied"):
         overlay({}, {"clients": 3, "vary": {"clients": [3, 4]}})
 
@@ -323,7 +324,8 @@ def test_every_preset_is_runs(name):
         options["execute_generated_code"] = True
     runs, notes = Comparison.of(options).runs()
     assert len({run.config.seed for run in runs}) == 3
-    assert {run.config.method for run in runs} == set(options["methods"])
+    variants = {own.get("method", "fedrot") for own in options.get("variants", {}).values()}
+    assert {run.config.method for run in runs} == set(options["methods"]) | variants
     frozen = [method for method in options["methods"] if METHODS[method].needs_shared_start]
     assert [note.split()[0] for note in notes] == (frozen if "independent" in options["starts"] else [])
 

@@ -32,9 +32,9 @@ def overlay(lower: Options, upper: Options) -> Options:
         if not isinstance(fields, dict) or not all(isinstance(own, dict) for own in fields.values()):
             raise ValueError(f"{option} must map {of} to fields with values, got {fields!r}")
     for name, plural in LISTS.items():
-        if name in upper:
-            upper.setdefault(plural, [upper.pop(name)])
-            upper.pop(name, None)
+        value = upper.pop(name, None)  # a run's strength is None where it plays no part
+        if value is not None:
+            upper.setdefault(plural, [value])
     for name in vary:
         if has_field(upper, name):
             raise ValueError(f"{name} is both set and varied: do one of them")
