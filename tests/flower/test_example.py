@@ -7,7 +7,7 @@ import shutil
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,13 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from fedrot import METHODS
 from fedrot.adapters.keys import factor_of
+from fedrot.flower import FedRot
+from fedrot.methods.registry import make_method
+from fedrot.options import OPTION_NAMES, AggregationOptions
 from fedrot.simulation import SimulationConfig, Task, load_task, simulate
 
 from ..language_models import save_llama
-from .app_runs import APP, AppGrid, config_of, engine, run_locally
+from .app_runs import APP, AppGrid, config_of, engine, run_config, run_locally
 
 # Plain SGD: Adam's division by the size of a gradient turns the rounding of a small one into a step.
 QUICK = {"rounds": 2, "local_steps": 3, "batch_size": 8, "optimizer": "sgd", "lr": 0.1, "max_test_examples": 100}
@@ -93,7 +96,7 @@ def check_against_simulator(folder: Path, config: SimulationConfig, tasks, tmp_p
     assert distance(outcome(folder, config.method), truth) <= 3 * lost
     assert len(single.metrics) == config.rounds
     for row, simulated in zip(rows(folder), single.metrics, strict=True):
-        measures = row.keys() & simulated.keys() - {"round", "method", "clients", "dropped"}
+        measures = row.keys() & simulated.keys() - {"method", "clients", "dropped"}
         assert measures >= {"loss", "train_loss", "rotation_angle"}
         for name in measures - {"accuracy"}:
             # The server knows nothing of what FedSA-LoRA's averages lose.
@@ -190,6 +193,44 @@ def test_the_text_model_that_comes_with_the_app():
     assert config.lora == {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ".*(query|value)"}
 
 
+# Another value than the default, for every option of the aggregation.
+OTHERS = {
+    "method": "fedrot-consensus",
+    "align_on": "B",
+    "strength": 0.25,
+    "reflections": True,
+    "on_invalid": "raise",
+    "backend": "torch",
+    "report_error": False,
+    "seed": 7,
+}
+
+
+def test_the_run_configuration_has_every_option_of_the_aggregation():
+    assert OTHERS.keys() == set(OPTION_NAMES)
+    assert OTHERS.keys() <= run_config().keys()
+    defaults = {name: x for name, x in run_config().items() if name in OTHERS and x != ""}
+    assert AggregationOptions(**defaults) == AggregationOptions(on_invalid="drop")
+
+
+@pytest.mark.parametrize("options", [{}, OTHERS, {"method": "fedrot-least-error"}], ids=["defaults", "others", "method"])
+def test_every_option_reaches_the_strategy(options, tmp_path, monkeypatch):
+    from fedrot_flower_app import server_app
+
+    class Made(Exception):
+        pass
+
+    def make(**given):
+        raise Made(FedRot(**given))
+
+    monkeypatch.setattr(server_app, "FedRot", make)
+    with pytest.raises(Made) as caught:
+        run_locally(tmp_path / "run", 2, **options)
+    strategy = caught.value.args[0]
+    expected = AggregationOptions(**{"on_invalid": "drop"} | options)
+    assert strategy.options == replace(expected, strength=make_method(expected).strength)
+
+
 class Interrupted(AppGrid):
     """Breaks off before the third round."""
 
@@ -211,8 +252,17 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     with pytest.raises(ValueError, match=r"cut was run with another lr; resume it as it was"):
         run_locally(tmp_path / "cut", 2, resume=True, **options | {"lr": 0.2})
     cut = run_locally(tmp_path / "cut", 2, resume=True, **options)
+    assert [row["round"] for row in rows(cut)] == [1, 2, 3]
     files = ["metrics.jsonl", "config.yaml", "adapter/adapter_model.safetensors"]
     assert [(cut / file).read_bytes() for file in files] == [(whole / file).read_bytes() for file in files]
+
+
+def test_a_run_of_fedrot_0_1_is_not_resumed(tmp_path):
+    (tmp_path / "run").mkdir()
+    before = asdict(config_of(2, **QUICK)) | {"group": "SO", "reference": "global"}
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(before))
+    with pytest.raises(ValueError, match="run of another fedrot, which had group, reference; name another output"):
+        run_locally(tmp_path / "run", 2, resume=True, **QUICK)
 
 
 def test_a_resumed_run_has_the_base_weights_of_an_uninterrupted_one(tmp_path):

@@ -14,7 +14,7 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """A round's local steps."""
+    """Train for a round's local steps."""
     clients, client = _open(context)
     receive(clients.model, message, context)
     loss = task.train(clients, client, int(message.content["config"]["server-round"]) - 1)
@@ -23,14 +23,14 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Scores on this client's share of the test examples; the server asks for them if fraction_evaluate is set."""
+    """Score the model on this client's share of the test examples; the server asks for it if fraction_evaluate is set."""
     clients, client = _open(context)
     receive(clients.model, message, context)
     return reply(clients.model, message, context, task.evaluate(clients, client))
 
 
 def _open(context: Context) -> tuple[Clients, int]:
-    """The data and the model, and which client this node is."""
+    """Load the data and the model, and find which client this node is."""
     node = context.node_config
     if not {"partition-id", "num-partitions"} <= node.keys():
         raise ValueError('start the SuperNode with --node-config "partition-id=0 num-partitions=3", each with its own id')

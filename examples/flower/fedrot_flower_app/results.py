@@ -28,10 +28,14 @@ class Results:
     """A run's folder: ``config.yaml``, ``metrics.jsonl`` with a row per round, ``curves.png`` and the final ``adapter``.
 
     Args:
-        folder: a new one, or the one to go on in; if empty, a new one in ``runs``. Relative to the folder in which Flower's
-            SuperLink was started.
-        config: of the run.
+        folder: a new folder, or the one to go on in, relative to the folder in which Flower's SuperLink was started. If
+            empty, a new one in ``runs``.
+        config: the run's configuration.
         resume: whether to go on.
+
+    Raises:
+        FileExistsError: the folder exists, and the run is not to go on.
+        ValueError: the folder was run with another configuration.
     """
 
     def __init__(self, folder: str, config: SimulationConfig, resume: bool):
@@ -43,23 +47,27 @@ class Results:
             self.folder.mkdir(parents=True)
             config.save(saved)
         elif (before := yaml.safe_load(saved.read_text("utf-8"))) != asdict(config):
-            changed = ", ".join(name for name, value in asdict(config).items() if before.get(name) != value)
+            now = asdict(config)
+            if unknown := sorted(before.keys() - now.keys()):
+                raise ValueError(
+                    f"{self.folder} is a run of another fedrot, which had {', '.join(unknown)}; name another output"
+                )
+            changed = ", ".join(name for name, value in now.items() if name not in before or before[name] != value)
             raise ValueError(f"{self.folder} was run with another {changed}; resume it as it was, or name another output")
         log.info("results go to %s", self.folder)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Write a round's row, and log it in one line."""
-        write_metrics(self.metrics, [*read_metrics(self.metrics, row["round"]), row])
+        """Write a round's row, whose "round" counts from 1, and log it in one line."""
+        write_metrics(self.metrics, [*read_metrics(self.metrics, row["round"] - 1), row])
         numbers = ", ".join(f"{name.replace('_', ' ')} {x:.4g}" for name, x in row.items() if isinstance(x, float))
         averaged, dropped = len(row["clients"]), len(row["dropped"])
-        log.info("%d of %d: %s, %d clients, %d dropped", row["round"] + 1, self.config.rounds, numbers, averaged, dropped)
+        log.info("%d of %d: %s, %d clients, %d dropped", row["round"], self.config.rounds, numbers, averaged, dropped)
 
     def finish(self, clients: Clients, strategy: FedRot, arrays: ArrayRecord) -> None:
         """Plot and tabulate the rounds, and save what is left of training."""
         rows = read_metrics(self.metrics, self.config.rounds)
         plot_run(rows, self.config, self.folder / "curves.png")
         table = pd.DataFrame(rows).drop(columns=["method", "clients", "dropped"])
-        table["round"] += 1
         for line in table.to_string(index=False, float_format="%.3f").splitlines():
             log.info(line)
         if self.config.model in EMBEDDED:
@@ -69,7 +77,7 @@ class Results:
             self._save("adapter", model.save_pretrained)
             if strategy.base_updates:
                 self._save("folded_model", model.unload().save_pretrained)
-        else:  # no adapter without the factor that every client has of its own
+        else:  # an adapter lacks the factor that every client has of its own
             save_file(from_arrays(arrays), self.folder / "shared.safetensors")
         log.info("results are in %s", self.folder)
 

@@ -20,7 +20,7 @@ log = logging.getLogger("flwr")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """A run, or with ``resume`` the rounds that are left of one."""
+    """Run a federation, or with ``resume`` the rounds that are left of one."""
     options = context.run_config
     clients = task.load(context, wait_for_nodes(grid, int(options["clients"])))
     config = clients.config
@@ -36,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
         fraction_evaluate=float(options["fraction_evaluate"]),
         min_train_nodes=1,
         min_evaluate_nodes=1,
-        min_available_nodes=1,  # as many as are wanted are there; a round goes on without those that leave
+        min_available_nodes=1,  # wait_for_nodes has waited; a round goes on without nodes that leave
     )
     complete = strategy.method.returns() == ("A", "B")
     if not complete:  # clients keep a factor to themselves: only they can evaluate
@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
         report = strategy.result.report
         results.add(
             {
-                "round": round - 1,
+                "round": round,
                 "method": config.method,
                 **scores,
                 "train_loss": strategy.train_metrics.get("train-loss"),

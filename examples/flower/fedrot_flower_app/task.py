@@ -1,4 +1,4 @@
-"""What server and clients share: the configuration, the data, the model, and how a client trains it."""
+"""The part that server and clients share: the configuration, the data, the model, and how a client trains it."""
 
 import copy
 import gc
@@ -28,26 +28,26 @@ OWN = ("fraction_train", "fraction_evaluate", "round_timeout", "output", "resume
 
 
 def load(context: Context, nodes: int) -> Clients:
-    """The data with its partition, and the PEFT model; loaded once per process and run.
+    """Load the data with its partition, and the PEFT model, once per process and run.
 
-    Replace ``Clients`` to bring your own: the app uses its ``model``, ``task`` and, of every client, ``examples`` and
-    ``batches``.
+    Replace ``Clients`` to bring your own: the app uses its ``model`` and ``task``, and the ``examples`` and ``batches`` of
+    every client.
 
     Args:
-        context: of the server or a client.
+        context: the context of the server or of a client.
         nodes: how many clients there are, if the run configuration leaves that open.
     """
     return _load(context.run_id, nodes, **context.run_config)
 
 
 def configure(run_config: Mapping[str, Any], nodes: int) -> SimulationConfig:
-    """The fields of the run configuration that are SimulationConfig's; an empty one is left at its default there."""
+    """Make a SimulationConfig of its fields in the run configuration; an empty string leaves a field at its default."""
     fields = unflatten_dict({key: x for key, x in run_config.items() if x != "" and key not in OWN})
     return SimulationConfig(**fields | {"clients": fields["clients"] or nodes})
 
 
 @lru_cache(maxsize=1)
-def _load(run_id: int, nodes: int, **run_config: Any) -> Clients:
+def _load(run_id: int, nodes: int, **run_config: Any) -> Clients:  # noqa: ARG001, another run loads anew
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -58,7 +58,7 @@ def _load(run_id: int, nodes: int, **run_config: Any) -> Clients:
 
 
 class LocalTrainer(Trainer):
-    """Takes the examples in the order that they have, and the loss from the task."""
+    """A Trainer that takes the examples in the order that they have, and the loss from the task."""
 
     def __init__(self, clients: Clients, **options: Any):
         super().__init__(clients.model, **options)
@@ -66,10 +66,12 @@ class LocalTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader:
-        own = torch.Generator()  # to draw nothing from PyTorch's, which is for the dropouts
+        """See Trainer."""
+        own = torch.Generator()  # so that nothing is drawn from PyTorch's, which is for the dropouts
         return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self._collate, generator=own)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ARG002
+        """See Trainer."""
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         loss = self.task.losses(outputs.logits, labels, 1).sum()
@@ -80,7 +82,16 @@ class LocalTrainer(Trainer):
 
 
 def train(clients: Clients, client: int, round: int) -> float:
-    """Train the model on a client's examples for a round's local steps, as the simulator does. Returns the mean loss."""
+    """Train the model on a client's examples for a round's local steps, as the simulator does.
+
+    Args:
+        clients: the model, the data and the configuration.
+        client: the client's number.
+        round: the round's index, from 0.
+
+    Returns:
+        The mean loss.
+    """
     config = clients.config
     parameters = [p for p in clients.model.parameters() if p.requires_grad]
     # Trainer seeds NumPy's global generator, from which Flower's differential privacy draws noise that nobody may know.
@@ -112,7 +123,7 @@ def train(clients: Clients, client: int, round: int) -> float:
 
 
 def evaluate(clients: Clients, client: int) -> dict[str, float]:
-    """Score the model on the client's share of the test examples; with their number."""
+    """Score the model on the client's share of the test examples, and count them."""
     order = np.random.default_rng(0).permutation(len(clients.task.test))
     rows = np.array_split(order, len(clients.examples))[client]
     scores = clients.task.evaluate(clients.model, clients.config.eval_batch_size, clients.device, rows)
@@ -120,7 +131,7 @@ def evaluate(clients: Clients, client: int) -> dict[str, float]:
 
 
 def global_model(clients: Clients, strategy: FedRot, arrays: ArrayRecord) -> PeftModel:
-    """The model with the server's adapter, on the base weights as the method has changed them."""
+    """Load the server's adapter into the model, on the base weights as the method has changed them."""
     model = copy.deepcopy(clients.model) if strategy.base_updates else clients.model
     strategy.fold_into(model)
     set_peft_model_state_dict(model, from_arrays(arrays))
