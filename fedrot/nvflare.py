@@ -30,6 +30,8 @@ from .report.result import AggregationResult
 from .server.aggregator import FedRotAggregator
 from .server.optimizer import ServerOptimizer
 
+__all__ = ["FedRotModelAggregator"]
+
 _CLIENT, _UNKNOWN = "client_name", AppConstants.CLIENT_UNKNOWN
 
 
