@@ -52,13 +52,13 @@ def expected_mean(clients, weights, reference, on, reflections, strength, dtype=
 
 
 def assert_same_bits(first, second):
-    assert first and list(first) == list(second)
+    assert first and first.keys() == second.keys()
     for key in first:
         assert torch.equal(first[key], second[key]), key
 
 
 def assert_close(first, second):
-    assert first and list(first) == list(second)
+    assert first and first.keys() == second.keys()
     for key, x in second.items():
         bound = 2 * rounding(x.dtype) * x.abs().max().double()
         assert (first[key].double() - x.double()).abs().max() <= bound, key
