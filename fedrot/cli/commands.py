@@ -91,16 +91,12 @@ def _record(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _explain_no_rotation(result: AggregationResult, args: argparse.Namespace) -> None:
-    uses = METHODS[result.report.method].uses
-    if "reflections" not in uses or args.strength == 0 or result.report.angle or len(args.folders) == 1:
-        return
-    if "align_on" in uses:
+    rotates = "reflections" in METHODS[result.report.method].uses
+    if rotates and args.strength != 0 and result.report.angle == 0 and len(args.folders) > 1:
         print(
             "no client was rotated: the factor to align is zero in the reference (B is in a fresh adapter), or the clients "
             "agree with it; odd rounds align A (--round 1, or --align-on A)"
         )
-    else:
-        print("no client was rotated: no rotation loses less")
 
 
 def _load_simulator() -> Callable[[str, list[str]], int]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -37,48 +38,182 @@ def folders(tmp_path):
     return paths
 
 
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
+
+
+def assert_written(folder, expected):
+    """The adapter and its configuration."""
+    state_dict, config = fedrot.read_adapter(folder)
+    assert_equal(state_dict, expected.state_dict)
+    assert config == expected.config
+
+
+def test_methods_lists_ablations_last_and_apart(capsys):
+    assert main(["methods"]) == 0
+    table, notes = capsys.readouterr().out.split("\n\n")
+    named = [line.split()[0] for line in table.splitlines()]
+    assert named == ["method", *(name for name, method in fedrot.METHODS.items() if not method.ablation)]
+    assert notes.endswith("Ablations of the paper, for comparisons only: random-rotation, scalar.\n")
+
+
+def test_the_module_is_the_command():
+    run = subprocess.run([sys.executable, "-m", "fedrot.cli", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"fedrot {fedrot.__version__}\n"
+    run = subprocess.run([sys.executable, "-m", "fedrot.cli", "inspect", "nowhere"], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (1, "fedrot: error: client 0 (nowhere): there is no folder nowhere\n")
+
+
 def test_aggregate_writes_what_the_api_returns(folders, tmp_path, capsys):
     output = tmp_path / "out" / "merged"
-    options = ["--weights", "1", "2", "3", "--strength", "1", "--align-on", "joint", "--group", "O"]
+    options = ["--weights", "1", "2", "3", "--strength", "1", "--align-on", "joint", "--reflections", "--round", "1"]
     assert main(["aggregate", *folders, "--reference", folders[1], "--output", str(output), *options]) == 0
-    expected = fedrot.aggregate(folders, [1, 2, 3], folders[1], strength=1, align_on="joint", group="O")
-    state_dict, _ = fedrot.read_adapter(output)
-    assert state_dict.keys() == expected.state_dict.keys()
-    assert all(torch.equal(state_dict[k], v) for k, v in expected.state_dict.items())
+    changed = {"strength": 1, "align_on": "joint", "reflections": True}
+    expected = fedrot.aggregate(folders, [1, 2, 3], folders[1], round=1, **changed)
+    assert_written(output, expected)
     PeftModel.from_pretrained(base_model(), str(output))
     record = json.loads((output / "aggregation.json").read_text())
-    assert record["options"]["weights"] == [1, 2, 3]
+    given = {"folders": folders, "weights": [1, 2, 3], "reference": folders[1], "round": 1}
+    assert record["options"] == fedrot.AggregationOptions(**changed).as_dict() | given
     assert record["relative_error"] == expected.report.relative_error
     printed = capsys.readouterr().out
     assert str(expected.report) in printed and str(output) in printed
 
 
-def test_inspect_shows_both_errors(folders, capsys):
-    assert main(["inspect", *folders, "--strength", "1"]) == 0
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["--strength", "1"], {"strength": 1}),
+        (["--method", "fedrot-consensus", "--align-on", "B"], {"method": "fedrot-consensus", "align_on": "B"}),
+        (["--method", "fedrot-least-error", "--reflections"], {"method": "fedrot-least-error", "reflections": True}),
+        (["--method", "fedrot-adaptive", "--backend", "torch"], {"method": "fedrot-adaptive", "backend": "torch"}),
+        (["--method", "random-rotation", "--seed", "3"], {"method": "random-rotation", "seed": 3}),
+    ],
+)
+def test_inspect_shows_both_errors(folders, capsys, arguments, options):
+    assert main(["inspect", *folders, *arguments]) == 0
+    plain, rotated = capsys.readouterr().out.split("rotated, then averaged\n")
+    assert str(fedrot.aggregate(folders, strength=0).report) in plain
+    assert str(fedrot.aggregate(folders, **options).report) in rotated
+
+
+def test_a_method_that_does_not_rotate_is_not_inspected(folders, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", *folders, "--method", "flora"])
+    assert stopped.value.code == 2
+    assert "fedrot-consensus" in capsys.readouterr().err
+
+
+def test_why_no_client_was_rotated(folders, capsys):
+    fresh = folders[0] + "-fresh"  # B is zero, as PEFT makes it
+    get_peft_model(base_model(), LoraConfig(r=2, target_modules=["0", "2"])).save_pretrained(fresh)
+    said = "no client was rotated: the factor to align is zero in the reference"
+    for command, arguments, expected in (
+        ("inspect", [], True),
+        ("inspect", ["--method", "fedrot-adaptive"], True),
+        ("inspect", ["--round", "1"], False),
+        ("inspect", ["--align-on", "A"], False),
+        ("inspect", ["--strength", "0"], False),
+        ("aggregate", [], True),
+        ("aggregate", ["--method", "flexlora"], False),
+    ):
+        output = [] if command == "inspect" else ["--output", f"{fresh}-{len(arguments)}"]
+        assert main([command, *folders, "--reference", fresh, *arguments, *output]) == 0
+        assert (said in capsys.readouterr().out) == expected, (command, arguments)
+
+
+@pytest.mark.parametrize("method", [name for name in fedrot.METHODS if name != "fedrot"])
+def test_every_method_writes_what_the_api_returns(folders, tmp_path, capsys, method):
+    output = tmp_path / "merged"
+    # Where clients freeze a factor, they must agree on it.
+    clients = folders[:1] * 2 if method in ("ffa-lora", "rolora") else folders
+    assert main(["aggregate", *clients, "--method", method, "--output", str(output)]) == 0
+    expected = fedrot.aggregate(clients, method=method)
     printed = capsys.readouterr().out
-    assert str(fedrot.aggregate(folders, strength=0).report) in printed
-    assert str(fedrot.aggregate(folders, strength=1).report) in printed
+    assert str(expected.report) in printed and f"written to {output}" in printed
+    if expected.base_update is not None:
+        assert_written(output / "adapter", expected)
+        assert "merge base_update into the base model" in printed
+        PeftModel.from_pretrained(base_model(), str(output / "base_update"))
+    elif expected.personal:
+        assert sorted(path.name for path in output.iterdir()) == ["client0", "client1", "client2"]
+        own, _ = fedrot.read_adapter(folders[2])
+        written, _ = fedrot.read_adapter(output / "client2")
+        assert_equal(written, own | expected.state_dict)
+    else:
+        assert_written(output, expected)
+
+
+def test_options_of_the_aggregation_reach_it(folders, tmp_path, capsys):
+    options = ["--no-report-error", "--no-reflections", "--on-invalid", "drop", "--backend", "torch", "--seed", "3"]
+    spoiled, config = fedrot.read_adapter(folders[0])
+    fedrot.write_adapter(tmp_path / "nan", {key: x * torch.nan for key, x in spoiled.items()}, config)
+    assert main(["aggregate", *folders, str(tmp_path / "nan"), *options, "--output", str(tmp_path / "merged")]) == 0
+    assert_written(tmp_path / "merged", fedrot.aggregate(folders))
+    record = json.loads((tmp_path / "merged/aggregation.json").read_text())
+    changed = {"report_error": False, "on_invalid": "drop", "backend": "torch", "seed": 3}
+    assert record["options"].items() >= fedrot.AggregationOptions(**changed).as_dict().items()
+    assert record["error"] is None and "dropped client 3" in capsys.readouterr().out
+
+
+def test_aggregate_and_inspect_show_every_option(capsys):
+    for command in ("aggregate", "inspect"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        left_out = set() if command == "aggregate" else {"on_invalid", "report_error"}
+        for f in fields(fedrot.AggregationOptions):
+            assert (f"--{f.name.replace('_', '-')}" in printed) == (f.name not in left_out)
+        assert "--group" not in printed and "--previous" not in printed
+
+
+@pytest.mark.parametrize("command", ["aggregate", "inspect"])
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        (["--group", "O"], "reflections=True"),
+        (["--group", "SO"], "nothing: rotations are the default"),
+        (["--group", "GL"], 'method="flexlora"'),
+        (["--previous", "before"], 'reference=, with method="fedrot-consensus"'),
+        (["--reference", "consensus"], 'method="fedrot-consensus"'),
+        (["--strength", "auto"], 'method="fedrot-adaptive"'),
+        (["--align-on", "error"], 'method="fedrot-least-error"'),
+    ],
+)
+def test_old_spellings_are_refused_by_the_new_ones(folders, tmp_path, capsys, command, arguments, instead):
+    output = ["--output", str(tmp_path / "merged")] if command == "aggregate" else []
+    assert main([command, *folders, *arguments, *output]) == 1
+    printed = capsys.readouterr().err
+    assert f"fedrot 0.1; write {instead}" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (["--reference", "consensus"], {"reference": "consensus"}),
-        (["--strength", "auto"], {"strength": "auto"}),
-        (["--align-on", "error", "--group", "GL"], {"align_on": "error", "group": "GL"}),
-    ],
+    ("arguments", "instead"),
+    [(["--method", "fedrot"], 'method="fedrot-least-error"'), (["--group", "O"], "reflections=True")],
 )
-def test_aligning_clients_to_each_other(folders, tmp_path, capsys, options, expected):
-    assert main(["aggregate", *folders, "--output", str(tmp_path / "merged"), *options]) == 0
-    found, _ = fedrot.read_adapter(tmp_path / "merged")
-    result = fedrot.aggregate(folders, **expected)
-    assert all(torch.equal(found[key], x) for key, x in result.state_dict.items())
-    assert str(result.report) in capsys.readouterr().out
-    previous = ["--reference", "consensus", "--previous", folders[1]]
-    assert main(["aggregate", *folders, "--output", str(tmp_path / "turned"), *previous]) == 0
-    turned, _ = fedrot.read_adapter(tmp_path / "turned")
-    result = fedrot.aggregate(folders, reference="consensus", previous=folders[1])
-    assert all(torch.equal(turned[key], x) for key, x in result.state_dict.items())
+def test_old_spellings_of_merge_are_refused_by_the_new_ones(folders, tmp_path, capsys, arguments, instead):
+    assert main(["merge", *folders, *arguments, "--output", str(tmp_path / "merged")]) == 1
+    assert f"fedrot 0.1; write {instead}" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("method", ["flexlora", "fedrot-least-error"])
+def test_merge_writes_what_the_api_returns(folders, tmp_path, capsys, method):
+    options = ["--method", method, "--rank", "3", "--alpha", "6", "--weights", "1", "2", "3", "--reflections"]
+    assert main(["merge", *folders, *options, "--output", str(tmp_path / "merged")]) == 0
+    expected = fedrot.merge(folders, [1, 2, 3], rank=3, alpha=6, method=method, reflections=True)
+    assert_written(tmp_path / "merged", expected)
+    record = json.loads((tmp_path / "merged/aggregation.json").read_text())["options"]
+    given = {"folders": folders, "weights": [1, 2, 3], "rank": 3, "alpha": 6, "method": method, "reflections": True}
+    assert record.items() >= given.items()
+    assert str(expected.report) in capsys.readouterr().out
+
+
+def test_merge_takes_flexlora_by_default(folders, tmp_path):
+    assert main(["merge", *folders, "--output", str(tmp_path / "merged")]) == 0
+    assert_written(tmp_path / "merged", fedrot.merge(folders, method="flexlora"))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +222,12 @@ def test_aligning_clients_to_each_other(folders, tmp_path, capsys, options, expe
         (["--weights", "1", "2"], "2 weights for 3 updates"),
         (["--weights", "1", "nan", "1"], "client 1 .* has weight nan"),
         (["--strength", "1.5"], "strength must be between 0"),
+        (["--strength", "much"], "strength must be between 0 .* got 'much'"),
+        (["--align-on", "C"], "align_on must be one of alternate, A, B, joint, got 'C'"),
+        (["--on-invalid", "ignore"], "on_invalid must be one of raise, drop, got 'ignore'"),
+        (["--round", "-1"], "round must be a whole number from 0, got -1"),
+        (["--round", "first"], "round must be a whole number from 0, got 'first'"),
+        (["--seed", "1.5"], "seed must be a whole number from 0, got '1.5'"),
         (["--reference", "nowhere"], "there is no folder nowhere"),
     ],
 )
@@ -106,7 +247,15 @@ def test_an_existing_output_is_refused_before_any_work(folders, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nothing"], ["aggregate"], ["aggregate", "a", "--output", "b", "--method", "none"]]
+    "arguments",
+    [
+        [],
+        ["nothing"],
+        ["aggregate"],
+        ["aggregate", "a", "--output", "b", "--method", "none"],
+        ["merge", "a", "--output", "b", "--method", "none"],
+        ["methods", "all"],
+    ],
 )
 def test_a_wrong_command_line_exits_with_2(arguments):
     with pytest.raises(SystemExit) as stopped:
