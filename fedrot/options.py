@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
 from fedrot_kernels import Backend
@@ -202,6 +203,8 @@ _OLD_NAMES = {"group": "reflections=True or False", "previous": 'reference=, wit
 def refuse_old_spellings(given: Mapping[str, Any]) -> None:
     """Raise ValueError for an option or a value of fedrot 0.1, naming what replaces it."""
     for name, value in given.items():
+        if name == "reference" and isinstance(value, str) and Path(value).is_dir():
+            continue  # an adapter whose folder is called global or consensus
         instead = _OLD_VALUES.get((name, value)) if isinstance(value, str) else None
         instead = instead or _OLD_NAMES.get(name)
         if instead is not None:

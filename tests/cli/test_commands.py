@@ -199,6 +199,14 @@ def test_old_spellings_of_merge_are_refused_by_the_new_ones(folders, tmp_path, c
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_reference_may_be_called_as_an_old_word(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("global", "consensus"):
+        (tmp_path / name).symlink_to(folders[1])
+        assert main(["aggregate", *folders, "--reference", name, "--output", f"merged-{name}"]) == 0
+        assert_written(tmp_path / f"merged-{name}", fedrot.aggregate(folders, reference=folders[1]))
+
+
 @pytest.mark.parametrize("method", ["flexlora", "fedrot-least-error"])
 def test_merge_writes_what_the_api_returns(folders, tmp_path, capsys, method):
     options = ["--method", method, "--rank", "3", "--alpha", "6", "--weights", "1", "2", "3", "--reflections"]
