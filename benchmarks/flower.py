@@ -1,4 +1,4 @@
-"""A round's answers in Flower's strategies, decoding included, beside its own FedAvg: ``python -m benchmarks.flower``."""
+"""Time of a round's replies in FedRot and in Flower's own FedAvg, decoding included: ``python -m benchmarks.flower``."""
 
 import argparse
 import logging
@@ -29,7 +29,7 @@ _BUDGET = 3.0  # seconds per candidate
 
 
 class _Nodes:
-    """What a strategy asks of Flower's Grid before it sends."""
+    """The part of Flower's Grid that a strategy needs before it sends."""
 
     def __init__(self, count: int):
         self.count = count
@@ -39,7 +39,7 @@ class _Nodes:
 
 
 def aggregation(strategy: FedAvg, inputs: Inputs) -> Callable[[], object]:
-    """A call that aggregates a round's answers."""
+    """Make a call that aggregates a round's replies."""
     sent = to_arrays(inputs.reference)
     messages = list(strategy.configure_train(1, sent, ConfigRecord(), _Nodes(len(inputs.separate))))  # type: ignore[arg-type]
     replies = [
@@ -53,7 +53,7 @@ def aggregation(strategy: FedAvg, inputs: Inputs) -> Callable[[], object]:
 
 
 def measure(workload: Workload) -> dict[str, Any]:
-    """Every strategy's time on one workload."""
+    """Time every strategy on one workload."""
     inputs = build(workload, torch.device("cpu"), torch.float32)
     calls = {name: aggregation(make(), inputs) for name, make in STRATEGIES.items()}
     timings = side_by_side(calls, torch.device("cpu"), _BUDGET, workload.label)
@@ -63,6 +63,7 @@ def measure(workload: Workload) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Time the strategies on some workloads, and record it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flower", description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["roberta-large", "llama-qv"])
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the record")

@@ -54,8 +54,8 @@ class FedRotModelAggregator(ModelAggregator):
     UpdateError, upon which NVFlare's controllers log the error, do not count the client and go on. Answers are kept until
     the round ends, so that the result does not depend on their order and its aggregation error can be computed. The metrics
     of the result are those that all clients sent as finite numbers, averaged, and "aggregation_error", "relative_error",
-    "rotation_angle" (degrees), "clients" and "dropped". Logs and errors count rounds from 1 and name NVFlare's
-    ``current_round``, which counts from 0, beside.
+    "rotation_angle" (degrees), "clients" and "dropped". Logs and errors count rounds from 1, and add NVFlare's own
+    ``current_round``, which counts from 0.
 
     Nothing is lost on the way with ``server_expected_format="pytorch"`` and a persistor with
     ``allow_numpy_conversion=False``: tensors travel as safetensors, bfloat16 too. NumPy, NVFlare's default, has no
@@ -203,7 +203,7 @@ class FedRotModelAggregator(ModelAggregator):
 
 
 def _name_round(current_round: int) -> str:
-    """Name a round for people, who count from 1, and beside it NVFlare's own number, which stands in its logs."""
+    """Name a round for people, who count from 1, with NVFlare's own number, which is the one in NVFlare's logs."""
     return f"round {current_round + 1} (current_round {current_round})"
 
 

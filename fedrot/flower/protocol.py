@@ -84,16 +84,17 @@ def find_personal_factors(method: Method) -> str:
     return "".join(factor for factor in "AB" if factor not in method.returns())
 
 
-def complete_adapter(sent: Update, start: Update, personal: str) -> Update:
+def complete_adapter(sent: Update, start: Update, method: Method) -> Update:
     """Complete the adapter that clients were sent to the one that they have.
 
     Args:
         sent: what clients were sent in a round.
         start: the whole adapter that the run started from.
-        personal: the factors that each client keeps to itself.
+        method: decides which factors each client keeps to itself.
 
     Returns:
         The tensors of ``start`` that were sent or are personal: all but base weights that the method has changed.
     """
-    keys = [key for key in start if key in sent or factor_of(key) in tuple(personal)]
+    personal = tuple(find_personal_factors(method))
+    keys = [key for key in start if key in sent or factor_of(key) in personal]
     return open_update({start.keys_given[key]: start[key] for key in keys}, start.name)

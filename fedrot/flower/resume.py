@@ -127,7 +127,7 @@ class Checkpoint:
     def _check_adapter(self, saved: State, start: Update, *, changed_base: bool) -> None:
         adapter = open_update({key: x.to(start.device) for key, x in saved.items()}, f"the checkpoint in {self.folder}")
         # Base weights that the method changes are not part of its adapter.
-        expected = complete_adapter(adapter, start, "") if changed_base else start
+        expected = complete_adapter(adapter, start, self._aggregator.method) if changed_base else start
         check_update(adapter, expected, Layout(expected.specs, expected.name))
 
 

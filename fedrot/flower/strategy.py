@@ -87,8 +87,7 @@ class FedRot(FedAvg):
         ours = {name: options.pop(name) for name in OPTION_NAMES if name in options}
         super().__init__(**options)
         chosen = AggregationOptions.of({"on_invalid": "drop"} | ours)
-        self._personal = find_personal_factors(make_method(chosen))
-        if self._personal:  # the server does not know the products B·A
+        if find_personal_factors(make_method(chosen)):  # the server does not know the products B·A
             chosen = replace(chosen, report_error=False)
         self._aggregator = FedRotAggregator(configs=configs, server_optimizer=server_optimizer, **chosen.as_dict())
         self.options, self.method = self._aggregator.options, self._aggregator.method
@@ -153,7 +152,7 @@ class FedRot(FedAvg):
             if self._checkpoint is not None:
                 self._checkpoint.check_new_run()
             self._start = self._open(arrays, "the server's adapter")
-            _log.warning("FedRot under a wrapper: what that clips before, rotation may move further; see align_mod")
+            _log.warning("FedRot under a wrapper: rotation may move an update beyond what was clipped; see align_mod")
         self._sent, round = arrays, self._rounds_before + server_round
         return self._instruct(super().configure_train(round, arrays, config, grid), round)
 
@@ -171,7 +170,7 @@ class FedRot(FedAvg):
         round = self._rounds_before + server_round
         sent = self._open(self._sent, "the reference")
         self._aggregator.round, self._aggregator.reference = round - 1, dict(sent)
-        expected = complete_adapter(sent, self._start, self._personal)
+        expected = complete_adapter(sent, self._start, self.method)
         open_reply = partial(open_training_reply, self.weighted_by_key, expected, self.method, round - 1, sent)
         good, dropped = open_replies(self._pending, replies, open_reply, self.options.on_invalid)
         self.result = aggregate_replies(self._aggregator, good, dropped, self.min_train_replies)
