@@ -27,6 +27,7 @@ FLOORS = [
 SIMULATOR = ("cli", "simulation")  # one of the edges may call another: the command line runs the simulator
 
 
+@cache
 def modules(package):
     """module name → its syntax tree."""
     trees = {}
