@@ -7,7 +7,7 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(1 + os.cpu_count())")
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 MKDOCS = $(BIN)/mkdocs build --strict --quiet
 # The core: what one edit of fedrot or of the kernels' PyTorch path breaks first.
-CORE := tests/adapters tests/ranks tests/methods tests/report tests/server tests/kernels
+CORE := tests/adapters tests/ranks tests/methods tests/report tests/server tests/kernels --ignore=tests/kernels/triton
 
 .PHONY: simulate test test-fast lint docs clean
 
@@ -19,7 +19,7 @@ test: .venv/test .venv/docs
 	$(MKDOCS)
 
 test-fast: .venv/test
-	$(PYTEST) -m "not slow and not triton" $(CORE)
+	$(PYTEST) -m "not slow" $(CORE)
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -28,11 +28,11 @@ LONGEST_MESSAGE, MOST_FAILURES = 2000, 50
 
 
 def correctness(limit: float, scratch: Path) -> dict[str, Any]:
-    """tests/kernels on this card: counts, and the messages of what failed."""
+    """tests/kernels/triton on this card: counts, and the messages of what failed."""
     xml = scratch / "tests.xml"
     # The settings of the other tests need packages that are not needed here.
-    options = ["-q", "-p", "no:cacheprovider", "--confcutdir=tests/kernels", f"--junitxml={xml}"]
-    finished = run_part("correctness", [sys.executable, "-m", "pytest", "tests/kernels", *options], limit)
+    options = ["-q", "-p", "no:cacheprovider", "--confcutdir=tests/kernels/triton", f"--junitxml={xml}"]
+    finished = run_part("correctness", [sys.executable, "-m", "pytest", "tests/kernels/triton", *options], limit)
     return {**asdict(finished), **(counts(xml) if xml.exists() else {})}
 
 

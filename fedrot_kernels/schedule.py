@@ -4,8 +4,8 @@ A step maps each singular value σ to p(σ) = a σ + b σ³ + c σ⁵. ``CLASSIC
 but a small σ grows only 1.875-fold per step. The other polynomials are minimax approximations of the constant 1 on a range
 [l, u], composed greedily as in "The Polar Express" (arXiv 2505.16932), with two precautions. The bound l is never below
 0.02 u, so that no σ inside the range is mapped near 0. Every polynomial is contracted by the factor 1.01, x → p(x / 1.01):
-without it, rounding pushed σ beyond the range and the iteration to NaN at r = 64. ``tests/test_schedule.py`` derives all
-coefficients again.
+without it, rounding pushed σ beyond the range and the iteration to NaN at r = 64. ``tests/kernels/test_schedule.py`` derives
+all coefficients again.
 """
 
 Step = tuple[float, float, float]

@@ -10,6 +10,8 @@ from .app_runs import APP, config_of
 from .deployment import federation
 from .test_example import QUICK, check_against_simulator, in_both_precisions, rows
 
+pytestmark = pytest.mark.slow
+
 # It sends back what it was sent, at once; but client 2 is never done with round 2. A process of its own starts for every
 # message: without Torch and Transformers that takes a second, not six.
 IDLE_CLIENT = """

@@ -30,6 +30,8 @@ from fedrot.simulation import SimulationConfig, Task, load_task, simulate
 from ..language_models import save_llama
 from .app_runs import APP, AppGrid, config_of, engine, run_config, run_locally
 
+pytestmark = pytest.mark.slow
+
 # Plain SGD: Adam's division by the size of a gradient turns the rounding of a small one into a step.
 QUICK = {"rounds": 2, "local_steps": 3, "batch_size": 8, "optimizer": "sgd", "lr": 0.1, "max_test_examples": 100}
 CLIENTS = 4

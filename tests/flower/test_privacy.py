@@ -39,6 +39,8 @@ from ..peft_models import KINDS, factor_keys, turned_clients
 from .local_grid import LocalGrid, client_app, fresh_model
 from .privacy_apps import CLIENTS, KEYS, KIND, LOCAL, app, message_app, noise_seed, trained
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 2  # one aligns B, one A
 START = turned_clients(KIND, 0)[0]
 EQUAL, UNEQUAL = [1] * CLIENTS, [1, 2, 3, 4]

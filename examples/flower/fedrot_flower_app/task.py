@@ -47,7 +47,7 @@ def configure(run_config: Mapping[str, Any], nodes: int) -> SimulationConfig:
 
 
 @lru_cache(maxsize=1)
-def _load(run_id: int, nodes: int, **run_config: Any) -> Clients:  # noqa: ARG001, another run loads anew
+def _load(run_id: int, nodes: int, **run_config: Any) -> Clients:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -70,7 +70,7 @@ class LocalTrainer(Trainer):
         own = torch.Generator()  # so that nothing is drawn from PyTorch's, which is for the dropouts
         return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self._collate, generator=own)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: ARG002
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See Trainer."""
         labels = inputs.pop("labels")
         outputs = model(**inputs)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+pytestmark = pytest.mark.slow
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_every_configuration_compiles_within_its_limits_and_as_the_committed_table_says(tmp_path):

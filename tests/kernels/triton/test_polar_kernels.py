@@ -1,4 +1,4 @@
-"""Rotations inside the kernels, over the grid of ranks and spectra of the CPU path (``tests/test_polar.py``)."""
+"""Rotations inside the kernels, over the grid of ranks and spectra of the CPU path (``tests/kernels/test_polar.py``)."""
 
 import pytest
 import torch
