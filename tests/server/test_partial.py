@@ -202,7 +202,7 @@ def test_what_is_no_such_file_is_refused(tmp_path, saved):
     with refused("nowhere"):
         PartialAggregate.load(tmp_path / "nowhere")
     adapter = save_folder(KIND, client_updates(KIND, 1)[0], tmp_path / "adapter") / "adapter_model.safetensors"
-    with refused(adapter, "no partial aggregation"):
+    with refused(adapter, "no partial aggregate"):
         PartialAggregate.load(adapter)
     for text in ("[]", "{", "[" * 100000):
         save_file({"x": torch.ones(1)}, path := tmp_path / "other", metadata={"fedrot-partial": text})

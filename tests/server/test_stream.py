@@ -177,7 +177,7 @@ def test_servers_of_clients_of_unequal_ranks_merge(tmp_path):
         assert result.config == at_once.config
         torch.testing.assert_close(result.state_dict, at_once.state_dict, rtol=1e-9, atol=1e-9)
     other = reference[0], lora_config(replace(wide, config=wide.config | {"lora_alpha": 8}))
-    with refused("the partial aggregation", "lora_alpha", 4, 8):
+    with refused("the partial aggregate", "lora_alpha", 4, 8):
         started(other).merge(added(started(reference), clients, [0]).partial())
 
 
