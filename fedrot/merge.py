@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .adapters.keys import TensorSpec
 from .adapters.layout import Adapter, Layout
 from .adapters.update import StateDict, Update, UpdateLike, open_updates
 from .methods.running_mean import shares_of
-from .options import AggregationOptions
+from .options import AggregationOptions, refuse_old_spellings
 from .ranks.padding import pad
 from .ranks.truncation import truncate
 from .ranks.union import check_plain, union_config, union_layout, without_base
@@ -36,6 +36,7 @@ def merge(
     method: MergeMethod = "flexlora",
     reflections: bool = False,
     names: Sequence[str] | None = None,
+    **unknown: Any,
 ) -> AggregationResult:
     """Merge adapters of one base model that were trained independently: Σ wᵢsᵢBᵢAᵢ, as nearly as one adapter has it.
 
@@ -60,8 +61,15 @@ def merge(
         rank loses.
 
     Raises:
+        TypeError: another keyword.
+        ValueError: a value that a keyword does not take, or an option of fedrot 0.1, with what to write instead.
         UpdateError: adapters that do not fit each other, or whose update is not a plain s·B·A (DoRA, PiSSA, …).
     """
+    refuse_old_spellings(unknown)
+    if unknown:
+        raise TypeError(
+            f"merge() takes no option {next(iter(unknown))!r}; it takes rank, alpha, method, reflections and names"
+        )
     if rank is not None and (isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1):
         raise ValueError(f"rank must be a whole number from 1, got {rank!r}")
     rank = None if rank is None else int(rank)

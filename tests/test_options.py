@@ -166,7 +166,6 @@ def test_merge_tells_the_new_method(folders):
         fedrot.merge(folders, method="fedrot")
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="merge() refuses group as any unknown keyword, without the new one")
 @pytest.mark.parametrize("group", ["SO", "O", "GL"])
 def test_merge_tells_the_new_spelling_of_group(folders, group):
     with refused("group", "fedrot 0.1", error=ValueError):

@@ -74,13 +74,14 @@ def test_every_backend_runs_from_the_wheel_in_an_empty_environment_outside_the_c
     _, wheel = built
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     # Before the dependencies can be seen: pip takes the clone that is installed among them for an older version.
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    install = ["-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel]
+    run(sys.executable, *install, env=environment)
     (site,) = tmp_path.glob("venv/lib/python*/site-packages")
     # The .pth files of a folder that is itself named in one are not read, so an editable clone cannot be imported.
     site.joinpath("dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
 
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("calls_every_backend.py")
     # -P: the script's folder is the clone's, and is not searched for modules.
