@@ -65,4 +65,4 @@ def interpreted() -> bool:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     """Make the tensor's GPU the current one, to which Triton launches; nothing for a tensor on the CPU."""
-    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return torch.cuda.device_of(x)
