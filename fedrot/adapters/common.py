@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from ..errors import UpdateError
-from .checks import check_device, check_reference, check_update, check_updates, open_reference
+from .checks import check_device, check_reference, check_update, check_updates
 from .config import check_scaling, same_scaling
 from .keys import TensorSpec, parse_factor
 from .layout import Layout
@@ -46,9 +46,11 @@ def start_round(
         layout = widest_layout(clients)
     if reference is None:
         return layout, None
-    if whole and unequal_ranks == "no":
-        return layout, open_reference(reference, clients[0], layout)
-    return layout, open_update(reference, "the reference")
+    fits = whole and unequal_ranks == "no"
+    opened = open_update(reference, "the reference", clients[0] if fits else None)
+    if opened.config is None and config is not None:
+        opened = replace(opened, config=config)
+    return layout, check_reference(opened, clients[0], layout, finite=opened is reference) if fits else opened
 
 
 def check_next(client: Update, first: Update, layout: Layout, reference: Update | None, unequal_ranks: UnequalRanks) -> None:
