@@ -46,6 +46,7 @@ class AggregationResult:
         folder: str | os.PathLike[str],
         *,
         updates: Sequence[UpdateLike] | None = None,
+        names: Sequence[str] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the result as PEFT folders, whole or not at all, with its options and report in aggregation.json.
@@ -55,12 +56,13 @@ class AggregationResult:
 
         Args:
             folder: must not exist.
-            updates: the updates that were aggregated, which have the clients' own factors; needed for those methods only.
+            updates: all updates that were aggregated, which have the clients' own factors; needed for those methods only.
+            names: the clients' names, if they were aggregated by names of their own.
             record: what else aggregation.json keeps beside the options, such as the folders that were read.
 
         Raises:
             FileExistsError: the folder exists.
-            UpdateError: there is no LoRA configuration to write, or the clients' own factors are missing.
+            UpdateError: there is no LoRA configuration to write, or the updates are not those that were aggregated.
         """
         check_new(folder)
         if self.config is None:
@@ -73,8 +75,15 @@ class AggregationResult:
         elif self.personal:
             if updates is None:
                 raise UpdateError(f"every client keeps its own {self.personal[0]} and others: pass updates= to save them")
+            clients = open_updates(updates, names)
+            known = {*self.report.clients, *self.report.dropped}
+            if {client.name for client in clients} != known:
+                raise UpdateError(
+                    f"{len(clients)} updates, but {len(known)} clients were aggregated: {', '.join(sorted(known))}; pass "
+                    "the updates of all of them, with names= if they had names"
+                )
             with new_folder(folder) as new:
-                for number, client in enumerate(open_updates(updates)):
+                for number, client in enumerate(clients):
                     if client.name not in self.report.dropped:
                         own = {given: client[key] for key, given in client.keys_given.items()}
                         config = client.config or self.config

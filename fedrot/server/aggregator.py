@@ -1,7 +1,7 @@
 """A server's aggregation over rounds, of all updates at once or as they arrive."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +23,9 @@ from .whole_round import average_whole
 class FedRotAggregator(ServerState):
     """Aggregates round after round, and keeps what the next one needs: the reference, which is the last result.
 
-    Either ``aggregate`` a round's updates at once, or ``add`` them as they arrive and ``finish``. In a stream, memory does
-    not grow with the number of clients but for their names, weights and angles, and the report estimates the aggregation
-    error from a sketch that ``seed`` draws. Servers that share a round's clients each ``add`` theirs; one of them ``merge``s
-    what the others have so far (``partial``), in any tree.
+    Either ``aggregate`` a round's updates at once, or ``add`` them as they arrive and ``finish``: then memory grows by
+    names, weights and angles only, and a sketch that ``seed`` draws estimates the aggregation error. Servers that share a
+    round each ``add`` their clients; one of them ``merge``s the others' ``partial`` sums, in any tree.
 
     Args:
         reference: the adapter that the clients start from: a PEFT state dict, a folder, or a pair of a state dict and its
@@ -68,8 +67,7 @@ class FedRotAggregator(ServerState):
             weights: one per client, or None for equal weights.
             names: one per client, for errors and the report; None for client 0, client 1, …
         """
-        if self._streamed is not None:
-            raise RuntimeError("updates were added one by one; finish() that round first")
+        self._check_between_rounds()
         clients = with_configs(open_updates(updates, names), self.configs)
         return self.close(average_whole(clients, check_weights(weights, clients), *self._start()))
 
@@ -94,8 +92,7 @@ class FedRotAggregator(ServerState):
     def partial(self, name: str | None = None) -> PartialAggregate:
         """Take the updates added so far out of the round, for another server's ``merge`` and through it for its next.
 
-        This aggregator's reference and round stay: set both when the round's result is there. Its server optimizer plays no
-        part.
+        Reference and round stay: set both when the round's result is there. The server optimizer plays no part.
 
         Args:
             name: put before the names of the clients, "north/client 0", so that those of several servers differ.
@@ -131,10 +128,18 @@ class FedRotAggregator(ServerState):
         return self.close(average_stream(self._take("finish"), self.method, self.round))
 
     def state_dict(self) -> dict[str, Any]:
-        """See ``ServerState.state_dict``; RuntimeError while updates that were added wait for ``finish``."""
-        if self._streamed is not None:
-            raise RuntimeError("updates were added one by one; finish() that round before saving the state")
+        """See ``ServerState.state_dict``; RuntimeError while a stream is not finished."""
+        self._check_between_rounds()
         return super().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``ServerState.load_state_dict``; RuntimeError while a stream is not finished."""
+        self._check_between_rounds()
+        super().load_state_dict(state)
+
+    def _check_between_rounds(self) -> None:
+        if self._streamed is not None:
+            raise RuntimeError("updates were added one by one; finish() that round first")
 
     def _start(self) -> tuple[Method, int, dict[str, Tensor] | None, dict[str, Any] | None]:
         return self.method, self.round, self._reference, self._config
