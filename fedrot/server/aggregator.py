@@ -32,8 +32,7 @@ class FedRotAggregator(ServerState):
             LoRA configuration. None if clients have no adapter in common yet; then aggregate the first round at once.
         round: the index of the next round, from 0.
         configs: the LoRA configuration of clients that send bare state dicts, as in ``aggregate``.
-        server_optimizer: steps from the reference towards each round's mean; None takes the mean itself, as does a first
-            round without a reference.
+        server_optimizer: steps from the reference towards each round's mean; None takes the mean itself.
         **options: fields of ``AggregationOptions``.
 
     Raises:
@@ -95,7 +94,7 @@ class FedRotAggregator(ServerState):
         Reference and round stay: set both when the round's result is there. The server optimizer plays no part.
 
         Args:
-            name: put before the names of the clients, "north/client 0", so that those of several servers differ.
+            name: put before the clients' names, as in "north/client 0", so that those of several servers differ.
 
         Raises:
             UpdateError: no update was added.

@@ -7,7 +7,7 @@ import torch
 
 import fedrot
 
-from .peft_models import KINDS, turned_clients
+from ..peft_models import KINDS, turned_clients
 
 WEIGHTS = [1.0, 2.0, 4.5]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
