@@ -167,7 +167,7 @@ def open_wide_reference(
                 specs[key] = with_rank(specs[key], axis, theirs[axis])
         layout = layout if specs == layout.specs else Layout(specs, opened.name)
         first = replace(first, specs=layout.specs)
-    check_scaling(opened.config, opened.name, first.config, first.name, ("use_dora",))
+    check_scaling(opened.config or config, opened.name, first.config, first.name, ("use_dora",))
     bare = first if first.config is None else replace(first, config=None)
     checked = check_reference(opened, bare, layout, finite=opened is reference)
     return layout, checked if checked.config or not config else replace(checked, config=config)

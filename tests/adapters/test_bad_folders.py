@@ -101,3 +101,10 @@ def test_folders_whose_factors_mean_different_updates_are_refused(folders, field
     with refused("client 1", field):
         stream.add(folders[1])
     assert stream.finish().report.clients == (f"client 0 ({folders[0]})",)
+
+
+def test_a_reference_of_dora_and_clients_without_are_refused(folders):
+    config = json.loads((folders[1] / CONFIG_FILE).read_text("utf-8"))
+    (folders[1] / CONFIG_FILE).write_text(json.dumps(config | {"use_dora": True}), "utf-8")
+    with refused("the reference", "client 0", "use_dora"):
+        fedrot.aggregate(folders[:1], reference=folders[1])
