@@ -16,7 +16,7 @@ from .adapters.keys import TensorSpec
 from .adapters.layout import Adapter, Layout
 from .adapters.update import StateDict, Update, UpdateLike, open_updates
 from .methods.running_mean import shares_of
-from .options import AggregationOptions, refuse_old_spellings
+from .options import AggregationOptions, refuse_old_spellings, whole_number
 from .ranks.padding import pad
 from .ranks.truncation import truncate
 from .ranks.union import check_plain, union_config, union_layout, without_base
@@ -70,9 +70,8 @@ def merge(
         raise TypeError(
             f"merge() takes no option {next(iter(unknown))!r}; it takes rank, alpha, method, reflections and names"
         )
-    if rank is not None and (isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1):
+    if rank is not None and not (rank := whole_number("rank", rank)):
         raise ValueError(f"rank must be a whole number from 1, got {rank!r}")
-    rank = None if rank is None else int(rank)
     if alpha is not None and (not isinstance(alpha, Real) or not 0 < alpha < float("inf")):
         raise ValueError(f"alpha must be a positive number, got {alpha!r}")
     if str(method) == "fedrot":
@@ -113,7 +112,7 @@ def merge(
     for a in layout.adapters:
         error, norm = _errors(a, clients[a.module], shares, state_dict, s[a.module] / s_final[a.module])
         per_client = tuple(angles[a.module].get(name, 0.0) for name in shares)
-        # Of s·B·A: modules differ in s, and those of a large one weigh more in the whole model.
+        # Errors are those of s·B·A: modules of a large s weigh more in the whole model.
         size = s_final[a.module]
         reports.append(AdapterReport(a.module, ranks[a.module], size * error, size * norm, per_client))
     report = Report(method, 0, tuple(shares), tuple(shares.values()), {}, tuple(reports))

@@ -4,6 +4,7 @@ The API, the Flower strategy, NVIDIA FLARE, the command line, the simulator and 
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
@@ -55,9 +56,13 @@ def _strength(name: str, value: Any) -> Any:
 
 def whole_number(name: str, value: Any) -> int:
     """The value as an int; ValueError unless it is a whole number from 0."""
-    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 0:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # no whole number; tensors and arrays of fractions have an __index__ too
+        number = -1
+    if number < 0:
         raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
-    return int(value)
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +130,7 @@ class AggregationOptions:
 
     def __post_init__(self) -> None:
         """Check every option."""
+        refuse_old_spellings({f.name: getattr(self, f.name) for f in fields(AggregationOptions)})
         for f in fields(AggregationOptions):
             object.__setattr__(self, f.name, f.metadata["check"](f.name, getattr(self, f.name)))
 
@@ -208,7 +214,8 @@ def refuse_old_spellings(given: Mapping[str, Any]) -> None:
         instead = _OLD_VALUES.get((name, value)) if isinstance(value, str) else None
         instead = instead or _OLD_NAMES.get(name)
         if instead is not None:
-            raise ValueError(f"{name}={value!r} is a spelling of fedrot 0.1; write {instead}")
+            shown = "…" if isinstance(value, Mapping | tuple) and value else repr(value)  # not an adapter's tensors
+            raise ValueError(f"{name}={shown} is a spelling of fedrot 0.1; write {instead}")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ def align(update: UpdateLike, reference: UpdateLike, *, round: int = 0, **option
     if found := not_finite(client):
         raise UpdateError(f"{client.name}, {found}")
     aligned = {client.keys_given[key]: client[key].detach() for key in client}
+    on = aligned_factors(chosen.align_on, whole_number("round", round))
     if strength == 0:
         return aligned
-    on = aligned_factors(chosen.align_on, whole_number("round", round))
     for group in layout.groups:
         R = rotations(group, client, target, on, strength, reflections=chosen.reflections)
         A, B = group.A(client), group.B(client)

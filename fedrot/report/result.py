@@ -51,8 +51,8 @@ class AggregationResult:
     ) -> None:
         """Write the result as PEFT folders, whole or not at all, with its options and report in aggregation.json.
 
-        The folder itself is the adapter. Of methods that change the base weights it has two, ``adapter`` and
-        ``base_update``; of methods that leave clients a factor of their own one per client, ``client0`` and so on.
+        The folder itself is the adapter. If the method changes the base weights, the folder has two, ``adapter`` and
+        ``base_update``. If the method leaves clients a factor of their own, it has one per client, ``client0`` and so on.
 
         Args:
             folder: must not exist.
@@ -67,7 +67,7 @@ class AggregationResult:
         check_new(folder)
         if self.config is None:
             raise UpdateError("the adapters came without a LoRA configuration: aggregate folders, or pass configs=")
-        report = {"options": self.options.as_dict() | dict(record or {}), **self.report.as_dict()}
+        report = {"options": dict(record or {}) | self.options.as_dict(), **self.report.as_dict()}
         if self.base_update is not None:
             with new_folder(folder) as new:
                 write_adapter(new / "adapter", self.state_dict, self.config, report)
@@ -77,10 +77,11 @@ class AggregationResult:
                 raise UpdateError(f"every client keeps its own {self.personal[0]} and others: pass updates= to save them")
             clients = open_updates(updates, names)
             known = {*self.report.clients, *self.report.dropped}
-            if {client.name for client in clients} != known:
+            own = set(self.personal)
+            if {client.name for client in clients} != known or not all(own <= {*c.keys_given.values()} for c in clients):
                 raise UpdateError(
                     f"{len(clients)} updates, but {len(known)} clients were aggregated: {', '.join(sorted(known))}; pass "
-                    "the updates of all of them, with names= if they had names"
+                    "the updates of all of them as they were, with names= if they had names"
                 )
             with new_folder(folder) as new:
                 for number, client in enumerate(clients):

@@ -10,7 +10,7 @@ from ..adapters.checks import check_weight, check_weights
 from ..adapters.update import UpdateLike, open_updates, with_configs
 from ..errors import UpdateError
 from ..methods.base import Method
-from ..options import AggregationOptions, refuse_old_spellings, shows_options
+from ..options import AggregationOptions, shows_options
 from ..report.result import AggregationResult
 from .optimizer import ServerOptimizer
 from .partial import PartialAggregate, compatibility
@@ -36,7 +36,7 @@ class FedRotAggregator(ServerState):
         **options: fields of ``AggregationOptions``.
 
     Raises:
-        ValueError: an option's value that there is not, or a method that takes no server optimizer.
+        ValueError: a value that an option does not take, or a method that takes no server optimizer.
         TypeError: a keyword that is no option.
         UpdateError: a reference folder that cannot be read.
     """
@@ -51,7 +51,6 @@ class FedRotAggregator(ServerState):
         server_optimizer: ServerOptimizer | None = None,
         **options: Any,
     ):
-        refuse_old_spellings({"reference": reference})
         super().__init__(AggregationOptions.of(options), reference, round, server_optimizer)
         self.configs = configs
         self._streamed: StreamedRound | None = None

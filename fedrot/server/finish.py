@@ -75,7 +75,7 @@ def finish(
         check: whether the mean may have overflowed its dtype.
 
     Raises:
-        UpdateError: it did.
+        UpdateError: a result that overflowed.
     """
     base, keys_given = round.averages.base, round.first.keys_given
     state_dict = {given: mean[key] for key, given in keys_given.items() if key in mean}

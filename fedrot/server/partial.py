@@ -50,7 +50,7 @@ class PartialAggregate:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Their weights, as they were given."""
+        """The clients' weights, as they were given."""
         return tuple(self.stream.weights.values())
 
     @property

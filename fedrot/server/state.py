@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..adapters.update import UpdateLike, open_update
 from ..methods.registry import make_method
-from ..options import AggregationOptions, whole_number
+from ..options import AggregationOptions, refuse_old_spellings, whole_number
 from ..report.result import AggregationResult
 from .finish import AveragedRound, factors_except, finish, restore
 from .optimizer import ServerOptimizer
@@ -40,6 +40,8 @@ class ServerState:
         server_optimizer: ServerOptimizer | None,
     ):
         self.options, self.method = options, make_method(options)
+        if not isinstance(server_optimizer, ServerOptimizer | None):
+            raise ValueError(f"server_optimizer must be a fedrot.ServerOptimizer, got {server_optimizer!r}")
         if server_optimizer is not None and not self.method.supports_server_optimizer:
             raise ValueError(
                 f"{self.method.name}'s result is no mean in the basis of the last one, towards which a server optimizer "
@@ -54,7 +56,8 @@ class ServerState:
     def reference(self) -> dict[str, Tensor] | None:
         """The adapter that the clients of the next round start from, a state dict; None if they have none in common.
 
-        It can be set to a state dict, a folder, a pair of a state dict and its LoRA configuration, or None.
+        It can be set to a state dict, a folder, a pair of a state dict and its LoRA configuration, or None. A state dict
+        keeps the configuration of the reference before it; None forgets that configuration.
 
         Raises:
             UpdateError: a folder that cannot be read.
@@ -63,8 +66,10 @@ class ServerState:
 
     @reference.setter
     def reference(self, reference: UpdateLike | None) -> None:
+        refuse_old_spellings({"reference": reference})
         if isinstance(reference, Mapping) or reference is None:
             self._reference = None if reference is None else dict(reference)
+            self._config = None if reference is None else self._config
             return
         opened = open_update(reference, "the reference")
         self._reference = {given: opened[key] for key, given in opened.keys_given.items()}
