@@ -74,7 +74,7 @@ def test_a_test_file_without_the_text_is_refused(text, tmp_path):
         ({"lora": {"r": 2, "init_lora_weights": "olora"}, "start": "independent"}, ValueError, "not 'olora'"),
         ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be positive"),
         ({"momentum": -1, "optimizer": "sgd"}, ValueError, "momentum must not be negative"),
-        ({"seed": -1}, ValueError, "seed must not be negative"),
+        ({"seed": -1}, ValueError, "seed must be a whole number from 0, got -1"),
     ],
 )
 def test_options_that_cannot_work_leave_no_folder(tmp_path, options, error, message):
