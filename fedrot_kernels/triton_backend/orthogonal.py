@@ -46,7 +46,8 @@ def perturbation(b_i, b_j):
     b_row = (2 * b_i + 1).to(tl.float32) * _MULTIPLE
     b_row = b_row - tl.floor(b_row)
     b_x = b_row[:, None] * (2 * b_j + 1).to(tl.float32)[None, :]  # exact, because only whole numbers were left out
-    return _PERTURBATION * (b_x - tl.floor(b_x) - 0.5)
+    # The constexpr comes last: times a tensor, it is another constexpr in the interpreter.
+    return (b_x - tl.floor(b_x) - 0.5) * _PERTURBATION
 
 
 @triton.jit

@@ -121,8 +121,9 @@ def perturbation_kernel(p_out, R: tl.constexpr):
 def test_pytorch_perturbs_with_the_same_matrix(r):
     out = torch.empty(r, r, device=DEVICE)
     perturbation_kernel[(1,)](out, r)
-    for dtype in (torch.float32, torch.float64):
-        assert torch.equal(out.cpu(), newton_schulz.perturbation(torch.eye(r, dtype=dtype)).float())
+    assert torch.equal(out.cpu(), newton_schulz.perturbation(torch.eye(r)))
+    exact = newton_schulz.perturbation(torch.eye(r, dtype=torch.float64))
+    assert ((out.cpu() - exact).abs() <= EPS * exact.abs()).all()  # its factor and its product are rounded
 
 
 @pytest.mark.parametrize("reflections", [False, True])
@@ -204,13 +205,17 @@ def test_one_bad_matrix_leaves_the_others_untouched(r, bad):
 
 @pytest.mark.parametrize("r", SHARING)
 def test_matrices_that_share_a_program_are_as_alone(r):
-    M = with_singular_values(grid(r, most=5), seed=5).float()
+    """To the bit on a GPU. The interpreter multiplies with numpy, whose order of summation differs between processors and
+    with a matrix's place in the tile, so it gets matrices whose rotation is well determined: σ of 1 and one of 1/3."""
+    S = singular_values(r)[4 * CONDITION_NUMBERS.index(3.0) + 1].expand(5, r)
+    M = with_singular_values(grid(r, most=5) if GPU else S, seed=5).float()
     settings = {"strength": 0.9, "reflections": False, "floor": ROUNDING_FLOOR[torch.float32]}
     together, residual = procrustes(M, **settings)
-    assert len(together) == len(M) > 1
-    for i in range(len(M)):
-        R, far = procrustes(M[i : i + 1], **settings)
-        assert torch.equal(R[0], together[i]) and far[0] == residual[i]
+    alone, far = map(torch.cat, zip(*(procrustes(m[None], **settings) for m in M), strict=True))
+    if GPU:
+        assert torch.equal(alone, together) and torch.equal(far, residual)
+    else:
+        assert (alone - together).abs().max() <= 4 * r * EPS  # two products in the last polar step, two in softening
 
 
 def test_ranks_of_one_launch_may_differ():
