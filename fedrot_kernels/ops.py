@@ -26,7 +26,7 @@ def _cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
 
 @_cross_covariance.register_fake
 def _(F: Tensor, F_ref: Tensor) -> Tensor:
-    batch: torch.Size = torch.broadcast_shapes(F.shape[:-2], F_ref.shape[:-2])  # type: ignore[no-untyped-call]
+    batch: torch.Size = torch.broadcast_shapes(F.shape[:-2], F_ref.shape[:-2])
     return F.new_empty((*batch, F.shape[-2], F.shape[-2]), dtype=working_dtype(F, F_ref))
 
 

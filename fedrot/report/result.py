@@ -86,8 +86,8 @@ class AggregationResult:
             with new_folder(folder) as new:
                 for number, client in enumerate(clients):
                     if client.name not in self.report.dropped:
-                        own = {given: client[key] for key, given in client.keys_given.items()}
+                        theirs = {given: client[key] for key, given in client.keys_given.items()}
                         config = client.config or self.config
-                        write_adapter(new / f"client{number}", {**own, **self.state_dict}, config, report)
+                        write_adapter(new / f"client{number}", {**theirs, **self.state_dict}, config, report)
         else:
             write_adapter(folder, self.state_dict, self.config, report)

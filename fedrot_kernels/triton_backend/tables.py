@@ -179,4 +179,4 @@ def _on_device(rows: Sequence[int] | Sequence[Sequence[int | float]], dtype: tor
 
 @lru_cache(maxsize=64)
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)
