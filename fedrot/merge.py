@@ -95,8 +95,8 @@ def merge(
         aggregator = FedRotAggregator(method=method, reflections=reflections, report_error=False)
         result = aggregator.aggregate(factors, [shares[adapter.name] for adapter in some])
         total = sum(shares[adapter.name] for adapter in some)
-        of_B = {*part.specs} - {a.key_A for a in part.adapters}
-        merged |= {key: total * x if key in of_B else x for key, x in result.state_dict.items()}
+        without_A = {*part.specs} - {a.key_A for a in part.adapters}
+        merged |= {key: total * x if key in without_A else x for key, x in result.state_dict.items()}
         for a, measured in zip(part.adapters, result.report.adapters, strict=True):
             clients[a.module] = factors
             angles[a.module] = dict(zip(result.report.clients, measured.angles, strict=True))

@@ -111,6 +111,11 @@ def _signature(tensors: StateDict) -> Signature:
     return list(tensors), *([get(x) for x in values] for get in map(attrgetter, ("shape", "dtype", "device", "layout")))
 
 
+def is_name(x: object) -> bool:
+    """Whether x can be a client's name: one line of text that can be printed."""
+    return isinstance(x, str) and x != "" and x.isprintable()
+
+
 def open_updates(updates: Sequence[UpdateLike], names: Sequence[str] | None = None) -> list[Update]:
     """Open all clients' updates, which are not checked against each other yet.
 
@@ -127,6 +132,8 @@ def open_updates(updates: Sequence[UpdateLike], names: Sequence[str] | None = No
         raise UpdateError(
             f"{len(updates)} updates with the names {', '.join(map(str, names))}; pass one each, all different"
         )
+    if names is not None and not all(map(is_name, names)):
+        raise UpdateError(f"names must be lines of text, one per client, got {list(names)}")
     opened: list[Update] = []
     for i, update in enumerate(updates):
         opened.append(open_update(update, names[i] if names else f"client {i}", opened[0] if opened else None))

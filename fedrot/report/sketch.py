@@ -103,8 +103,8 @@ def mean_and_deviation(squares: Tensor) -> tuple[float, float]:
     k, mean = len(squares), squares.mean()
     rows, columns = squares.mean(1) - mean, squares.mean(0) - mean
     residuals = squares - mean - rows[:, None] - columns
-    of_means = k * (rows.square().sum() + columns.square().sum()) / (k - 1)
-    variance = (of_means - residuals.square().sum() / (k - 1) ** 2) / k**2
+    mean_squares = k * (rows.square().sum() + columns.square().sum()) / (k - 1)
+    variance = (mean_squares - residuals.square().sum() / (k - 1) ** 2) / k**2
     return float(mean), float(variance.clamp(min=0).sqrt())
 
 

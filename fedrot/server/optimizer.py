@@ -37,9 +37,10 @@ class ServerOptimizer:
     def __init__(self, name: ServerOptimizerName, lr: float):
         if name not in get_args(ServerOptimizerName)[1:]:
             raise ValueError(f"a server optimizer is momentum or adam, got {name!r}")
-        if not lr > 0:
-            raise ValueError(f"the server's learning rate must be positive, got {lr}")
-        self.name, self.lr = name, lr
+        is_number = isinstance(lr, int | float) and not isinstance(lr, bool)
+        if not is_number or not lr > 0:
+            raise ValueError(f"the server's learning rate must be a positive number, got {lr!r}")
+        self.name, self.lr = name, float(lr)
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._restored: dict[str, Tensor] | None = None

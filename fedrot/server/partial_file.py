@@ -20,10 +20,10 @@ from ..adapters.files import check_new, replace_file
 from ..adapters.folder import DTYPES_SAVED
 from ..adapters.keys import TensorSpec, parse_key
 from ..adapters.layout import Layout
-from ..adapters.update import Update
+from ..adapters.update import Update, is_name
 from ..errors import UpdateError
 from ..report.sketch import part_shapes
-from .stream import StreamedRound, is_name
+from .stream import StreamedRound
 
 _HEADER, _VERSION = "fedrot-partial", 2
 _NAMES = {dtype: name for name, dtype in DTYPES_SAVED.items()}

@@ -97,6 +97,10 @@ class ServerState:
             raise ValueError(f"the state lacks {', '.join(missing)}; pass what state_dict() returned")
         if state["server_optimizer"] and self.server_optimizer is None:
             raise ValueError("the state has that of a server optimizer; give this aggregator one too")
+        if not isinstance(state["reference"], Mapping | None):
+            raise ValueError(
+                f"the state's reference is {type(state['reference']).__name__}; pass what state_dict() returned"
+            )
         index = whole_number("round", state["round"])
         if self.server_optimizer is not None:
             self.server_optimizer.load_state_dict(state["server_optimizer"])

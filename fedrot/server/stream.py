@@ -94,24 +94,21 @@ class StreamedRound:
         pairs = list(zip(self.layout.adapters, map(tuple, angles), strict=True))
         if self.sketch is None:
             return tuple(AdapterReport(a.module, a.rank, None, None, per_client) for a, per_client in pairs), None
-        of_means: dict[str, float] = {}
+        mean_norms: dict[str, float] = {}
         for group, sums in zip(self.layout.groups, self.mean.groups, strict=True):
             A, B = (x.double() / self.mean.total_weight for x in sums)
-            of_means |= zip((a.key_A for a in group.adapters), product_norm(B, A).tolist(), strict=True)
+            mean_norms |= zip((a.key_A for a in group.adapters), product_norm(B, A).tolist(), strict=True)
         reports = []
         squares = self.sketch.squares()
         for a, per_client in pairs:
             lost, added = (mean_and_deviation(x) for x in squares[a.key_A])
-            error, of_error = _root(*lost)
-            norm, of_norm = _root(of_means[a.key_A] ** 2 + added[0], added[1])
-            reports.append(AdapterReport(a.module, a.rank, error, norm, per_client, deviations=(of_error, of_norm)))
+            error, error_deviation = _root(*lost)
+            norm, norm_deviation = _root(mean_norms[a.key_A] ** 2 + added[0], added[1])
+            reports.append(
+                AdapterReport(a.module, a.rank, error, norm, per_client, deviations=(error_deviation, norm_deviation))
+            )
         whole = torch.stack([lost for lost, _ in squares.values()]).sum(0)
         return tuple(reports), _root(*mean_and_deviation(whole))[1]
-
-
-def is_name(x: object) -> bool:
-    """Whether x can be a client's name: one line of text that can be printed."""
-    return isinstance(x, str) and x != "" and x.isprintable()
 
 
 def _root(square: float, deviation: float) -> tuple[float, float]:

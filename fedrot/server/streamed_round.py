@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..adapters.checks import as_sent, check_frozen, is_valid, nothing_left
 from ..adapters.common import check_next, start_round
-from ..adapters.update import Update, UpdateLike, open_update, with_configs
+from ..adapters.update import Update, UpdateLike, is_name, open_update, with_configs
 from ..errors import UpdateError
 from ..methods.base import Method
 from ..methods.round import Averages
@@ -17,7 +17,7 @@ from ..ranks.scaling import round_scalings
 from ..report.report import Report
 from .finish import AveragedRound, factors_except
 from .partial import PartialAggregate, check_mergeable, compatibility
-from .stream import StreamedRound, is_name
+from .stream import StreamedRound
 
 
 def check_streams(method: Method, name: str | None, *, merges: bool = False) -> None:

@@ -221,3 +221,9 @@ def test_updates_of_tensor_subclasses_are_checked_like_any_other(clients):
     labelled[1][key] = labelled[1][key][:2]
     with pytest.raises(fedrot.UpdateError, match=r"client 1"):
         fedrot.aggregate(labelled)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "b"], ["a", "b", 3], ["a", "b", "c\nd"], ["a", "b", ""]])
+def test_names_that_are_no_lines_of_text_one_each_are_refused(clients, names):
+    with refused("names", *(str(n).split("\n")[0] for n in names)):
+        fedrot.FedRotAggregator(clients[0]).aggregate(clients, names=names)

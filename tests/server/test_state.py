@@ -159,6 +159,17 @@ def test_a_state_of_no_round_is_refused(value):
         started().load_state_dict(started().state_dict() | {"round": value})
 
 
+@pytest.mark.parametrize("value", [[1.0], "adapter"])
+def test_a_state_whose_reference_is_no_adapter_is_refused_and_nothing_is_loaded(value):
+    reference = client_updates(KIND, 1)[0]
+    server = started(reference, ("adam", 0.1))
+    run(server, 2)
+    again = started(reference, ("adam", 0.1))
+    with refused("the state's reference is", type(value).__name__, error=ValueError):
+        again.load_state_dict(server.state_dict() | {"reference": value})
+    assert again.state_dict()["server_optimizer"] == {} and again.round == 0
+
+
 def test_the_state_of_another_optimizer_is_refused_and_nothing_is_loaded():
     reference = client_updates(KIND, 1)[0]
     server = started(reference, ("adam", 0.1))
