@@ -1,5 +1,6 @@
 """Metadata and dependencies of fedrot. The tested versions are in constraints.txt, the tools' settings in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -24,7 +25,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 
 setup(
     name="fedrot",
-    version="0.2.0.dev0",
+    version=re.search(r'__version__ = "(.+)"', Path(__file__).with_name("fedrot").joinpath("version.py").read_text())[1],
     description="Federated averaging of LoRA adapters in a common basis (FedRot-LoRA)",
     long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",

@@ -1,7 +1,5 @@
 """Federated averaging of LoRA adapters in a common basis (FedRot-LoRA, arXiv 2602.23638)."""
 
-from importlib.metadata import version
-
 from .adapters.folder import read_adapter, write_adapter
 from .errors import UpdateError
 from .merge import merge
@@ -16,9 +14,7 @@ from .server.aggregate import aggregate
 from .server.aggregator import FedRotAggregator
 from .server.optimizer import ServerOptimizer
 from .server.partial import PartialAggregate
-
-__version__ = version("fedrot")
-"""The version of the package that is installed."""
+from .version import __version__
 
 __all__ = [
     "METHODS",

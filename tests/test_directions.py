@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # From the lowest floor up; a module may import its own room and lower floors.
 FLOORS = [
     {"fedrot_kernels"},
-    {"errors", "seeding", "options"},
+    {"errors", "seeding", "options", "version"},
     {"adapters"},
     {"ranks"},
     {"methods"},

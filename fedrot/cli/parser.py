@@ -3,13 +3,13 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from ..merge import MergeMethod
 from ..methods.registry import METHODS
 from ..options import AggregationOptions
+from ..version import __version__
 
 SIMULATOR = MappingProxyType(
     {"simulate": "run a federation in this process", "compare": "simulate several methods over several seeds"}
@@ -20,7 +20,7 @@ ROTATING = tuple(name for name, method in METHODS.items() if "reflections" in me
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of everything but the simulator's options; ``command`` of what it parses names the command."""
     parser = argparse.ArgumentParser(prog="fedrot", description="Federated averaging of LoRA adapters in a common basis.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('fedrot')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="command")
     for name, text in SIMULATOR.items():
         commands.add_parser(name, help=text)
