@@ -5,13 +5,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UpdateError
 from .keys import parse_factor
+from .patterns import compiled
 
 CONFIG = "adapter_config.json"
 # What PEFT puts before the names of modules in a state dict, and not in its patterns.
@@ -26,9 +26,6 @@ _REFUSED = {
     "kasa_config": "KaSA puts a diagonal between B and A",
     "monteclora_config": "MonteCLoRA samples between B and A",
 }
-# A client may have written a pattern, which is a regular expression: refuse those that could take forever to match.
-_QUANTIFIED_GROUP, _UNBOUNDED, _MOST = re.compile(r"\)[*+?{]"), re.compile(r"[*+]|\{\d*,"), 2
-_PLAIN = re.compile(r"[\w.]{1,1000}")  # a name: the dot is its only operator
 # Fields that a base update has in common with the clients' adapters: the model, and whether its weights are transposed.
 _OF_THE_MODEL = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
 
@@ -125,54 +122,12 @@ def _value(config: Mapping[str, Any], field: str, otherwise: str, module: str, c
     if not isinstance(patterns, Mapping):
         raise UpdateError(f"{client}: {field} is {patterns!r}; expected a mapping of modules to numbers")
     try:
-        index = _patterns(tuple(patterns)).first(module.removeprefix(PREFIX))
+        index = compiled(tuple(patterns)).first(module.removeprefix(PREFIX))
     except re.error as error:
         raise UpdateError(
             f"{client}: {field} has {str(error.pattern)[:80]!r} ({error.msg}); name modules plainly"
         ) from error
     return config.get(otherwise, 8) if index is None else [*patterns.values()][index]
-
-
-class _Patterns:
-    """The patterns of one field, compiled once.
-
-    In PEFT each is a regular expression for the end of a module's name, and the first one that fits counts. A configuration
-    may have a pattern for every module, so names without operators are looked up, not tried: such a pattern fits where it
-    begins a part of the name and all its characters but the dots, which fit any, are the name's last.
-    """
-
-    def __init__(self, patterns: Sequence[str]):
-        self._plain: dict[tuple[int, ...], dict[str, int]] = {}  # length and places of dots → pattern → index
-        self._others: list[tuple[int, re.Pattern[str]]] = []
-        for i, pattern in enumerate(patterns):
-            if _PLAIN.fullmatch(pattern):
-                dots = (place - len(pattern) for place, character in enumerate(pattern) if character == ".")
-                self._plain.setdefault((len(pattern), *dots), {}).setdefault(pattern, i)
-            else:
-                self._others.append((i, _compile(pattern)))
-
-    def first(self, name: str) -> int | None:
-        """The index of the first pattern that fits, or None."""
-        found = [next((i for i, pattern in self._others if pattern.match(name)), None)]
-        for (length, *dots), indices in self._plain.items():
-            if len(name) == length or name[:-length].endswith("."):
-                end = [*name[-length:]]
-                for place in dots:
-                    end[place] = "."
-                found.append(indices.get("".join(end)))
-        return min((i for i in found if i is not None), default=None)
-
-
-_patterns = lru_cache(maxsize=64)(_Patterns)
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    if _QUANTIFIED_GROUP.search(pattern) or len(_UNBOUNDED.findall(pattern)) > _MOST or len(pattern) > 1000:
-        raise re.error("could take forever to match", pattern)
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
-        raise re.error(error.msg, pattern) from error
 
 
 def whole_name(module: str) -> str:
