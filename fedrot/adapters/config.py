@@ -26,8 +26,9 @@ _REFUSED = {
     "kasa_config": "KaSA puts a diagonal between B and A",
     "monteclora_config": "MonteCLoRA samples between B and A",
 }
-# Fields that a base update has in common with the clients' adapters: the model, and whether its weights are transposed.
-_OF_THE_MODEL = ("base_model_name_or_path", "task_type", "fan_in_fan_out")
+# Fields that a base update has in common with the clients' adapters: the model, and whether its weights are transposed. Not
+# the task: by SEQ_CLS and others PEFT looks for a saved classifier, which is in the adapter, not in the base update.
+_OF_THE_MODEL = ("base_model_name_or_path", "fan_in_fan_out")
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """What a result writes: folders that PEFT loads, with options and report, whole or not at all."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 import fedrot
 
 from ..definitions import assert_same_bits
 from ..dense import KIND, SHARES, WEIGHTS, dense, lora_config, mean_update
-from ..peft_models import base_model, client_updates, factor_keys, save_clients
+from ..peft_models import base_model, bert, client_updates, factor_keys, save_clients
 from ..refusals import CONFIG_FILE, WEIGHTS_FILE, A, refused
 
 FILES = sorted([CONFIG_FILE, WEIGHTS_FILE, "aggregation.json"])
@@ -92,6 +93,26 @@ def test_a_result_that_changes_the_base_is_two_adapters(paths, tmp_path, method)
         weight = layer.base_layer.weight + layer.get_delta_weight("default")
         change = weight - before[name.removeprefix("base_model.model.")].weight
         torch.testing.assert_close(change.detach(), expected[name], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+def test_a_base_update_loads_into_a_classifier(tmp_path, method):
+    """By the adapter's task type PEFT would look for a classifier in the base update, which has none."""
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    plain, folders = bert(), [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        get_peft_model(deepcopy(plain), config).save_pretrained(folder)
+    fedrot.aggregate(folders, method=method).save(tmp_path / "merged")
+    base = PeftModel.from_pretrained(deepcopy(plain), tmp_path / "merged/base_update").merge_and_unload()
+    assert torch.equal(base.classifier.weight, plain.classifier.weight)
+
+    name = "bert.encoder.layer.0.attention.self.query"
+    merged, *clients = (
+        PeftModel.from_pretrained(deepcopy(model), folder).get_submodule(f"base_model.model.{name}")
+        for model, folder in [(base, tmp_path / "merged/adapter"), *((plain, folder) for folder in folders)]
+    )
+    change = merged.base_layer.weight + merged.get_delta_weight("default") - plain.get_submodule(name).weight
+    torch.testing.assert_close(change, sum(client.get_delta_weight("default") for client in clients) / 2)
 
 
 def test_clients_that_keep_a_factor_have_a_folder_each(paths, tmp_path):
