@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from .training.lengths import client_of_longest
 from .training.local_training import draw_batches, train_clients
 from .training.memory import clients_that_fit, pass_memory
 from .training.stacked import trainable_parameters
+from .types import check_type
 
 # Streams of random numbers. The second number tells them from each other and from the partition's, which is 0.
 _SAMPLING, _EXAMPLES, _DROPOUT, _START = 1, 2, 3, 4
@@ -59,10 +60,7 @@ class Clients:
         if (config.clients_per_round or 0) > len(self.examples):
             raise ValueError(f"clients_per_round is {config.clients_per_round}, but there are {len(self.examples)} clients")
         torch.manual_seed(config.seed)
-        try:
-            self.lora = LoraConfig(**{**task.lora_defaults, **config.lora})
-        except TypeError as error:
-            raise ValueError(f"lora: {error}; see peft.LoraConfig for its options") from error
+        self.lora = _lora_config({**task.lora_defaults, **config.lora})
         if config.start == "independent" and self.lora.init_lora_weights not in (True, "gaussian"):
             raise ValueError(
                 f"an independent start needs adapters that can be drawn anew, init_lora_weights true or gaussian, "
@@ -185,6 +183,17 @@ class Clients:
 
     def _torch_seed(self, *stream: int) -> int:
         return int(self._rng(*stream).integers(2**62))
+
+
+def _lora_config(options: dict[str, Any]) -> LoraConfig:
+    """Make PEFT's configuration, which PEFT itself does not check the types of."""
+    # PEFT takes fractions of α, and names of initialisations that hold a number, such as pissa_niter_4.
+    hints = get_type_hints(LoraConfig) | {"lora_alpha": float, "init_lora_weights": bool | str}
+    checked = {name: check_type(f"lora.{name}", x, hints[name]) if name in hints else x for name, x in options.items()}
+    try:
+        return LoraConfig(**checked)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {error}; see peft.LoraConfig for its options") from error
 
 
 def _open_device(name: str) -> torch.device:

@@ -1,15 +1,16 @@
 """The configuration of a simulation: one dataclass is the command line, the YAML file and what is saved with a run."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
 from ..methods.registry import make_method
 from ..options import OPTION_NAMES, AggregationOptions, refuse_old_spellings
 from ..server.optimizer import ServerOptimizerName
+from .types import check_type
 
 Start = Literal["shared", "independent"]
 Partition = Literal["dirichlet", "iid", "column"]
@@ -34,7 +35,7 @@ class SimulationConfig(AggregationOptions):
     """Keep no activations within the base model's blocks but compute them again for the gradient. This takes less memory
     and more time."""
     lora: dict[str, Any] = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
-    """Options of peft.LoraConfig. On the command line they are --lora.r 4 --lora.target_modules [query,value]."""
+    """Options of peft.LoraConfig. On the command line they are --lora.r 4 --lora.target_modules '[query,value]'."""
 
     dataset: str = "digits"
     """The data: a dataset by hub name or GLUE name (sst2, qnli, qqp, rte, mnli), a local CSV, TSV, JSON or JSONL file,
@@ -138,10 +139,15 @@ class SimulationConfig(AggregationOptions):
         """Check the values, and set the fields that follow from others.
 
         Raises:
-            ValueError: a value that there is not, values that contradict each other, or a value of fedrot 0.1.
+            ValueError: a value that there is not or of a wrong type, values that contradict each other, or a value of
+                fedrot 0.1.
         """
         refuse_old_spellings({name: getattr(self, name) for name in OPTION_NAMES})
         super().__post_init__()
+        hints = get_type_hints(SimulationConfig)
+        for f in fields(self):
+            if f.name not in OPTION_NAMES:
+                self._set(f.name, check_type(f.name, getattr(self, f.name), hints[f.name]))
         method = make_method(self)
         self._set("strength", method.strength if "strength" in method.uses else None)
         if method.needs_shared_start and self.start != "shared":

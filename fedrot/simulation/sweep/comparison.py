@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from ...methods.registry import METHODS
 from ..config import SimulationConfig, Start
-from .fields import LISTS, check_field, has_field, overlap, parse, refuse_old_options, set_fields, typed
+from .fields import LISTS, check_field, check_shapes, has_field, overlap, parse, refuse_old_options, set_fields, typed
 
 # Options that play no part in some methods, which then are run once for all values. A simulation's seed plays one in all.
 _OF_SOME_METHODS = frozenset[str]().union(*(method.uses for method in METHODS.values())) - {"seed"}
@@ -108,6 +108,7 @@ class Comparison:
         return settings
 
     def _check(self) -> None:
+        check_shapes({f.name: getattr(self, f.name) for f in fields(self)})
         refuse_old_options({**self.fields, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "fields"}})
         for method in [*self.methods, *self.per_method]:
             if method not in METHODS:

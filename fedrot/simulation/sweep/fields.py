@@ -1,6 +1,6 @@
 """Fields of a configuration by name, such as clients, or lora.r within lora: their types, and mappings of some of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -51,6 +51,25 @@ def check_field(name: str) -> None:
         raise ValueError(
             f"there is no field {name!r} to set or vary; the fields are lora.r and so on, and {', '.join(known)}"
         )
+
+
+def check_shapes(own: Mapping[str, Any]) -> None:
+    """Refuse a comparison's own option that is no list, or no mapping, where it must be one.
+
+    Args:
+        own: the options by name, all of ``Comparison``.
+    """
+    for name in LISTS.values():
+        if isinstance(own[name], str) or not isinstance(own[name], Sequence):
+            raise ValueError(f"{name} must be a list, got {own[name]!r}")
+    for name in ("fields", "vary", "per_method", "variants"):
+        if not isinstance(own[name], Mapping):
+            raise ValueError(f"{name} must be a mapping, got {own[name]!r}")
+    for method, fields_of_method in own["per_method"].items():
+        if not isinstance(fields_of_method, Mapping):
+            raise ValueError(f"per_method.{method} must map fields to values, got {fields_of_method!r}")
+    if unknown := [name for name in own["methods"] if not isinstance(name, str)]:
+        raise ValueError(f"methods must be names, got {unknown[0]!r}")
 
 
 def refuse_old_options(options: Mapping[str, Any]) -> None:
