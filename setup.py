@@ -49,7 +49,12 @@ setup(
     package_data={"": ["py.typed", "*.yaml"]},
     include_package_data=False,
     python_requires=">=3.11",
-    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "safetensors[torch]>=0.4.3"],
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "safetensors[torch]>=0.4.3",
+        "google-re2>=1.1",  # clients' regular expressions, in linear time
+    ],
     extras_require={
         "simulate": SIMULATE,
         "flower": FLOWER,
