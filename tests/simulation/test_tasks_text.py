@@ -58,6 +58,15 @@ def test_columns_that_are_named_come_first(configure):
     assert (batch["input_ids"] == 3).sum() == 2, "one text each, one [SEP]"
 
 
+def test_text_is_known_but_a_glue_tasks_columns_come_first(configure):
+    for columns, text in ((("other", "text"), "text"), (("text", "sentence"), "sentence")):
+        task = load_task(configure(columns))
+        assert (
+            task.encode(task.train[:3])["input_ids"].tolist()
+            == (AutoTokenizer.from_pretrained(task.base_model.name_or_path)(task.train[text][:3], padding=True)["input_ids"])
+        )
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

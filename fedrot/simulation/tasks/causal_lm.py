@@ -6,7 +6,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..config import SimulationConfig
-from .data import check_column, class_numbers, draw_subset, load_datasets
+from .columns import check_column, check_names
+from .data import class_numbers, draw_subset, load_datasets
 from .encoding import Encoder, fill_in, template_columns
 from .language import LanguageTask
 from .pretrained import check_model_folder, load_pretrained
@@ -29,7 +30,7 @@ def load_causal_lm(config: SimulationConfig) -> LanguageTask:
     train, test = draw_subset(train, config.max_train_examples), draw_subset(test, config.max_test_examples)
     for column in (config.partition_column, config.label_column):
         if column is not None:
-            check_column(train, column, "the training data")
+            check_names(train, column, "the training data")
     encoder = Encoder(AutoTokenizer.from_pretrained(config.model), config.max_length)
     templates = _templates(config)
     test_templates = _HUMANEVAL if config.score == "pass_at_1" else templates

@@ -19,12 +19,13 @@ from transformers import (
 
 from ..config import SimulationConfig
 from .base import Task, at_least_float32
-from .data import check_column, draw_subset, encode_classes, load_datasets
+from .columns import check_column, check_images, check_names
+from .data import draw_subset, encode_classes, load_datasets
 from .pretrained import check_model_folder, head_modules, keep_head_in_float32, load_pretrained
 
 Encode = Callable[[dict[str, list[Any]]], dict[str, Tensor]]
 
-# The columns of text of GLUE's tasks.
+# The columns of text of GLUE's tasks, and what most other datasets call theirs.
 _TEXTS = (
     ("sentence",),
     ("question", "sentence"),
@@ -32,6 +33,7 @@ _TEXTS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
 )
+_TEXT = "text"
 
 
 @dataclass
@@ -113,7 +115,7 @@ def load_image_classification(config: SimulationConfig) -> ClassificationTask:
     check_model_folder(config.model)
     train, test = load_datasets(config)
     for name, data in (("the training data", train), ("the test data", test)):
-        check_column(data, config.image_column, name)
+        check_images(data, config.image_column, name)
     train, test, labels, classes, label_column = _with_classes(train, test, config)
     model = load_pretrained(AutoModelForImageClassification, config, num_labels=len(classes), ignore_mismatched_sizes=True)
     keep_head_in_float32(model)
@@ -129,15 +131,17 @@ def load_image_classification(config: SimulationConfig) -> ClassificationTask:
 
 
 def text_columns(data: Dataset, config: SimulationConfig) -> list[str]:
-    """Find the column of the text, or the two of a pair: as configured, or those that a GLUE task has.
+    """Find the column of the text, or the two of a pair: as configured, or those that a GLUE task has, or "text".
 
     Raises:
-        ValueError: no column is configured, and the data has the columns of no GLUE task or of several.
+        ValueError: no column is configured, and the data has no "text" and the columns of no GLUE task, or of several.
     """
     if config.text_column is not None:
         return [config.text_column, *([config.text_pair_column] if config.text_pair_column else [])]
     found = [set(names) for names in _TEXTS if set(names) <= set(data.column_names)]
     found = [names for names in found if not any(names < other for other in found)]
+    if not found and _TEXT in data.column_names:
+        return [_TEXT]
     if len(found) != 1:
         number = "several known columns of text" if found else "no column of text that is known"
         raise ValueError(
@@ -153,9 +157,9 @@ def _with_classes(
     column = config.label_column
     assert column is not None  # the configuration sets it for classification
     for name, data in (("the training data", train), ("the test data", test)):
-        check_column(data, column, name)
+        check_names(data, column, name)
     if config.partition_column is not None:
-        check_column(train, config.partition_column, "the training data")
+        check_names(train, config.partition_column, "the training data")
     train, test = encode_classes(train, test, column)
     train, test = draw_subset(train, config.max_train_examples), draw_subset(test, config.max_test_examples)
     return train, test, np.array(train[column]), list(train.features[column].names), column

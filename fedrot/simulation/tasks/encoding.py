@@ -66,6 +66,12 @@ def template_columns(template: str) -> list[str]:
     return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
 
 
+def literal_columns(template: str) -> list[str]:
+    """List the columns that a template takes as they are, without a format such as ``{price:.2f}``, which needs numbers."""
+    fields = [(name, spec) for _, name, spec, _ in Formatter().parse(template) if name is not None]
+    return [name for name in dict.fromkeys(name for name, _ in fields) if not any(s for n, s in fields if n == name)]
+
+
 def fill_in(template: str, rows: dict[str, list[Any]]) -> list[str]:
     """Fill a template in for every row."""
     columns = template_columns(template)

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ..config import SimulationConfig
 from .cache import cached_model, digest
-from .data import check_column, class_numbers, draw_subset
+from .columns import check_names
+from .data import class_numbers, draw_subset
 from .language import LanguageTask
 from .pretrained import prepare
 
@@ -53,7 +54,7 @@ def load_stdlib_task(config: SimulationConfig, base_model: Path | None) -> Langu
     train, test = stdlib_data(config.max_length)
     train, test = draw_subset(train, config.max_train_examples), draw_subset(test, config.max_test_examples)
     if config.partition_column is not None:
-        check_column(train, config.partition_column, "the training data")
+        check_names(train, config.partition_column, "the training data")
     labels, classes = class_numbers(train, config.label_column)
     model = prepare(LlamaForCausalLM.from_pretrained(base_model) if base_model else stdlib_model(), config)
     defaults = {"task_type": "CAUSAL_LM", "target_modules": TARGETS}
