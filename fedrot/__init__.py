@@ -2,7 +2,7 @@
 
 from .adapters.folder import read_adapter, write_adapter
 from .errors import UpdateError
-from .merge import merge
+from .merging.merge import merge
 from .methods.align import align
 from .methods.registry import METHODS
 from .options import AggregationOptions

@@ -31,7 +31,7 @@ def admit(update: Update, expected: Update, method: Method, round: int, sent: Ma
         sent: canonical key → what clients started from, at least for the factors that they do not train.
     """
     check_update(update, expected, Layout(expected.specs, expected.name))
-    keys = [key for key, x in update.items() if x.numel()]
+    keys = [key for key, x in update.items() if x.is_floating_point()]
     for key, largest in zip(keys, _find_extremes(update, keys), strict=True):
         if not math.isfinite(largest):
             raise UpdateError(f"{update.name}, {key} {update.specs[key].shape} holds NaN or Inf; did training diverge?")
@@ -43,7 +43,7 @@ def admit(update: Update, expected: Update, method: Method, round: int, sent: Ma
 
 def find_largest_entry(update: Update) -> float:
     """Find the largest absolute value of an update; 0 for an update without entries."""
-    return max(_find_extremes(update, [key for key, x in update.items() if x.numel()]), default=0.0)
+    return max(_find_extremes(update, [key for key, x in update.items() if x.is_floating_point()]), default=0.0)
 
 
 def _find_extremes(update: Update, keys: Sequence[str]) -> list[float]:

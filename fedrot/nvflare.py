@@ -161,7 +161,7 @@ class FedRotModelAggregator(ModelAggregator):
         names = sorted(self._answers, key=sort_key)
         answers = [self._answers[name] for name in names]
         weights = [answer.weight for answer in answers]
-        self._aggregator.round, self._aggregator.reference = model.current_round, dict(reference.tensors)
+        self._aggregator.round, self._aggregator.reference = model.current_round, reference.as_given(reference)
         result = self._aggregator.aggregate([answer.update for answer in answers], weights, names=names)
         report = replace(result.report, dropped=self._dropped)
         self.result = replace(result, report=report)
@@ -193,7 +193,7 @@ class FedRotModelAggregator(ModelAggregator):
         check_update(sent, reference, Layout(reference.specs, reference.name))
         change = model.params_type == ParamsType.DIFF
         values = {key: reference[key] + sent[key] if change else sent[key] for key in reference}
-        update = open_update({given: values[key] for key, given in reference.keys_given.items()}, name)
+        update = open_update(reference.as_given(values), name, reference)
         admit(update, reference, self._aggregator.method, task.current_round, reference)
         if self.weighted_by is None:
             return _Answer(update, 1.0, model.metrics or {})

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..errors import UpdateError
 from ..options import OnInvalid
-from .config import check_scaling, rank_of, scaling
+from .config import CONFIG, scaling
 from .keys import TensorSpec
-from .layout import Adapter, Layout
+from .layout import Layout
+from .meaning import SCALING_FIELDS, check_meaning, scaling_fields
 from .update import StateDict, Update, UpdateLike, open_update
 
 
@@ -28,8 +29,34 @@ def check_update(update: Update, first: Update, layout: Layout) -> None:
     """Raise UpdateError unless the update has the layout and the scaling of ``first``."""
     if update.specs is not first.specs:
         layout.check(update.specs, update.name, first.name)
+    check_kind(update, first)
+    check_scalings(update, first, layout)
+
+
+def check_kind(update: Update, first: Update) -> None:
+    """Raise UpdateError unless both are on one device and their factors mean the same, but for ranks and scalings."""
     check_device(update, first)
-    check_scaling(update.config, update.name, first.config, first.name)
+    check_meaning(update.config, update.name, first.config, first.name)
+
+
+def check_scalings(update: Update, first: Update, layout: Layout) -> None:
+    """Raise UpdateError unless two updates of one layout have one scaling, as far as their configurations are known."""
+    if update.config is None or first.config is None or scaling_fields(update.config) == scaling_fields(first.config):
+        return
+    mine, theirs = (own_scalings(client, layout) for client in (update, first))
+    if module := next((module for module, s in mine.items() if s != theirs.get(module, s)), None):
+        told, other = (
+            ", ".join(
+                f"{field} = {config.get(field)!r}"[:80]
+                for field in SCALING_FIELDS
+                if update.config.get(field) != first.config.get(field)
+            )
+            for config in (update.config, first.config)
+        )
+        raise UpdateError(
+            f"{update.name} has {told} in its {CONFIG}, but {first.name} has {other}, so that s is {mine[module]:g} and "
+            f"{theirs[module]:g} in {module}; all clients must use one LoRA configuration"
+        )
 
 
 def check_device(update: Update, first: Update) -> None:
@@ -40,26 +67,13 @@ def check_device(update: Update, first: Update) -> None:
         )
 
 
-def check_ranks(client: Update, adapters: Sequence[Adapter]) -> None:
-    """Raise UpdateError unless a client's tensors have the ranks of its configuration."""
-    config = client.config or {}
-    for a in adapters if "r" in config else ():
-        shape, told = client.specs[a.key_A].shape, rank_of(config, a.module, client.name)
-        if shape[0] != told:
-            raise UpdateError(
-                f"{client.name}, {a.key_A}: shape {shape}, but its LoRA configuration says rank {told}; pass the "
-                "configuration that it was trained with"
-            )
-
-
 def own_scalings(client: Update, layout: Layout) -> dict[str, float]:
     """The scalings s of the layout's modules that a client has, module → s, from the client's configuration and ranks.
 
     Raises:
-        UpdateError: tensors of other ranks than the configuration has, or an α that is not a positive number.
+        UpdateError: an α that is not a positive number.
     """
     mine = [a for a in layout.adapters if a.key_A in client.specs]
-    check_ranks(client, mine)
     config = client.config or {}
     return {a.module: scaling(config, a.module, client.specs[a.key_A].shape[0], client.name) for a in mine}
 
@@ -93,12 +107,13 @@ def check_reference(opened: Update, first: Update, layout: Layout, *, finite: bo
     """
     if opened.specs is not first.specs:
         layout.check_reference(opened.specs, opened.name, first.name)
-    check_scaling(opened.config, opened.name, first.config, first.name)
+    check_meaning(opened.config, opened.name, first.config, first.name)
+    check_scalings(opened, first, layout)
     factors = [key for a in layout.adapters for key in (a.key_A, a.key_B)]
     if not finite and (found := not_finite(opened, factors)):
         raise UpdateError(f"{opened.name}, {found}; pass the adapter that the clients started from")
     if opened.device != first.device:
-        moved = {given: opened[key].to(first.device) for key, given in opened.keys_given.items()}
+        moved = {inner: opened[key].to(first.device) for key, inner in opened.keys_given.items()}
         opened = replace(opened, tensors=moved, device=first.device)
     return opened
 
@@ -177,13 +192,39 @@ def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:
 def is_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of one device hold no NaN and no Inf. One synchronisation with a device."""
     # aminmax takes a tenth of the time of isfinite, and both extremes are NaN where there is one.
-    extremes = [x for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)]
+    extremes = [x for tensor in tensors if tensor.is_floating_point() for x in torch.aminmax(tensor)]
     return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def as_sent(x: Tensor, spec: TensorSpec) -> Tensor:
     """A copy of a factor that was not trained, in the shape and dtype that the clients' updates have."""
     return x.detach().to(spec.dtype, copy=True).reshape(spec.shape)
+
+
+def carry(counters: dict[str, Tensor], client: Update, layout: Layout) -> dict[str, Tensor]:
+    """The integers of several clients with those of one more: a number counts as large as the largest.
+
+    Args:
+        counters: key → tensor, of the clients before; empty for the first.
+        client: the next client.
+        layout: the layout of the clients.
+
+    Raises:
+        UpdateError: integers of another kind, such as indices, that differ.
+    """
+    carried = {}
+    for key in layout.counters:
+        x = client[key].detach().to(client.device, copy=True)
+        known = counters.get(key, x)
+        if x.numel() == 1:
+            x = torch.maximum(known, x)
+        elif not torch.equal(known, x):
+            raise UpdateError(
+                f"{client.name}, {key} {tuple(x.shape)}: integers ({x.dtype}) that differ from another client's; they "
+                "cannot be averaged, leave the module out of modules_to_save or register them as no part of the state"
+            )
+        carried[key] = x
+    return carried
 
 
 def check_frozen(client: Update, expected: StateDict, frozen: Iterable[str], method: str) -> None:

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from ..errors import UpdateError
-from .checks import check_device, check_reference, check_update, check_updates
-from .config import check_scaling, same_scaling
+from .checks import check_kind, check_reference, check_update, check_updates
 from .keys import TensorSpec, parse_factor
 from .layout import Layout
+from .meaning import check_meaning, scaling_fields
 from .update import Update, UpdateLike, open_update
 
 # "no" if clients must have one rank and scaling, "pad" if they are padded to those of the reference, "stack" if any will do.
@@ -42,14 +42,15 @@ def start_round(
         layout = check_updates(clients)
     else:
         for client in clients[1:]:
-            check_device(client, clients[0])
+            check_kind(client, clients[0])
         layout = widest_layout(clients)
     if reference is None:
         return layout, None
     fits = whole and unequal_ranks == "no"
-    opened = open_update(reference, "the reference", clients[0] if fits else None)
+    opened = open_update(reference, "the reference", clients[0])
     if opened.config is None and config is not None:
         opened = replace(opened, config=config)
+    check_meaning(opened.config, opened.name, clients[0].config, clients[0].name)
     return layout, check_reference(opened, clients[0], layout, finite=opened is reference) if fits else opened
 
 
@@ -97,7 +98,7 @@ def are_alike(clients: Sequence[Update]) -> bool:
     """Whether clients have one set of shapes and, as far as their configurations are known, one scaling."""
     first, configs = clients[0], [client.config for client in clients if client.config is not None]
     shapes = all(client.specs is first.specs or client.specs == first.specs for client in clients)
-    return shapes and all(config is configs[0] or same_scaling(config, configs[0]) for config in configs)
+    return shapes and all(config is configs[0] or scaling_fields(config) == scaling_fields(configs[0]) for config in configs)
 
 
 def common_layout(clients: Sequence[Update]) -> Layout:
@@ -112,7 +113,7 @@ def common_layout(clients: Sequence[Update]) -> Layout:
     layout = Layout(first.specs, first.name)
     for client in clients[1:]:
         layout.check_keys(client.specs, client.name, first.name)
-        _check_kind(client, first)
+        check_kind(client, first)
     return widest_layout(clients)
 
 
@@ -125,7 +126,7 @@ def check_padded(client: Update, first: Update, layout: Layout, whose: str) -> N
         layout: the layout of the result.
         whose: the name of the update whose ranks the layout has, for errors.
     """
-    _check_kind(client, first)
+    check_kind(client, first)
     if client.specs == first.specs:
         return
     layout.check_keys(client.specs, client.name, first.name)
@@ -167,16 +168,10 @@ def open_wide_reference(
                 specs[key] = with_rank(specs[key], axis, theirs[axis])
         layout = layout if specs == layout.specs else Layout(specs, opened.name)
         first = replace(first, specs=layout.specs)
-    check_scaling(opened.config or config, opened.name, first.config, first.name, ("use_dora",))
+    check_meaning(opened.config or config, opened.name, first.config, first.name)
     bare = first if first.config is None else replace(first, config=None)
     checked = check_reference(opened, bare, layout, finite=opened is reference)
     return layout, checked if checked.config or not config else replace(checked, config=config)
-
-
-def _check_kind(client: Update, first: Update) -> None:
-    """Raise UpdateError unless both clients are on one device, and both or neither of DoRA."""
-    check_device(client, first)
-    check_scaling(client.config, client.name, first.config, first.name, ("use_dora",))
 
 
 def _check_narrow(client: Update, key: str, axis: int, shape: tuple[int, ...], whose: str) -> None:

@@ -4,24 +4,23 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import UpdateError
-from .keys import parse_factor
 from .patterns import compiled
 
 CONFIG = "adapter_config.json"
+# The values that fields have for PEFT where an adapter_config.json lacks them.
+DEFAULTS = MappingProxyType({"r": 8, "lora_alpha": 8, "qalora_group_size": 16, "init_lora_weights": True})
 # What PEFT puts before the names of modules in a state dict, and not in its patterns.
 PREFIX = "base_model.model."
-# Fields that scale B·A: the same factors mean other updates under configurations that differ here.
-_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+_EXPERT = re.compile(r"\[\d+\]$")
+_PROJECTION = ".base_layer.out_proj"
 # Virtual tokens have places: a mixture of two is another prompt, not the same one in another basis.
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 _REFUSED = {
-    "target_parameters": "LoRA on the parameters of a mixture of experts stacks one adapter per expert in each factor",
     "use_bdlora": "block-diagonal factors",
     "kasa_config": "KaSA puts a diagonal between B and A",
     "monteclora_config": "MonteCLoRA samples between B and A",
@@ -54,36 +53,6 @@ def check_lora(config: Any, name: str) -> None:
             raise UpdateError(f"{name} sets {field} ({why}), which cannot be rotated")
 
 
-def same_scaling(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the same factors mean the same update under both configurations."""
-    return all((config.get(field) or None) == (other.get(field) or None) for field in _SCALING)
-
-
-def check_scaling(
-    config: dict[str, Any] | None,
-    name: str,
-    other: dict[str, Any] | None,
-    other_name: str,
-    fields: Sequence[str] = _SCALING,
-) -> None:
-    """Raise UpdateError unless the same factors mean the same update under both configurations.
-
-    Args:
-        config, other: the configurations; None if one is unknown, and then nothing is compared.
-        name, other_name: the clients' names in errors.
-        fields: the fields that must agree.
-    """
-    if config is None or other is None:
-        return
-    for field in fields:
-        mine, theirs = config.get(field), other.get(field)
-        if (mine or None) != (theirs or None):
-            raise UpdateError(
-                f"{name} has {field} = {mine!r} in its {CONFIG}, but {other_name} has {theirs!r}; "
-                "all clients must use one LoRA configuration"
-            )
-
-
 def scaling(config: Mapping[str, Any], module: str, rank: int, client: str) -> float:
     """The scaling s of one module: α/r, or α/√r for rsLoRA.
 
@@ -98,7 +67,10 @@ def scaling(config: Mapping[str, Any], module: str, rank: int, client: str) -> f
     """
     alpha = _value(config, "alpha_pattern", "lora_alpha", module, client)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise UpdateError(f"{client}, {module}: lora_alpha is {alpha!r}; expected a positive number")
+        raise UpdateError(
+            f"{client}, {module}: lora_alpha is {alpha!r} in its LoRA configuration; expected a positive number, the one "
+            "that the adapter was trained with"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -113,7 +85,10 @@ def rank_of(config: Mapping[str, Any], module: str, client: str) -> int:
     """
     r = _value(config, "rank_pattern", "r", module, client)
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise UpdateError(f"{client}, {module}: r is {r!r}; expected a positive whole number")
+        raise UpdateError(
+            f"{client}, {module}: r is {r!r} in its LoRA configuration; expected a positive whole number, the rank that the "
+            "adapter was trained with"
+        )
     return r
 
 
@@ -123,30 +98,41 @@ def _value(config: Mapping[str, Any], field: str, otherwise: str, module: str, c
     if not isinstance(patterns, Mapping):
         raise UpdateError(f"{client}: {field} is {patterns!r}; expected a mapping of modules to numbers")
     try:
-        index = compiled(tuple(patterns)).first(module.removeprefix(PREFIX))
+        index = compiled(tuple(patterns)).first(pattern_name(module))
     except re.error as error:
         raise UpdateError(
             f"{client}: {field} has {str(error.pattern)[:80]!r} ({error.msg}); name modules plainly"
         ) from error
-    return config.get(otherwise, 8) if index is None else [*patterns.values()][index]
+    return config.get(otherwise, DEFAULTS[otherwise]) if index is None else [*patterns.values()][index]
+
+
+def pattern_name(module: str) -> str:
+    """The name by which PEFT's patterns know a module.
+
+    The projection of a MultiheadAttention stands in a layer that PEFT wraps whole, and takes that layer's rank and α. An
+    expert has no name of its own: a pattern fits the parameter that all experts share.
+    """
+    name = module.removeprefix(PREFIX)
+    return _EXPERT.sub("", name).removesuffix(_PROJECTION)
 
 
 def whole_name(module: str) -> str:
     """A pattern that fits this module, and no other whose name has the same end."""
-    return "^" + re.escape(module.removeprefix(PREFIX))
+    return "^" + re.escape(pattern_name(module))
 
 
-def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+def base_config(ranks: Mapping[str, int], parameters: Collection[str], config: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter_config.json of a base update: plain LoRA on its modules, with s = 1.
 
     Args:
-        base_update: key → factor, under the keys of a saved adapter.
+        ranks: module, or parameter with its module → rank.
+        parameters: which of them are parameters.
         config: the configuration of the clients' adapters.
     """
-    ranks = {p.module: x.shape[0] for key, x in base_update.items() if (p := parse_factor(key)) and p.factor == "A"}
     K = max(ranks.values())
     others = {whole_name(module): rank for module, rank in ranks.items() if rank != K}
-    return {
+    modules = sorted({re.escape(pattern_name(module)) for module in ranks if module not in parameters})
+    base = {
         "peft_type": "LORA",
         **{field: config[field] for field in _OF_THE_MODEL if field in config},
         "r": K,
@@ -154,8 +140,10 @@ def base_config(base_update: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         "rank_pattern": others,
         "alpha_pattern": others,
         # One regular expression for whole names: a list would fit modules whose names end alike.
-        "target_modules": "|".join(re.escape(module.removeprefix(PREFIX)) for module in sorted(ranks)),
+        "target_modules": "|".join(modules) if modules else [],
     }
+    # PEFT wants the same words for the parameters in every adapter of a model.
+    return base | ({"target_parameters": config["target_parameters"]} if parameters else {})
 
 
 def rank_fields(ranks: Mapping[str, int], s: Mapping[str, float]) -> dict[str, Any]:

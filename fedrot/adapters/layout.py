@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
-from .keys import TensorSpec, is_unknown_to_lora, parse_factor
+from .keys import DTYPES, TensorSpec, is_unknown_to_lora, parse_factor
+from .names import explain_renaming, find_renaming
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Layout:
         specs: as given.
         adapters: the LoRA pairs.
         factor_keys: the keys of A and B of every adapter.
-        other_keys: the keys of all other tensors, such as heads and biases.
+        other_keys: the keys of all other tensors that are averaged, such as heads and biases.
+        counters: the keys of integers, which are carried along.
         groups: the adapters, those of equal shape together.
     """
 
@@ -64,7 +66,9 @@ class Layout:
         self.adapters = tuple(_pair(specs, client))
         self.factor_keys = tuple((a.key_A, a.key_B) for a in self.adapters)
         factors = {key for keys in self.factor_keys for key in keys}
-        self.other_keys = tuple(key for key in specs if key not in factors)
+        others = [key for key in specs if key not in factors]
+        self.other_keys = tuple(key for key in others if specs[key].dtype in DTYPES)
+        self.counters = tuple(key for key in others if specs[key].dtype not in DTYPES)
         groups: dict[tuple[Any, ...], list[Adapter]] = {}
         for a in self.adapters:
             groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)
@@ -87,10 +91,16 @@ class Layout:
 
     def check_keys(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
         """Raise UpdateError unless a client's keys are this layout's, which the client ``first`` has."""
-        if missing := [key for key in self.specs if key not in specs]:
-            raise UpdateError(f"{client} lacks {_listed(missing)}, which {first} has; all clients must send the same keys")
-        if extra := [key for key in specs if key not in self.specs]:
-            raise UpdateError(f"{client} has {_listed(extra)}, which {first} lacks; all clients must send the same keys")
+        missing = [key for key in self.specs if key not in specs]
+        extra = [key for key in specs if key not in self.specs]
+        if not missing and not extra:
+            return
+        cure = "all clients must send the same keys"
+        if found := find_renaming(specs, self.specs):
+            cure += f"; {explain_renaming(found)} its modules would be those of {first}: use one version of the model's code"
+        if missing:
+            raise UpdateError(f"{client} lacks {_listed(missing)}, which {first} has; {cure}")
+        raise UpdateError(f"{client} has {_listed(extra)}, which {first} lacks; {cure}")
 
     def check_reference(self, specs: Mapping[str, TensorSpec], name: str, first: str) -> None:
         """Raise UpdateError unless a reference has the layout's adapters. Its other tensors do not matter."""
@@ -114,7 +124,7 @@ def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:
         if is_unknown_to_lora(key):
             raise UpdateError(
                 f"{client}, {key} {spec.shape}: not a tensor of LoRA or DoRA; variants with tensors of their own "
-                "(KaSA, AdaLoRA, VeLoRA, …) are not supported"
+                "(KaSA, AdaLoRA, …) are not supported"
             )
         if (parsed := parse_factor(key)) is None:
             continue
@@ -133,17 +143,12 @@ def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:
 
 def _adapter(module: str, key_A: str, A: TensorSpec, key_B: str, B: TensorSpec, client: str) -> Adapter:
     shapes = f"{client}, {key_A} {A.shape} and {key_B} {B.shape}"
-    if len(A.shape) < 2 or len(B.shape) < 2 or 0 in A.shape + B.shape:
+    if len(A.shape) < 2 or len(B.shape) < 2:
         raise UpdateError(f"{shapes}: expected (r, d_in, …) and (d_out, r, …); were sharded parameters gathered?")
     if A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1:
         raise UpdateError(
-            f"{shapes}: the ranks {A.shape[0]} and {B.shape[1]} differ; "
-            "grouped convolutions and block-diagonal variants cannot be rotated"
-        )
-    if module.removesuffix(".base_layer").endswith(".experts"):
-        raise UpdateError(
-            f"{shapes}: LoRA on the parameters of a mixture of experts (target_parameters) stacks one adapter per expert, "
-            "which a rotation would mix; target the experts' linear layers instead"
+            f"{shapes}: the ranks {A.shape[0]} and {B.shape[1]} differ; grouped convolutions and block-diagonal variants "
+            "cannot be rotated. If it is neither, were sharded parameters gathered before they were saved?"
         )
     if A.dtype != B.dtype:
         raise UpdateError(f"{shapes}: {A.dtype} and {B.dtype}; convert both factors to one dtype")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -13,8 +13,10 @@ from torch.nn import Parameter
 
 from ..errors import UpdateError
 from .config import check_lora, plain_config
+from .fits import check_config
 from .folder import AdapterFolder
 from .keys import TensorSpec, describe
+from .storage import Storage, Unpacked, find_storage
 
 StateDict = Mapping[str, Tensor]
 UpdateLike = StateDict | str | os.PathLike[str] | tuple[StateDict, Any]
@@ -27,12 +29,13 @@ class Update(Mapping[str, Tensor]):
 
     Attributes:
         name: the client's name in errors and reports.
-        specs: canonical key → shape and dtype.
-        keys_given: canonical key → the caller's key.
-        tensors: the caller's state dict, or the folder.
+        specs: canonical key → shape and dtype. An adapter of experts has keys for each expert, a tied adapter once.
+        keys_given: canonical key → the key in ``tensors``.
+        tensors: the caller's state dict, or the folder; by canonical key where ``storage`` differs from them.
         device: the device of all tensors.
         config: the folder's adapter_config.json, or what the caller gave in its place, or None.
         ranks: key of A → rank, where the client's tensors were padded with zeros to others' ranks; else None.
+        storage: how the caller's state dict holds the tensors.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Update(Mapping[str, Tensor]):
     device: torch.device
     config: dict[str, Any] | None = None
     ranks: dict[str, int] | None = None
+    storage: Storage = field(default_factory=lambda: Storage({}))
 
     @cached_property
     def signature(self) -> Signature:
@@ -55,6 +59,10 @@ class Update(Mapping[str, Tensor]):
             kept.__dict__["signature"] = self.signature
         return kept
 
+    def as_given(self, tensors: StateDict) -> dict[str, Tensor]:
+        """Lay tensors by canonical key as the caller's state dict holds them, under its keys; missing ones are left out."""
+        return self.storage.pack(tensors)
+
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[self.keys_given[key]]
 
@@ -65,42 +73,63 @@ class Update(Mapping[str, Tensor]):
         return len(self.specs)
 
 
-def open_update(update: UpdateLike, name: str, first: Update | None = None) -> Update:
+def open_update(update: UpdateLike, name: str, first: Update | None = None, config: dict[str, Any] | None = None) -> Update:
     """Open a state dict or a PEFT folder. Tensors of a folder are not read yet.
 
     Args:
         update: the state dict or folder, or a pair of a state dict and its LoRA configuration.
         name: the client's name in errors.
-        first: a client that was opened before. A state dict of the same signature is opened without parsing a key.
+        first: a client that was opened before. A state dict of the same signature is opened without parsing a key, and one
+            without a configuration is laid out as the first client's.
+        config: the LoRA configuration of a bare state dict, if it is known.
 
     Raises:
         UpdateError: something that is neither, or a tensor that cannot be averaged, by client, key and shape.
     """
     if isinstance(update, Update):
         return update
-    if (
-        first is not None
-        and type(update) is type(first.tensors) is dict
-        and (signature := _signature(update))
-        and signature == first.signature
-    ):
-        return replace(first, name=name, tensors=update, config=None)
     if isinstance(update, tuple) and len(update) == 2 and (isinstance(update[1], Mapping) or hasattr(update[1], "to_dict")):
-        state_dict, config = update[0], plain_config(update[1])
-        check_lora(config, f"{name}: its configuration")
-        return replace(open_update(state_dict, name, first), config=config)
+        own = plain_config(update[1])
+        check_lora(own, f"{name}: its configuration")
+        return open_update(update[0], name, first, own)
     if isinstance(update, Mapping):
+        if _is_like(update, first) and first is not None and (config is None or config == first.config):
+            return replace(first, name=name, tensors=update, config=config)
         specs, keys_given = describe(update, name)
         devices = {x.device: key for key, x in update.items()}
         if len(devices) > 1:
             where = " and ".join(f"{key} on {device}" for device, key in devices.items())
             raise UpdateError(f"{name} has {where}; move it to one device")
-        return Update(name, specs, keys_given, update, next(iter(devices), torch.device("cpu")))
+        bare = Update(name, specs, keys_given, update, next(iter(devices), torch.device("cpu")), config)
+        return _unpack(bare, first)
     if isinstance(update, str | os.PathLike):
         name = f"{name} ({os.fspath(update)})"
         folder = AdapterFolder(update, name)
-        return Update(name, folder.specs, {key: key for key in folder.specs}, folder, torch.device("cpu"), folder.config)
+        keys_given = {key: key for key in folder.specs}
+        return _unpack(Update(name, folder.specs, keys_given, folder, torch.device("cpu"), folder.config), first)
     raise UpdateError(f"{name}: expected a state dict or a PEFT folder, got {type(update).__name__}")
+
+
+def _is_like(update: StateDict, first: Update | None) -> bool:
+    """Whether a state dict has the signature of one that was opened, whose tensors lie in it one by one."""
+    if first is None or first.storage.specs_differ or not (type(update) is type(first.tensors) is dict):
+        return False
+    signature = _signature(update)
+    return bool(signature) and signature == first.signature
+
+
+def _unpack(update: Update, first: Update | None) -> Update:
+    """The update by canonical keys, whose configuration is checked against its tensors."""
+    config = update.config or (first.config if first is not None else None)
+    like = None if first is None else first.storage
+    storage = find_storage(update.specs, update.keys_given, update.__getitem__, config, update.name, like)
+    if storage.specs_differ:
+        tensors = Unpacked(update.tensors, storage)
+        specs, keys_given = storage.unpack_specs(update.specs), {key: key for key in tensors}
+        update = replace(update, specs=specs, keys_given=keys_given, tensors=tensors)
+    if update.config is not None:
+        check_config(update.config, update.specs, update.name)
+    return replace(update, storage=storage)
 
 
 def _signature(tensors: StateDict) -> Signature:
@@ -116,52 +145,68 @@ def is_name(x: object) -> bool:
     return isinstance(x, str) and x != "" and x.isprintable()
 
 
-def open_updates(updates: Sequence[UpdateLike], names: Sequence[str] | None = None) -> list[Update]:
+def open_updates(
+    updates: Sequence[UpdateLike], names: Sequence[str] | None = None, configs: Any = None, *, alike: bool = True
+) -> list[Update]:
     """Open all clients' updates, which are not checked against each other yet.
 
     Args:
         updates: one per client.
         names: one per client, all different; None for client 0, client 1, …
+        configs: the LoRA configuration of bare state dicts, a ``peft.LoraConfig`` or the content of an adapter_config.json,
+            for all clients or one each; or None.
+        alike: whether the updates are of one federation, so that a client without a configuration is laid out as the first.
 
     Raises:
-        UpdateError: no updates, names that do not fit, or see ``open_update``.
+        UpdateError: no updates, names or configurations that do not fit, or see ``open_update``.
     """
     if isinstance(updates, Mapping | str | os.PathLike) or not isinstance(updates, Iterable):
         raise UpdateError("updates must be a sequence of state dicts or folders, one per client; put a single one in a list")
+    updates = list(updates)
     if names is not None and (len(names) != len(updates) or len(set(names)) < len(names)):
         raise UpdateError(
             f"{len(updates)} updates with the names {', '.join(map(str, names))}; pass one each, all different"
         )
     if names is not None and not all(map(is_name, names)):
         raise UpdateError(f"names must be lines of text, one per client, got {list(names)}")
+    called = [f"client {i}" for i in range(len(updates))] if names is None else list(names)
     opened: list[Update] = []
-    for i, update in enumerate(updates):
-        opened.append(open_update(update, names[i] if names else f"client {i}", opened[0] if opened else None))
+    for update, name, config in zip(updates, called, read_configs(configs, called), strict=True):
+        opened.append(open_client(update, name, opened[0] if opened and alike else None, config))
     if not opened:
         raise UpdateError("no updates: pass at least one client's state dict or folder")
     return opened
 
 
-def with_configs(clients: Sequence[Update], configs: Any) -> list[Update]:
-    """Give clients the LoRA configurations that the caller passed for their state dicts.
-
-    Args:
-        clients: the clients, opened.
-        configs: a ``peft.LoraConfig`` or the content of an adapter_config.json, for all clients or one each; or None.
+def open_client(update: UpdateLike, name: str, first: Update | None, config: dict[str, Any] | None) -> Update:
+    """Open a client's update, with the configuration that the caller passed for bare state dicts.
 
     Raises:
-        UpdateError: a number of configurations that does not fit, one that is not of LoRA, or one for an update that came
-            with its own.
+        UpdateError: a configuration for an update that came with its own, or see ``open_update``.
+    """
+    opened = open_update(update, name, first, config)
+    if config is not None and not isinstance(update, Mapping):
+        raise UpdateError(f"{opened.name} came with its configuration; configs are for bare state dicts")
+    return opened
+
+
+def read_configs(configs: Any, names: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Read the LoRA configurations that the caller passed for state dicts, one per client.
+
+    Args:
+        configs: a ``peft.LoraConfig`` or the content of an adapter_config.json, for all clients or one each; or None.
+        names: the clients' names.
+
+    Raises:
+        UpdateError: a number of configurations that does not fit, or one that is not of LoRA.
     """
     if configs is None:
-        return list(clients)
+        return [None] * len(names)
     one = isinstance(configs, Mapping) or hasattr(configs, "to_dict")
-    given = [configs] * len(clients) if one else list(configs)
-    if len(given) != len(clients):
-        raise UpdateError(f"{len(given)} configs for {len(clients)} updates; pass one for all, or one per update")
-    if whose := next((client.name for client in clients if client.config is not None), None):
-        raise UpdateError(f"{whose} came with its configuration; configs are for bare state dicts")
+    given = [configs] * len(names) if one else list(configs)
+    if len(given) != len(names):
+        raise UpdateError(f"{len(given)} configs for {len(names)} updates; pass one for all, or one per update")
     opened = {id(config): plain_config(config) for config in given}
-    for client, config in zip(clients, given, strict=True):
-        check_lora(opened[id(config)], f"{client.name}: its entry of configs")
-    return [replace(client, config=opened[id(config)]) for client, config in zip(clients, given, strict=True)]
+    for name, config in zip(names, given, strict=True):
+        check_lora(opened[id(config)], f"{name}: its entry of configs")
+    return [opened[id(config)] for config in given]

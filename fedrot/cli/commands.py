@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapters.files import check_new
 from ..adapters.folder import read_adapter
-from ..merge import merge
+from ..merging.merge import merge
 from ..methods.registry import METHODS, methods_table
 from ..options import OPTION_NAMES, refuse_old_spellings
 from ..report.result import AggregationResult

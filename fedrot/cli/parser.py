@@ -6,7 +6,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
-from ..merge import MergeMethod
+from ..merging.merge import MergeMethod
 from ..methods.registry import METHODS
 from ..options import AggregationOptions
 from ..version import __version__

@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
-from ..adapters.config import base_config, check_lora, plain_config
+from ..adapters.config import check_lora, plain_config
 from ..adapters.keys import factor_of
 from ..adapters.update import Update, open_update
 from ..methods.base import Method
@@ -34,8 +34,7 @@ def add_instructions(
     record: str,
     method: Method,
     round: int,
-    base_updates: Sequence[State],
-    config: dict[str, Any] | None,
+    base_updates: Sequence[tuple[State, dict[str, Any]]],
 ) -> list[Message]:
     """Add to messages what clients need to know beside the adapter.
 
@@ -44,17 +43,16 @@ def add_instructions(
         record: the key of the messages' configuration.
         method: decides what clients train and which factors they keep to themselves.
         round: the round's index, from 0.
-        base_updates: every change of the base weights so far.
-        config: the adapter_config.json of the clients' adapters; needed if there are base updates.
+        base_updates: every change of the base weights so far, with its LoRA configuration.
     """
     messages = list(messages)
     contents = {id(message.content): message.content for message in messages}  # FedAvg sends all nodes the same one
     for content in contents.values():
         factors = {TRAINED: "".join(method.trains(round)), PERSONAL: find_personal_factors(method)}
         content.config_records[record].update(factors)
-        for number, update in enumerate(base_updates, 1):
+        for number, (update, config) in enumerate(base_updates, 1):
             content[BASE.format(number)] = to_arrays(update)
-            content[BASE_CONFIG.format(number)] = ConfigRecord({"json": json.dumps(base_config(update, config or {}))})
+            content[BASE_CONFIG.format(number)] = ConfigRecord({"json": json.dumps(config)})
     return messages
 
 
@@ -97,4 +95,4 @@ def complete_adapter(sent: Update, start: Update, method: Method) -> Update:
     """
     personal = tuple(find_personal_factors(method))
     keys = [key for key in start if key in sent or factor_of(key) in personal]
-    return open_update({start.keys_given[key]: start[key] for key in keys}, start.name)
+    return open_update(start.as_given({key: start[key] for key in keys}), start.name, start, start.config)

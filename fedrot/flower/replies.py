@@ -107,10 +107,11 @@ def open_training_reply(
     if given := next((key for key in tensors if parse_key(key)[0] in own), None):
         raise UpdateError(f"{name} sent {given}, a factor that {method.name} leaves with clients; keep it")
     # A personal factor is not averaged, but a layout consists of pairs.
-    update = open_update({expected.keys_given[key]: expected[key] for key in own} | tensors, name)
+    personal = expected.as_given({key: expected[key] for key in own})
+    update = open_update(personal | tensors, name, expected, expected.config)
     admit(update, expected, method, round, sent)
     # Under the server's keys and in their order, so that the keys of one client do not become those of all.
-    update = open_update({given: update[key] for key, given in expected.keys_given.items()}, name)
+    update = open_update(expected.as_given(update), name, expected, expected.config)
     return Reply(name, content, metrics, weight, update)
 
 

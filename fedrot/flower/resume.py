@@ -125,7 +125,8 @@ class Checkpoint:
             raise ValueError(f"{saved['method']} cannot resume: clients' own factors end with Flower's run")
 
     def _check_adapter(self, saved: State, start: Update, *, changed_base: bool) -> None:
-        adapter = open_update({key: x.to(start.device) for key, x in saved.items()}, f"the checkpoint in {self.folder}")
+        tensors = {key: x.to(start.device) for key, x in saved.items()}
+        adapter = open_update(tensors, f"the checkpoint in {self.folder}", start, start.config)
         # Base weights that the method changes are not part of its adapter.
         expected = complete_adapter(adapter, start, self._aggregator.method) if changed_base else start
         check_update(adapter, expected, Layout(expected.specs, expected.name))

@@ -12,7 +12,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from ..adapters.config import base_config
 from ..adapters.layout import Layout
 from ..adapters.update import Update, open_update
 from ..methods.registry import make_method
@@ -169,7 +168,7 @@ class FedRot(FedAvg):
             return None, None
         round = self._rounds_before + server_round
         sent = self._open(self._sent, "the reference")
-        self._aggregator.round, self._aggregator.reference = round - 1, dict(sent)
+        self._aggregator.round, self._aggregator.reference = round - 1, sent.as_given(sent)
         expected = complete_adapter(sent, self._start, self.method)
         open_reply = partial(open_training_reply, self.weighted_by_key, expected, self.method, round - 1, sent)
         good, dropped = open_replies(self._pending, replies, open_reply, self.options.on_invalid)
@@ -204,14 +203,19 @@ class FedRot(FedAvg):
     def fold_into(self, model: Any) -> None:
         """Add all base updates so far to a PEFT model as it was before the first round, for evaluation on the server."""
         for update in self.base_updates:
-            merge_into_base(model, update, base_config(update, self._config or {}))
+            merge_into_base(model, update, self._configure_base(update))
 
     def _instruct(self, messages: Iterable[Message], round: int) -> list[Message]:
         """Complete a round's messages, and expect their replies."""
-        key, config = self.configrecord_key, self._config
-        messages = add_instructions(messages, key, self.method, round - 1, self.base_updates, config)
+        base = [(update, self._configure_base(update)) for update in self.base_updates]
+        messages = add_instructions(messages, self.configrecord_key, self.method, round - 1, base)
         self._pending = PendingReplies(messages, self._names)
         return messages
 
+    def _configure_base(self, base_update: State) -> dict[str, Any]:
+        """Make the LoRA configuration of a base update."""
+        assert self._start is not None
+        return self._start.storage.base_config(base_update, self._config or {})
+
     def _open(self, arrays: ArrayRecord, name: str) -> Update:
-        return open_update(from_arrays(arrays, name, self.device), name)
+        return open_update(from_arrays(arrays, name, self.device), name, config=self._config)

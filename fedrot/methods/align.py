@@ -46,10 +46,10 @@ def align(update: UpdateLike, reference: UpdateLike, *, round: int = 0, **option
     target = open_reference(reference, client, layout)
     if found := not_finite(client):
         raise UpdateError(f"{client.name}, {found}")
-    aligned = {client.keys_given[key]: client[key].detach() for key in client}
+    aligned = {key: client[key].detach() for key in client}
     on = aligned_factors(chosen.align_on, whole_number("round", round))
     if strength == 0:
-        return aligned
+        return client.as_given(aligned)
     for group in layout.groups:
         R = rotations(group, client, target, on, strength, reflections=chosen.reflections)
         A, B = group.A(client), group.B(client)
@@ -58,6 +58,7 @@ def align(update: UpdateLike, reference: UpdateLike, *, round: int = 0, **option
         for i, a in enumerate(group.adapters):
             for key, factor in ((a.key_A, A_aligned[i]), (a.key_B, B_aligned[i])):
                 spec = layout.specs[key]
-                aligned[client.keys_given[key]] = factor.to(spec.dtype).reshape(spec.shape).clone()
-    check_range(aligned, f"{client.name}, aligned,")
-    return aligned
+                aligned[key] = factor.to(spec.dtype).reshape(spec.shape).clone()
+    result = client.as_given(aligned)
+    check_range(result, f"{client.name}, aligned,")
+    return result

@@ -31,10 +31,11 @@ def average_round(
         reflections: whether rotations are in O(r), not SO(r).
     """
     layout = round.layout
-    given = [[client.tensors[client.keys_given[key]] for key in layout.specs] for client in round.clients]
-    tensors = dict(zip(layout.specs, zip(*given, strict=True), strict=True))
+    averaged = [key for key in layout.specs if key not in layout.counters]
+    given = [[client.tensors[client.keys_given[key]] for key in averaged] for client in round.clients]
+    tensors = dict(zip(averaged, zip(*given, strict=True), strict=True))
     A, B = ([matrices(tensors[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
-    keys = layout.other_keys if on else tuple(layout.specs)
+    keys = layout.other_keys if on else tuple(averaged)
     mean: dict[str, Tensor] = {}
     checks: list[Tensor] = []
     if keys:

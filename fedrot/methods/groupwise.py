@@ -65,7 +65,7 @@ class GroupwiseMethod(Method):
             checks.append(finite)
         errors = list(zip(aligned.error.tolist(), aligned.update_norm.tolist(), strict=True))
         return Averages(
-            {key: mean[key] for key in layout.specs},
+            {key: mean[key] for key in layout.specs if key in mean},
             A,
             B,
             aligned.R,

@@ -78,7 +78,7 @@ class LowRankMethod(Method):
                 errors |= {a.key_A: values for a, values in zip(adapters, measured, strict=True)}
         sound = bool(torch.stack([x.isfinite().all() for x in (*mean.values(), *base.values())]).all())
         in_order = [errors[a.key_A] for a in layout.adapters] if self.options.report_error else None
-        mean = {key: mean[key] for key in layout.specs}
+        mean = {key: mean[key] for key in layout.specs if key in mean}
         return Averages(mean, [], [], None, None, sound, base or None, in_order)
 
 

@@ -104,7 +104,8 @@ class RunningMean:
     def state_dict(self) -> dict[str, Tensor]:
         """The mean under canonical keys, in the updates' shapes and dtypes, every tensor with storage of its own."""
         mean = {}
-        for key, spec in self.layout.specs.items():
+        for key in self.sums:
+            spec = self.layout.specs[key]
             x = (self.sums[key] / self.total_weight).to(spec.dtype)
             mean[key] = x.reshape(spec.shape)
         return mean

@@ -14,6 +14,7 @@ from fedrot_kernels import widen
 from ..adapters.common import with_rank
 from ..adapters.keys import TensorSpec
 from ..adapters.layout import Adapter, Layout
+from ..adapters.storage import Storage
 from ..adapters.update import Update
 
 
@@ -39,7 +40,8 @@ def pad(client: Update, layout: Layout, s_client: dict[str, float], s_result: di
             tensors[bias] = widen(tensors[bias]) * s
     keys_given = {key: key for key in layout.specs}
     narrow = any(ranks[a.key_A] < a.rank for a in layout.adapters)
-    return Update(client.name, layout.specs, keys_given, tensors, client.device, None, ranks if narrow else None)
+    narrow_ranks, here = ranks if narrow else None, Storage(keys_given)
+    return Update(client.name, layout.specs, keys_given, tensors, client.device, None, narrow_ranks, here)
 
 
 def revive_dead_ranks(mean: dict[str, Tensor], layout: Layout, reference: Update) -> dict[str, Tensor]:

@@ -41,6 +41,22 @@ def truncate(adapter: UpdateLike, to: Any) -> dict[str, Tensor]:
     if found := not_finite(whole, [key for keys in layout.factor_keys for key in keys]):
         raise UpdateError(f"{whole.name}, {found}")
     ranks, ratios = _by_rank(layout, to) if isinstance(to, int) else _by_config(whole, layout, to)
+    result = whole.as_given(truncate_update(whole, layout, ranks, ratios))
+    check_range(result, f"{whole.name}, truncated,")
+    return result
+
+
+def truncate_update(
+    whole: Update, layout: Layout, ranks: Mapping[str, int], ratios: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Truncate an adapter, by canonical key; see ``truncate``.
+
+    Args:
+        whole: the adapter.
+        layout: its layout.
+        ranks: module → the rank that it is to have.
+        ratios: module → s/s_k, by which B is multiplied.
+    """
     state_dict = {key: x.detach().clone() for key, x in whole.items()}
     for group in layout.groups:
         by_rank: dict[int, list[Adapter]] = {}
@@ -51,9 +67,7 @@ def truncate(adapter: UpdateLike, to: Any) -> dict[str, Tensor]:
     for a in layout.adapters:
         if (bias := f"{a.module}.lora_B.bias") in state_dict and ratios[a.module] != 1:
             state_dict[bias] = (state_dict[bias].double() * ratios[a.module]).to(state_dict[bias].dtype)
-    result = {given: state_dict[key] for key, given in whole.keys_given.items()}
-    check_range(result, f"{whole.name}, truncated,")
-    return result
+    return state_dict
 
 
 def _by_rank(layout: Layout, k: int) -> tuple[dict[str, int], dict[str, float]]:

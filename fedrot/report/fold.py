@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import UpdateError
 from .result import AggregationResult
+from .tied import leave_out_copies
 
 _NAME = "fedrot_base_update"
 
@@ -16,17 +17,19 @@ _NAME = "fedrot_base_update"
 def fold(model: Any, result: AggregationResult) -> None:
     """Add a result's ``base_update`` to the base weights of a PEFT model, in place.
 
-    PEFT merges it, so that transposed weights (``fan_in_fan_out``), convolutions, embeddings and quantised layers are
-    treated as PEFT treats them.
+    PEFT merges it, so that transposed weights (``fan_in_fan_out``), convolutions, embeddings, experts and quantised layers
+    are treated as PEFT treats them.
 
-    A base in half precision rounds what is added, and loses updates that are small beside its weights.
+    A base in half precision rounds what is added, and loses updates that are small beside its weights. A weight that two
+    modules share (tied embeddings) is changed once, if both carry one adapter (``ensure_weight_tying``).
 
     Args:
         model: a ``peft.PeftModel``; its own adapter stays as it is.
         result: the result of an aggregation; one without a ``base_update`` changes nothing.
 
     Raises:
-        UpdateError: the model lacks a module of the update, or has it in another shape.
+        UpdateError: no PeftModel, one that lacks a module of the update or has it in another shape, or a weight that a
+            module without that adapter shares. The model is then as it was.
     """
     if result.base_update is not None:
         merge_into_base(model, result.base_update, result.base_config or {})
@@ -40,15 +43,18 @@ def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mappi
         base_update: key → factor, under the keys of a saved adapter.
         config: the update's adapter_config.json.
     """
-    from peft import LoraConfig  # an aggregation needs no PEFT, a PeftModel does
+    from peft import LoraConfig, PeftModel  # an aggregation needs no PEFT, a PeftModel does
     from peft.tuners.lora import LoraLayer
 
+    if not isinstance(model, PeftModel):
+        raise UpdateError(f"a base update is folded into the clients' PeftModel, got {type(model).__name__}")
+    once = leave_out_copies(model, base_update)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     active = model.active_adapter
     try:
         with torch.random.fork_rng():  # PEFT draws factors, which are then replaced
             model.add_adapter(_NAME, LoraConfig(**config))
-        _set_factors(model, base_update)
+        _set_factors(model, once)
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and (_NAME in layer.lora_A or _NAME in layer.lora_embedding_A):
                 layer.merge(adapter_names=[_NAME])

@@ -78,7 +78,7 @@ class AggregationResult:
             clients = open_updates(updates, names)
             known = {*self.report.clients, *self.report.dropped}
             own = set(self.personal)
-            if {client.name for client in clients} != known or not all(own <= {*c.keys_given.values()} for c in clients):
+            if {client.name for client in clients} != known or not all(own <= {*c.storage.saved.values()} for c in clients):
                 raise UpdateError(
                     f"{len(clients)} updates, but {len(known)} clients were aggregated: {', '.join(sorted(known))}; pass "
                     "the updates of all of them as they were, with names= if they had names"
@@ -86,7 +86,7 @@ class AggregationResult:
             with new_folder(folder) as new:
                 for number, client in enumerate(clients):
                     if client.name not in self.report.dropped:
-                        theirs = {given: client[key] for key, given in client.keys_given.items()}
+                        theirs = client.as_given(client)
                         config = client.config or self.config
                         write_adapter(new / f"client{number}", {**theirs, **self.state_dict}, config, report)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.checks import check_weight, check_weights
-from ..adapters.update import UpdateLike, open_updates, with_configs
+from ..adapters.update import UpdateLike, open_updates
 from ..errors import UpdateError
 from ..methods.base import Method
 from ..options import AggregationOptions, shows_options
@@ -16,7 +16,7 @@ from .optimizer import ServerOptimizer
 from .partial import PartialAggregate, compatibility
 from .state import ServerState
 from .stream import StreamedRound
-from .streamed_round import add_client, average_stream, begin_stream, check_streams, merge_clients, open_client
+from .streamed_round import add_client, average_stream, begin_stream, check_streams, merge_clients, open_next
 from .whole_round import average_whole
 
 
@@ -66,7 +66,7 @@ class FedRotAggregator(ServerState):
             names: one per client, for errors and the report; None for client 0, client 1, …
         """
         self._check_between_rounds()
-        clients = with_configs(open_updates(updates, names), self.configs)
+        clients = open_updates(updates, names, self.configs)
         return self.close(average_whole(clients, check_weights(weights, clients), *self._start()))
 
     def add(self, update: UpdateLike, weight: float = 1.0, name: str | None = None) -> None:
@@ -81,7 +81,7 @@ class FedRotAggregator(ServerState):
             UpdateError: as in ``aggregate``; the round goes on as if the update had not been added.
         """
         check_streams(self.method, name)
-        client = open_client(self._streamed, update, name, self.configs)
+        client = open_next(self._streamed, update, name, self.configs)
         weight = check_weight(weight, client)
         streamed = self._streamed or begin_stream(client, *self._start())
         add_client(streamed, client, weight, self.method, self.round)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.checks import as_sent, check_range
-from ..adapters.config import base_config
+from ..adapters.experts import parse_module
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..methods.base import Method
@@ -26,6 +26,7 @@ class AveragedRound:
         averages: their averages.
         report: the report.
         config: the configuration that the clients' own give the result, or None.
+        counters: canonical key → what the result has of integers, which are not averaged.
         may_overflow: whether the averages have not been found finite.
     """
 
@@ -35,6 +36,7 @@ class AveragedRound:
     averages: Averages
     report: Report
     config: dict[str, Any] | None
+    counters: dict[str, Tensor]
     may_overflow: bool
 
 
@@ -57,7 +59,8 @@ def restore(round: AveragedRound, method: Method) -> dict[str, Tensor]:
     if frozen and round.first.tensors:  # to the bit, not to the rounding of a mean of equals
         mean |= {key: as_sent((round.reference or round.first)[key], layout.specs[key]) for key in frozen}
     if round.averages.base is not None:  # what PEFT saves of a base would undo its change
-        changed = {f"{a.module}.base_layer.weight" for a in layout.adapters}
+        copies = map(parse_module, round.first.storage.copies)
+        changed = {f"{module}.base_layer.weight" for module in (*(a.module for a in layout.adapters), *copies)}
         mean = {key: x for key, x in mean.items() if key not in changed}
     return mean
 
@@ -77,18 +80,21 @@ def finish(
     Raises:
         UpdateError: a result that overflowed.
     """
-    base, keys_given = round.averages.base, round.first.keys_given
-    state_dict = {given: mean[key] for key, given in keys_given.items() if key in mean}
+    base, first = round.averages.base, round.first
+    state_dict = first.as_given(mean | round.counters)
     if check:
         check_range(state_dict | (base or {}), "the average,")
     own = round.config if method.unequal_ranks == "stack" else config
     personal = factors_except(round.layout, method.returns())
+    base = None if base is None else first.storage.pack_factors(base)
     return AggregationResult(
         state_dict,
         round.report,
         method.options,
         own,
         base,
-        None if base is None else base_config(base, own or {}),
-        tuple(keys_given[key] for key in round.layout.specs if key in personal),
+        None if base is None else first.storage.base_config(base, own or {}),
+        tuple(
+            given for key, given in first.storage.saved.items() if not personal.keys().isdisjoint(first.storage.sources(key))
+        ),
     )

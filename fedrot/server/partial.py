@@ -62,8 +62,8 @@ class PartialAggregate:
     def first(self) -> Update:
         """What all its clients have in common, with the tensors that none of them trained."""
         first = self.stream.first
-        frozen = {first.keys_given[key]: x for key, x in self.stream.frozen.items()}
-        return replace(first, name=self.name, tensors=frozen)
+        kept = self.stream.frozen | self.stream.counters
+        return replace(first, name=self.name, tensors=kept, keys_given={key: key for key in first.specs})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all.
@@ -105,7 +105,7 @@ def check_mergeable(partial: PartialAggregate, options: Mapping[str, Any], round
                 "of one round need the same options"
             )
     config = round.reference.config if round.reference is not None else None
-    here = replace(round.first, specs=round.layout.specs, config=config or round.first.config)
+    here = replace(round.first, name="the round here", specs=round.layout.specs, config=config or round.first.config)
     check_update(replace(partial.first, device=here.device), here, round.layout)
     taken = round.weights.keys() | round.dropped.keys()
     for client in (*partial.stream.weights, *partial.stream.dropped):

@@ -5,6 +5,7 @@ import math
 import os
 from array import array
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,18 +16,19 @@ from torch import Tensor
 from fedrot_kernels import working_dtype
 
 from ..adapters.checks import is_finite
-from ..adapters.config import check_lora, rank_of, scaling
+from ..adapters.config import check_lora
 from ..adapters.files import check_new, replace_file
-from ..adapters.folder import DTYPES_SAVED
-from ..adapters.keys import TensorSpec, parse_key
+from ..adapters.fits import check_config
+from ..adapters.keys import SAVED_DTYPES, TensorSpec, parse_key
 from ..adapters.layout import Layout
+from ..adapters.storage import Storage, find_parts
 from ..adapters.update import Update, is_name
 from ..errors import UpdateError
 from ..report.sketch import part_shapes
 from .stream import StreamedRound
 
-_HEADER, _VERSION = "fedrot-partial", 2
-_NAMES = {dtype: name for name, dtype in DTYPES_SAVED.items()}
+_HEADER, _VERSION = "fedrot-partial", 3
+_NAMES = {dtype: name for name, dtype in SAVED_DTYPES.items()}
 _LONGEST = 200  # characters of a file's own words in an error
 
 
@@ -42,12 +44,15 @@ def write_stream(path: str | os.PathLike[str], stream: StreamedRound, options: M
         "version": _VERSION,
         "options": dict(options),
         "tensors": [
-            [key, first.keys_given[key], list(spec.shape), _NAMES[spec.dtype]] for key, spec in stream.layout.specs.items()
+            [key, first.storage.saved[key], list(spec.shape), _NAMES[spec.dtype]]
+            for key, spec in first.storage.pack_specs(stream.layout.specs).items()
         ],
+        "copies": first.storage.copies,
         "config": first.config,
         "clients": list(stream.weights),
         "dropped": stream.dropped,
         "frozen": list(stream.frozen),
+        "counters": list(stream.counters),
         "unit": stream.mean.unit,
         "total_weight": stream.mean.total_weight,
         "sketch": stream.sketch is not None,
@@ -72,14 +77,17 @@ def read_stream(path: str | os.PathLike[str]) -> tuple[StreamedRound, dict[str, 
         with safe_open(path, framework="pt") as file:
             header = _header(name, file.metadata())
             specs, keys_given = _specs(name, header["tensors"])
-            if header["config"] is not None:
-                check_lora(header["config"], f"{name}: its configuration")
+            config, whose = header["config"], f"{name}: its configuration"
+            if config is not None:
+                check_lora(config, whose)
+            storage = Storage(keys_given, find_parts(specs, config, name), _copies(name, header["copies"], specs))
+            specs = storage.unpack_specs(specs)
+            if config is not None:
+                check_config(config, specs, whose)
             layout = Layout(specs, name)
-            for a in layout.adapters if header["config"] is not None else ():
-                rank_of(header["config"], a.module, f"{name}: its configuration")
-                scaling(header["config"], a.module, a.rank, f"{name}: its configuration")
             _check_tensors(name, file, _expected(name, layout, header))
-            first = Update(name, specs, keys_given, {}, torch.device("cpu"), header["config"])
+            here = {key: key for key in specs}
+            first = Update(name, specs, here, {}, torch.device("cpu"), config, storage=storage)
             stream = StreamedRound(first, layout, None, 0 if header["sketch"] else None)
             return _read(name, file, header, stream), header["options"]
     except (SafetensorError, OSError) as error:
@@ -89,6 +97,9 @@ def read_stream(path: str | os.PathLike[str]) -> tuple[StreamedRound, dict[str, 
 def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound) -> StreamedRound:
     layout = stream.layout
     stream.frozen = {key: torch.empty(layout.specs[key].shape, dtype=layout.specs[key].dtype) for key in header["frozen"]}
+    stream.counters = {
+        key: torch.empty(layout.specs[key].shape, dtype=layout.specs[key].dtype) for key in header["counters"]
+    }
     stream.dropped = header["dropped"]
     stream.mean.unit, stream.mean.total_weight = header["unit"], header["total_weight"]
     tables = {key: file.get_tensor(key) for key in ("weights", "angles")}
@@ -112,6 +123,7 @@ def _tensors(stream: StreamedRound) -> dict[str, Tensor]:
     """The sums of a stream by their names in a file, in the stream's memory."""
     tensors = {f"sum/{key}": x for key, x in stream.mean.sums.items()}
     tensors |= {f"frozen/{key}": x for key, x in stream.frozen.items()}
+    tensors |= {f"counter/{key}": x for key, x in stream.counters.items()}
     if stream.sketch is not None:
         tensors |= {f"sketch/{n}/{key}": x for key, of in stream.sketch.parts().items() for n, x in of.items()}
     return tensors
@@ -132,6 +144,9 @@ def _expected(name: str, layout: Layout, header: Mapping[str, Any]) -> dict[str,
         if not any(key in keys for keys in layout.factor_keys):
             raise UpdateError(f"{name}: its header has {key[:_LONGEST]} frozen, which is no factor of it; send it again")
         found[f"frozen/{key}"] = layout.specs[key]
+    if header["counters"] and set(header["counters"]) != set(layout.counters):
+        raise UpdateError(f"{name}: the counters in its header are not those of its tensors; send it again")
+    found |= {f"counter/{key}": layout.specs[key] for key in header["counters"]}
     return found
 
 
@@ -142,7 +157,7 @@ def _check_tensors(name: str, file: Any, expected: Mapping[str, TensorSpec]) -> 
     for key, spec in expected.items():
         view = file.get_slice(key)
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
-        if (shape, DTYPES_SAVED.get(dtype)) != (spec.shape, spec.dtype):
+        if (shape, SAVED_DTYPES.get(dtype)) != (spec.shape, spec.dtype):
             raise UpdateError(
                 f"{name}, {key}: shape {shape} of {dtype}, but by its header {spec.shape} of {_NAMES[spec.dtype]}; send it "
                 "again"
@@ -160,7 +175,7 @@ def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("version") != _VERSION:
         raise UpdateError(f"{name}: not of version {_VERSION}; use the same version of fedrot on all servers")
     kinds: dict[str, Any] = {"options": dict, "tensors": list, "config": dict | None, "clients": list, "dropped": dict}
-    kinds |= {"frozen": list, "unit": float, "total_weight": float, "sketch": bool}
+    kinds |= {"frozen": list, "counters": list, "copies": dict, "unit": float, "total_weight": float, "sketch": bool}
     wrong = next((field for field, kind in kinds.items() if not isinstance(header.get(field), kind)), None)
     if wrong is None:
         names = (*header["clients"], *header["dropped"])
@@ -168,6 +183,8 @@ def _header(name: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
             "clients": all(map(is_name, names)) and len(set(names)) == len(names),
             "dropped": all(map(_is_text, header["dropped"].values())),
             "frozen": all(isinstance(x, str) for x in header["frozen"]),
+            "counters": all(isinstance(x, str) for x in header["counters"]),
+            "copies": all(isinstance(x, str) for x in header["copies"].values()),
             "unit": 0 <= header["unit"] < math.inf,
             "total_weight": 0 <= header["total_weight"] < math.inf,
         }
@@ -182,6 +199,15 @@ def _is_text(x: Any) -> bool:
     return isinstance(x, str) and x.encode("utf-8", "ignore").decode("utf-8") == x
 
 
+def _copies(name: str, copies: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The copies of tied adapters in a header, which must be transposes of what they repeat."""
+    for key, original in copies.items():
+        pair = [specs[k] for k in (key, original) if k in specs and k not in copies.keys() - {key}]
+        if len(pair) < 2 or pair[0] != replace(pair[1], shape=pair[1].shape[::-1]):
+            raise UpdateError(f"{name}: its header has {key[:_LONGEST]} as a copy of another tensor; send it again")
+    return dict(copies)
+
+
 def _specs(name: str, tensors: list[Any]) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """The mappings canonical key → spec and canonical key → the caller's key, from a header."""
     specs, keys_given = dict[str, TensorSpec](), dict[str, str]()
@@ -189,7 +215,7 @@ def _specs(name: str, tensors: list[Any]) -> tuple[dict[str, TensorSpec], dict[s
         try:
             key, given, shape, dtype = entry
             good = parse_key(given)[0] == key and key not in specs and all(type(n) is int and n >= 0 for n in shape)
-            specs[key], keys_given[key] = TensorSpec(tuple(shape), DTYPES_SAVED[dtype]), given
+            specs[key], keys_given[key] = TensorSpec(tuple(shape), SAVED_DTYPES[dtype]), given
         except (TypeError, ValueError, KeyError):
             good = False
         if not good:

@@ -72,7 +72,7 @@ class ServerState:
             self._config = None if reference is None else self._config
             return
         opened = open_update(reference, "the reference")
-        self._reference = {given: opened[key] for key, given in opened.keys_given.items()}
+        self._reference = opened.as_given(opened)
         self._config = opened.config
 
     def state_dict(self) -> dict[str, Any]:

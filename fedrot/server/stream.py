@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fedrot_kernels import product_norm, rotation_angle
 
+from ..adapters.checks import carry
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..methods.running_mean import RunningMean
@@ -30,12 +32,14 @@ class StreamedRound:
         weights: client → weight, in the order they came.
         dropped: client → why it was left out.
         frozen: key → the factor that no client trained.
+        counters: key → the integers that the result has.
         angles: in degrees, every client's rotation angles of all adapters, in the order of the layout's groups.
     """
 
     def __init__(self, first: Update, layout: Layout, reference: Update | None, seed: int | None):
         self.first, self.layout, self.reference = first.without_tensors(), layout, reference
         self.frozen: dict[str, Tensor] = {}
+        self.counters: dict[str, Tensor] = {}
         self.dropped: dict[str, str] = {}
         self.weights: dict[str, float] = {}
         self.angles = array("d")
@@ -77,6 +81,9 @@ class StreamedRound:
         self.weights |= other.weights
         self.dropped |= other.dropped
         self.frozen = self.frozen or {key: x.to(self.first.device, copy=True) for key, x in other.frozen.items()}
+        if other.counters:
+            theirs = replace(other.first, tensors=other.counters, keys_given={key: key for key in other.counters})
+            self.counters = carry(self.counters, theirs, self.layout)
         table = other.angle_table([a.key_A for group in self.layout.groups for a in group.adapters])
         self.angles.frombytes(table.numpy().tobytes())
 

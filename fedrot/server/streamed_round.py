@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.checks import as_sent, check_frozen, is_valid, nothing_left
+from ..adapters.checks import as_sent, carry, check_frozen, is_valid, nothing_left
 from ..adapters.common import check_next, start_round
-from ..adapters.update import Update, UpdateLike, is_name, open_update, with_configs
+from ..adapters.update import Update, UpdateLike, is_name, open_client, read_configs
 from ..errors import UpdateError
 from ..methods.base import Method
 from ..methods.round import Averages
@@ -60,18 +60,18 @@ def begin_stream(
     return StreamedRound(first, layout, target, options.seed if options.report_error else None)
 
 
-def open_client(streamed: StreamedRound | None, update: UpdateLike, name: str | None, configs: Any) -> Update:
+def open_next(streamed: StreamedRound | None, update: UpdateLike, name: str | None, configs: Any) -> Update:
     """Open one client's update, with the configuration of bare state dicts.
 
     Raises:
         UpdateError: not an update, or a client of that name is in the round already.
     """
-    client = open_update(
-        update, name or f"client {streamed.seen if streamed else 0}", streamed.first if streamed is not None else None
-    )
+    called = name or f"client {streamed.seen if streamed else 0}"
+    first = streamed.first if streamed is not None else None
+    client = open_client(update, called, first, read_configs(configs, [called])[0])
     if streamed is not None and (client.name in streamed.weights or client.name in streamed.dropped):
         raise UpdateError(f"{client.name} is in this round already; give every client a name of its own")
-    return with_configs([client], configs)[0]
+    return client
 
 
 def add_client(streamed: StreamedRound, client: Update, weight: float, method: Method, index: int) -> None:
@@ -87,6 +87,8 @@ def add_client(streamed: StreamedRound, client: Update, weight: float, method: M
     if not streamed.weights:
         streamed.frozen = untrained_factors(streamed, client, method, index)
     check_frozen(client, streamed.frozen, streamed.frozen, method.name)
+    if weight:
+        streamed.counters = carry(streamed.counters, client, layout)
     if method.unequal_ranks == "pad":
         s = round_scalings([streamed.first, client], layout, streamed.reference, method.unequal_ranks)
         client = client if s is None else pad(client, layout, s.per_client[1], s.result)
@@ -140,4 +142,5 @@ def average_stream(streamed: StreamedRound, method: Method, index: int) -> Avera
     s = round_scalings([streamed.first], layout, streamed.reference, method.unequal_ranks)
     config = s.config if s else streamed.first.config
     averages = Averages(mean, [], [], None, None, False)
-    return AveragedRound(streamed.first, layout, streamed.reference, averages, report, config, may_overflow=True)
+    counters = streamed.counters
+    return AveragedRound(streamed.first, layout, streamed.reference, averages, report, config, counters, may_overflow=True)

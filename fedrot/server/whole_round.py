@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..adapters.checks import check_frozen
+from torch import Tensor
+
+from ..adapters.checks import carry, check_frozen
 from ..adapters.update import Update, UpdateLike
 from ..methods.base import Method
 from ..methods.prepared import average_prepared
@@ -54,4 +56,7 @@ def average_whole(
     adapters = adapter_reports(layout, averages, shares, options.report_error)
     report = Report(method.name, index, tuple(client.name for client in given), shares, prepared.dropped, adapters)
     own_config = prepared.scalings.config if prepared.scalings else first.config
-    return AveragedRound(first, layout, prepared.reference, averages, report, own_config, not averages.sound)
+    counters: dict[str, Tensor] = {}
+    for client, weight in zip(given, prepared.weights, strict=True):
+        counters = carry(counters, client, layout) if weight else counters
+    return AveragedRound(first, layout, prepared.reference, averages, report, own_config, counters, not averages.sound)

@@ -8,27 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.checks import check_device, check_ranks, not_finite
-from ..adapters.config import PREFIX, plain_config, rank_fields
+from ..adapters.checks import check_kind, not_finite
+from ..adapters.config import pattern_name, plain_config, rank_fields
 from ..adapters.keys import TensorSpec, parse_factor
 from ..adapters.layout import Layout
+from ..adapters.meaning import start_of
+from ..adapters.storage import Storage
 from ..adapters.update import Update
 from ..errors import UpdateError
 
-# Initialisations that leave the base weights as they are. After any other, s·B·A is the difference to another base.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Fields by which the same factors mean something else.
-_MUST_AGREE = (
-    "fan_in_fan_out",
-    "bias",
-    "lora_bias",
-    "use_qalora",
-    "qalora_group_size",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-)
 # Fields that choose modules, and that an expression for the modules' names replaces.
+_BASE, _VELORA = ".base_layer.weight", ".lora_velora_embed"
 _WHICH_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
@@ -39,27 +29,20 @@ def check_plain(adapter: Update, first: Update) -> None:
         raise UpdateError(f"{name} has no LoRA configuration and so no known scaling; pass a folder or (state dict, config)")
     if config.get("use_dora"):
         raise UpdateError(f"{name}: DoRA normalises W + s·B·A, so that its updates do not add up; merge LoRA adapters")
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
+    if (start := start_of(config)) is not None:
         raise UpdateError(
             f"{name}: init_lora_weights {start!r} changes the base weights, and s·B·A is not its update; convert it to a "
             "plain adapter (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    assert first.config is not None
-    for field in _MUST_AGREE:
-        if (config.get(field) or None) != (first.config.get(field) or None):
-            raise UpdateError(
-                f"{name} has {field} = {config.get(field)!r}, but {first.name} has {first.config.get(field)!r}; they must "
-                "agree to be merged"
-            )
-    check_device(adapter, first)
-    check_ranks(adapter, Layout(adapter.specs, name).adapters)
+    check_kind(adapter, first)
     if found := not_finite(adapter):
         raise UpdateError(f"{name}, {found}; leave it out")
 
 
 def without_base(adapters: Sequence[Update]) -> tuple[list[Update], dict[str, Tensor]]:
-    """Separate adapters from base weights that PEFT saved with them, as it does for embeddings.
+    """Separate adapters from base weights that PEFT saved with them, as it does for embeddings, and from VeLoRA's tensors.
+
+    VeLoRA's projections play a part in training only, and ΔW = s·B·A has none in it.
 
     Returns:
         The adapters without base weights, and the base weights by key.
@@ -70,13 +53,17 @@ def without_base(adapters: Sequence[Update]) -> tuple[list[Update], dict[str, Te
     base: dict[str, Tensor] = {}
     bare = []
     for adapter in adapters:
-        keys = [key for key in adapter.specs if key.endswith(".base_layer.weight")]
+        keys = [key for key in adapter.specs if key.endswith(_BASE)]
         for key in keys:
             x = adapter[key].detach()
-            if not torch.equal(base.setdefault(key, x.clone()), x):
-                raise UpdateError(f"{adapter.name}, {key} {tuple(x.shape)}: the adapters' base weights differ here")
-        specs = {key: spec for key, spec in adapter.specs.items() if key not in keys}
-        bare.append(replace(adapter, specs=specs) if keys else adapter)
+            known = base.setdefault(key, x.clone())
+            if not torch.equal(known, x):
+                raise UpdateError(
+                    f"{adapter.name}, {key} {tuple(x.shape)}: the adapters' base weights differ here, from "
+                    f"{tuple(known.shape)} of another; resize the vocabularies to one, and merge adapters of one base model"
+                )
+        specs = {key: spec for key, spec in adapter.specs.items() if not key.endswith((_BASE, _VELORA))}
+        bare.append(replace(adapter, specs=specs))
     return bare, base
 
 
@@ -88,7 +75,7 @@ def union_layout(adapters: Sequence[Update], rank: int) -> Layout:
         rank: the least rank of every module; larger ranks of adapters stay.
 
     Raises:
-        UpdateError: shapes that differ in more than ranks, or a tensor that is no factor and that some adapters lack.
+        UpdateError: shapes that differ in more than ranks.
     """
     specs: dict[str, TensorSpec] = {}
     whose: dict[str, Update] = {}
@@ -107,13 +94,6 @@ def union_layout(adapters: Sequence[Update], rank: int) -> Layout:
             if axis is not None:
                 shape[axis] = max(known.shape[axis], spec.shape[axis], rank)
             specs[key] = TensorSpec(tuple(shape), torch.promote_types(known.dtype, spec.dtype))
-    for key in specs:
-        lacking = next((adapter for adapter in adapters if key not in adapter.specs), None)
-        if lacking and parse_factor(key) is None and not key.endswith(".lora_B.bias"):
-            raise UpdateError(
-                f"{lacking.name} lacks {key}, which {whose[key].name} has; tensors that are no LoRA factors (heads, saved "
-                "modules) can be merged if all adapters have them, or none: leave them out, or add the base model's"
-            )
     return Layout(specs, "the merged adapter")
 
 
@@ -131,16 +111,58 @@ def union_config(adapters: Sequence[Update], layout: Layout, s: Mapping[str, flo
         s: module → scaling.
     """
     config = dict(adapters[0].config or {}) | rank_fields({a.module: a.rank for a in layout.adapters}, s)
-    config |= {"use_rslora": False, "init_lora_weights": True, "target_modules": _modules(adapters, layout)}
+    parts = {part for adapter in adapters for keys in adapter.storage.parts.values() for part in keys}
+    config |= {"use_rslora": False, "init_lora_weights": True, "velora_config": None}
+    config["target_modules"] = _modules(adapters, [a.module for a in layout.adapters if a.key_A not in parts])
+    targets = {name for adapter in adapters for name in (adapter.config or {}).get("target_parameters") or ()}
+    if targets:
+        config["target_parameters"] = sorted(targets)
     if isinstance(config["target_modules"], str):
         config |= dict.fromkeys(_WHICH_MODULES)
     return plain_config(config)
 
 
-def _modules(adapters: Sequence[Update], layout: Layout) -> list[str] | str:
+def union_storage(adapters: Sequence[Update], layout: Layout, base: Sequence[str]) -> Storage:
+    """Where the union of several adapters lies in a state dict.
+
+    Args:
+        adapters: the adapters.
+        layout: the layout of their union.
+        base: keys of base weights that are saved with it.
+
+    Raises:
+        UpdateError: experts of unlike number, parameters whose order no adapter has whole, or weights that only some
+            adapters tie.
+    """
+    parts: dict[str, tuple[str, ...]] = {}
+    holder: dict[str, str] = {}  # a canonical key → the key of a saved adapter that holds it
+    for adapter in sorted(adapters, key=lambda x: -len(x.storage.parts)):
+        for key, theirs in adapter.storage.parts.items():
+            known = holder.setdefault(theirs[0], key)
+            if parts.setdefault(known, theirs) != theirs:
+                mine = parts[known]
+                raise UpdateError(
+                    f"{adapter.name}, {key}: {len(theirs)} experts of {theirs[0]}, but {len(mine)} of {mine[0]} in another "
+                    "adapter; merge adapters of one base model, and of two parameters of a module if one adapter has both"
+                )
+    copies: dict[str, str] = {}
+    for adapter in adapters:
+        copies |= adapter.storage.copies
+    for key, original in copies.items():
+        if untied := next((x for x in adapters if original in x.specs and key not in x.storage.copies), None):
+            raise UpdateError(
+                f"{untied.name}, {original} {untied.specs[original].shape}: in another adapter it changes tied weights "
+                f"({key} is its transpose), and here it does not; train both with ensure_weight_tying, or neither"
+            )
+    held = {part for keys in parts.values() for part in keys}
+    saved = [*(key for key in layout.specs if key not in held), *parts, *copies, *base]
+    return Storage({key: key for key in saved}, parts, copies)
+
+
+def _modules(adapters: Sequence[Update], modules: Sequence[str]) -> list[str] | str:
     """The union of the adapters' target_modules if all are lists of names, or else an expression for the modules' names."""
     configs = [adapter.config or {} for adapter in adapters]
     lists = [x if isinstance(x := config.get("target_modules"), list) else None for config in configs]
-    if None not in lists and not any(config.get(field) for config in configs for field in _WHICH_MODULES):
+    if None not in lists and all(config.get(field) in (None, []) for config in configs for field in _WHICH_MODULES):
         return sorted({name for x in lists for name in x or ()})
-    return "|".join(re.escape(a.module.removeprefix(PREFIX)) for a in layout.adapters)
+    return "|".join(sorted({re.escape(pattern_name(module)) for module in modules})) if modules else []
