@@ -21,6 +21,7 @@ FLOORS = [
     {"report"},
     {"server"},
     {"merging", "admission"},
+    {"agreement"},
     {"cli", "flower", "nvflare", "simulation"},
     {"fedrot"},
 ]

@@ -238,7 +238,8 @@ def with_(folder, **changed):
     ("spoil", "named"),
     [
         (lambda f: with_(f, use_dora=True), ["DoRA"]),
-        (lambda f: with_(f, init_lora_weights="pissa_niter_4"), ["pissa_niter_4", "changes the base"]),
+        (lambda f: with_(f, init_lora_weights="pissa_niter_4"), ["pissa_niter_4", "base weights"]),
+        (lambda f: with_(f, init_lora_weights="pissa"), ["pissa", "changes the base"]),
         (lambda f: with_(f, lora_bias=True), ["lora_bias = True", "False"]),
         (lambda f: with_(f, fan_in_fan_out=True), ["fan_in_fan_out"]),
         (lambda f: with_(f, r=5), ["rank 5", "(6, 16)"]),
@@ -259,7 +260,7 @@ def test_adapters_that_do_not_fit_are_refused():
     kind = KINDS["modules to save"]
     config, (first, second) = peft_model(kind).peft_config["default"], client_updates(kind, 2)
     without = {key: x for key, x in second.items() if key != HEAD}
-    with refused("client 1", "lacks", HEAD, "all adapters have them"):
+    with refused("client 1", "lacks", HEAD, "(3, 16)", "--base", "first"):
         fedrot.merge([(first, config), (without, config)])
     key = factor_keys(first)[0][0]
     with refused("client 1", key, "(4, 9)", "(4, 16)", "one base model"):

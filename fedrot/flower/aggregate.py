@@ -8,6 +8,7 @@ from flwr.app import Message
 from flwr.serverapp.exception import AggregationError
 
 from ..admission import find_largest_entry, make_one_line
+from ..agreement import find_unlike
 from ..errors import UpdateError
 from ..report.result import AggregationResult
 from ..server.aggregator import FedRotAggregator
@@ -52,7 +53,8 @@ def aggregate_replies(
 
     Args:
         aggregator: at the round, with what clients were sent as its reference.
-        good: the good replies. A client that makes the aggregate overflow is taken out, and added to ``dropped``.
+        good: the good replies. A client that makes the aggregate overflow, or whose LoRA configuration is another than that
+            of most, is taken out and added to ``dropped``.
         dropped: client → why there is no good reply.
         least: how many replies with examples there must be.
 
@@ -64,6 +66,7 @@ def aggregate_replies(
         UpdateError: the aggregate overflows, with ``on_invalid="raise"``.
     """
     round = aggregator.round + 1
+    _leave_out_unlike(good, dropped, aggregator.options.on_invalid)
     while sum(reply.weight > 0 for reply in good) >= least:
         updates = [reply.update for reply in good if reply.update is not None]
         try:
@@ -80,6 +83,15 @@ def aggregate_replies(
     raise AggregationError(
         f"round {round}: {len(good)} good answers, but min_train_replies is {least}, with examples{reasons}"
     )
+
+
+def _leave_out_unlike(good: list[Reply], dropped: dict[str, str], on_invalid: str) -> None:
+    """Take out the clients whose LoRA configuration is not that of most, where the server knows none."""
+    unlike = find_unlike({reply.name: reply.digest for reply in good if reply.digest is not None})
+    if unlike and on_invalid == "raise":
+        raise UpdateError(" ".join(next(iter(unlike.items()))))
+    good[:] = [reply for reply in good if reply.name not in unlike]
+    dropped |= {name: make_one_line(why) for name, why in unlike.items()}
 
 
 def log_dropped(when: str, dropped: dict[str, str]) -> None:

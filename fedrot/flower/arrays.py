@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..adapters.keys import DTYPES
+from ..adapters.keys import COUNTERS, DTYPES
 from ..admission import make_one_line
 from ..errors import UpdateError
 
 NUMPY, SAFETENSORS = "numpy.ndarray", "safetensors"
 _ONLY = "x"  # the name of an array's one tensor in safetensors
-# The header that numpy.save writes for a little-endian floating-point array. numpy.load would evaluate any header as Python,
+# The header that numpy.save writes for a little-endian array of numbers. numpy.load would evaluate any header as Python,
 # and allocate the memory that it names before reading the data.
 _NPY = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '(<f[248])', 'fortran_order': (True|False), "
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<f[248]|<i[248]|\|[iub]1)', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,15}, )*\d{0,15}),?\), \} *\n",
     re.DOTALL,
 )
@@ -29,8 +29,8 @@ _NPY = re.compile(
 def to_arrays(state_dict: Mapping[str, Tensor], *, widen: bool = False) -> ArrayRecord:
     """Convert a state dict to an ArrayRecord.
 
-    float16, float32 and float64 travel as Flower's own arrays. NumPy has no bfloat16: it travels as safetensors, two bytes
-    an entry, which ``from_arrays`` reads and Flower's own strategies and mods refuse (TypeError).
+    float16, float32, float64 and integers travel as Flower's own arrays. NumPy has no bfloat16: it travels as safetensors,
+    two bytes an entry, which ``from_arrays`` reads and Flower's own strategies and mods refuse (TypeError).
 
     Args:
         state_dict: tensors on any device.
@@ -44,8 +44,8 @@ def to_arrays(state_dict: Mapping[str, Tensor], *, widen: bool = False) -> Array
 
 
 def _encode(key: str, x: Tensor, widen: bool) -> Array:
-    if x.dtype not in DTYPES:
-        raise UpdateError(f"{key}: {x.dtype}, shape {tuple(x.shape)}; only floating-point tensors are sent, leave it out")
+    if x.dtype not in (*DTYPES, *COUNTERS):
+        raise UpdateError(f"{key}: {x.dtype}, shape {tuple(x.shape)}; only floating-point tensors and integers are sent")
     x = x.detach().cpu()
     if x.dtype != torch.bfloat16:
         return Array(x.numpy())
@@ -60,7 +60,7 @@ def from_arrays(arrays: ArrayRecord, name: str = "the record", device: str | tor
     Nothing is allocated that the bytes received do not fill.
 
     Args:
-        arrays: floating-point tensors, converted by ``to_arrays`` or by Flower.
+        arrays: floating-point tensors and integers, converted by ``to_arrays`` or by Flower.
         name: the sender's name in errors.
         device: where the tensors go.
 
@@ -78,10 +78,10 @@ def _decode(array: Array, where: str) -> Tensor:
             x = _decode_npy(array)
         else:
             raise ValueError(f"serialised as {array.stype!r}")
-        if x.dtype not in DTYPES:
+        if x.dtype not in (*DTYPES, *COUNTERS):
             raise ValueError(f"{x.dtype}, shape {tuple(x.shape)}")
     except (ValueError, KeyError, SafetensorError) as error:
-        raise UpdateError(f"{where}: {error}; send what fedrot.flower.to_arrays makes of floating-point tensors") from error
+        raise UpdateError(f"{where}: {error}; send what fedrot.flower.to_arrays makes of tensors") from error
     return x
 
 
@@ -90,7 +90,7 @@ def _decode_npy(array: Array) -> Tensor:
     header = _NPY.match(data)
     if header is None or header.end() != 10 + int.from_bytes(data[8:10], "little"):
         labelled = make_one_line(f"{array.dtype} {tuple(array.shape)}")
-        raise ValueError(f"labelled {labelled}, is no .npy file of float16, float32 or float64")
+        raise ValueError(f"labelled {labelled}, is no .npy file of floating-point numbers or integers")
     shape = tuple(int(size) for size in header[3].split(b", ") if size)
     dtype = np.dtype(header[1].decode())
     expected, behind = math.prod(shape) * dtype.itemsize, len(data) - header.end()

@@ -11,10 +11,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, M
 from torch import Tensor
 
 from ..adapters.keys import factor_of, parse_key
+from ..agreement import explain_difference, read_digest, write_digest
 from ..errors import UpdateError
 from ..report.fold import merge_into_base
 from .arrays import from_arrays, to_arrays
-from .protocol import BASE, BASE_CONFIG, CLIENT, NAME, PERSONAL, TRAINED, read_config
+from .protocol import BASE, BASE_CONFIG, CLIENT, LORA, NAME, PERSONAL, TRAINED, read_config
 
 # The record in the client's state that keeps its own factors from round to round.
 _OWN = "fedrot-personal"
@@ -52,12 +53,13 @@ def receive(model: Any, message: Message, context: Context) -> None:
         context: this client's context.
 
     Raises:
-        UpdateError: the arrays are not this model's adapter, by key and shapes, or the model has had base updates of another
-            run.
+        UpdateError: the arrays are not this model's adapter, by key and shapes, the server's LoRA configuration is another
+            one, or the model has had base updates of another run.
     """
     from peft import set_peft_model_state_dict
 
     adapter, config = _find_active(model), read_config(message)
+    _check_config(model, adapter, config)
     state = _read_state(model, adapter)
     if not hasattr(model, _MEMORY):
         own = {key: x.detach().clone() for key, x in _select_personal(state, config).items()}
@@ -98,8 +100,9 @@ def reply(
         records["arrays"] = _collect_arrays(model, message, context)
     if name is None and "partition-id" in context.node_config:
         name = f"client {context.node_config['partition-id']}"
+    records[CLIENT] = ConfigRecord({LORA: write_digest(model.peft_config[_find_active(model)])})
     if name is not None:
-        records[CLIENT] = ConfigRecord({NAME: name})
+        records[CLIENT][NAME] = name
     return Message(RecordDict(records), reply_to=message)
 
 
@@ -122,6 +125,14 @@ def _find_active(model: Any) -> str:
     if len(adapters) != 1:
         raise UpdateError(f"the model has the active adapters {', '.join(adapters)}; activate the one that is federated")
     return adapters[0]
+
+
+def _check_config(model: Any, adapter: str, config: ConfigRecord) -> None:
+    """Raise UpdateError unless the model's LoRA configuration is the one that the server knows, if it knows one."""
+    if LORA in config:
+        theirs, mine = (read_digest(text, "the server") for text in (config[LORA], write_digest(model.peft_config[adapter])))
+        if why := explain_difference(mine, theirs, "the server"):
+            raise UpdateError(f"this client {why}")
 
 
 def _read_state(model: Any, adapter: str) -> dict[str, Tensor]:

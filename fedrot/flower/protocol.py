@@ -10,6 +10,7 @@ from torch import Tensor
 from ..adapters.config import check_lora, plain_config
 from ..adapters.keys import factor_of
 from ..adapters.update import Update, open_update
+from ..agreement import write_digest
 from ..methods.base import Method
 from .arrays import to_arrays
 
@@ -21,6 +22,7 @@ PERSONAL = "personal-factors"  # "", "A" or "B": what each client keeps to itsel
 BASE = "base-update-{}"  # an ArrayRecord to be folded into the base model, numbered from 1
 BASE_CONFIG = "base-config-{}"  # a ConfigRecord with its adapter_config.json under "json"
 CLIENT, NAME = "client", "name"  # the ConfigRecord of a reply, and its key with the client's name
+LORA = "lora-config"  # in both directions: the digest of the sender's LoRA configuration
 
 
 def read_config(message: Message) -> ConfigRecord:
@@ -35,6 +37,7 @@ def add_instructions(
     method: Method,
     round: int,
     base_updates: Sequence[tuple[State, dict[str, Any]]],
+    config: dict[str, Any] | None,
 ) -> list[Message]:
     """Add to messages what clients need to know beside the adapter.
 
@@ -44,15 +47,16 @@ def add_instructions(
         method: decides what clients train and which factors they keep to themselves.
         round: the round's index, from 0.
         base_updates: every change of the base weights so far, with its LoRA configuration.
+        config: the clients' LoRA configuration, which they compare with their own, if the server knows it.
     """
     messages = list(messages)
     contents = {id(message.content): message.content for message in messages}  # FedAvg sends all nodes the same one
     for content in contents.values():
         factors = {TRAINED: "".join(method.trains(round)), PERSONAL: find_personal_factors(method)}
-        content.config_records[record].update(factors)
-        for number, (update, config) in enumerate(base_updates, 1):
+        content.config_records[record].update(factors if config is None else factors | {LORA: write_digest(config)})
+        for number, (update, base_config) in enumerate(base_updates, 1):
             content[BASE.format(number)] = to_arrays(update)
-            content[BASE_CONFIG.format(number)] = ConfigRecord({"json": json.dumps(config)})
+            content[BASE_CONFIG.format(number)] = ConfigRecord({"json": json.dumps(base_config)})
     return messages
 
 

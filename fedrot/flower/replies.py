@@ -9,10 +9,11 @@ from flwr.app import ConfigRecord, Message, MetricRecord
 from ..adapters.keys import factor_of, parse_key
 from ..adapters.update import StateDict, Update, open_update
 from ..admission import admit, make_one_line, sort_key
+from ..agreement import Digest, explain_difference, read_digest
 from ..errors import UpdateError
 from ..methods.base import Method
 from .arrays import from_arrays
-from .protocol import CLIENT, NAME
+from .protocol import CLIENT, LORA, NAME
 
 _LONGEST_NAME = 80
 _MOST_EXAMPLES = 2**53  # whole numbers up to here are exact
@@ -28,6 +29,7 @@ class Reply:
         metrics: the only MetricRecord that the client sent, and its key.
         weight: the client's number of examples.
         update: the client's adapter; None in an evaluation.
+        digest: what the client's LoRA configuration makes factors mean, if the client said so.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Reply:
     metrics: tuple[str, MetricRecord]
     weight: float
     update: Update | None
+    digest: Digest | None = None
 
 
 class PendingReplies:
@@ -82,7 +85,14 @@ class PendingReplies:
 
 
 def open_training_reply(
-    weighted_by: str, expected: Update, method: Method, round: int, sent: StateDict, name: str, message: Message
+    weighted_by: str,
+    expected: Update,
+    method: Method,
+    round: int,
+    sent: StateDict,
+    config: Digest | None,
+    name: str,
+    message: Message,
 ) -> Reply:
     """Open a client's reply to a training message, with what plays no part in the average filled in.
 
@@ -92,6 +102,7 @@ def open_training_reply(
         method: decides what clients train and which factors they keep to themselves.
         round: the round's index, from 0.
         sent: canonical key → what clients started from.
+        config: the digest of the LoRA configuration that the server knows, or None.
         name: the client's name.
         message: the client's reply.
 
@@ -99,6 +110,9 @@ def open_training_reply(
         UpdateError: a reply that cannot be averaged.
     """
     content, metrics, weight = _read_metrics(name, message, weighted_by)
+    theirs = _read_lora(name, message)
+    if theirs is not None and config is not None and (why := explain_difference(theirs, config, "the server")):
+        raise UpdateError(f"{name} {why}")
     records = list(message.content.array_records.values())
     if len(records) != 1:
         raise UpdateError(f"{name} sent {len(records)} ArrayRecords; send one, the adapter")
@@ -112,7 +126,7 @@ def open_training_reply(
     admit(update, expected, method, round, sent)
     # Under the server's keys and in their order, so that the keys of one client do not become those of all.
     update = open_update(expected.as_given(update), name, expected, expected.config)
-    return Reply(name, content, metrics, weight, update)
+    return Reply(name, content, metrics, weight, update, theirs)
 
 
 def open_evaluation_reply(weighted_by: str, name: str, message: Message) -> Reply:
@@ -134,6 +148,11 @@ def _read_metrics(
     if not isinstance(weight, int | float) or not 0 <= weight <= _MOST_EXAMPLES:
         raise UpdateError(f"{name} sent {weighted_by} = {weight!r} in its MetricRecord; send its number of examples")
     return dict(message.content.config_records), records[0], float(weight)
+
+
+def _read_lora(name: str, message: Message) -> Digest | None:
+    record = message.content.config_records.get(CLIENT, ConfigRecord())
+    return read_digest(record[LORA], name) if LORA in record else None
 
 
 def _read_name(message: Message) -> str | None:

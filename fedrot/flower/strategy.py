@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from ..adapters.layout import Layout
+from ..adapters.meaning import digest
 from ..adapters.update import Update, open_update
 from ..methods.registry import make_method
 from ..options import OPTION_NAMES, AggregationOptions, refuse_old_spellings, shows_options
@@ -170,7 +171,8 @@ class FedRot(FedAvg):
         sent = self._open(self._sent, "the reference")
         self._aggregator.round, self._aggregator.reference = round - 1, sent.as_given(sent)
         expected = complete_adapter(sent, self._start, self.method)
-        open_reply = partial(open_training_reply, self.weighted_by_key, expected, self.method, round - 1, sent)
+        config = None if self._config is None else digest(self._config)
+        open_reply = partial(open_training_reply, self.weighted_by_key, expected, self.method, round - 1, sent, config)
         good, dropped = open_replies(self._pending, replies, open_reply, self.options.on_invalid)
         self.result = aggregate_replies(self._aggregator, good, dropped, self.min_train_replies)
         if self.result.base_update is not None:
@@ -208,7 +210,7 @@ class FedRot(FedAvg):
     def _instruct(self, messages: Iterable[Message], round: int) -> list[Message]:
         """Complete a round's messages, and expect their replies."""
         base = [(update, self._configure_base(update)) for update in self.base_updates]
-        messages = add_instructions(messages, self.configrecord_key, self.method, round - 1, base)
+        messages = add_instructions(messages, self.configrecord_key, self.method, round - 1, base, self._config)
         self._pending = PendingReplies(messages, self._names)
         return messages
 

@@ -94,7 +94,7 @@ def _check_weights(weights: Sequence[float] | None, adapters: Sequence[Update]) 
     """The weights as floats; UpdateError unless they are finite numbers, one per adapter, and not all zero."""
     given = [1.0] * len(adapters) if weights is None else list(weights)
     if len(given) != len(adapters):
-        raise UpdateError(f"weights: {len(given)} for {len(adapters)} adapters; pass one per adapter")
+        raise UpdateError(f"{len(given)} weights for {len(adapters)} adapters; pass one per adapter")
     for adapter, w in zip(adapters, given, strict=True):
         if isinstance(w, bool) or not isinstance(w, Real) or not math.isfinite(w):
             raise UpdateError(f"{adapter.name} has weight {w!r}; weights are finite numbers, negative ones subtract")

@@ -73,7 +73,9 @@ def _weight(model: Any, module: str) -> Tensor | None:
     try:
         found = model.get_submodule(module)
     except AttributeError as error:
-        raise UpdateError(f"the base update, {module}: the model has no such module; fold it into the clients' model") from error
+        raise UpdateError(
+            f"the base update, {module}: the model has no such module; fold it into the clients' model"
+        ) from error
     base = found.get_base_layer() if hasattr(found, "get_base_layer") else found
     weight = getattr(base, "weight", None)
     return weight if isinstance(weight, nn.Parameter | Tensor) and weight.dim() == 2 else None

@@ -83,7 +83,7 @@ def test_a_pickle_is_refused_and_never_run(folders, name, tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-SCALING = {"lora_alpha": 32, "use_rslora": True, "alpha_pattern": {"query": 1}, "use_dora": True, "r": 2}
+SCALING = {"lora_alpha": 32, "use_rslora": True, "alpha_pattern": {"query": 1}, "use_dora": True}
 
 
 @pytest.mark.parametrize(("field", "value"), SCALING.items())
@@ -101,6 +101,15 @@ def test_folders_whose_factors_mean_different_updates_are_refused(folders, field
     with refused("client 1", field):
         stream.add(folders[1])
     assert stream.finish().report.clients == (f"client 0 ({folders[0]})",)
+
+
+def test_a_folder_of_another_rank_than_its_tensors_is_refused(folders):
+    config = json.loads((folders[1] / CONFIG_FILE).read_text("utf-8"))
+    (folders[1] / CONFIG_FILE).write_text(json.dumps(config | {"r": 2}), "utf-8")
+    with refused("client 1", folders[1], "(4, 16)", "rank 2"):
+        fedrot.aggregate(folders, method="fedit")
+    with refused(folders[1], "(4, 16)", "rank 2"):
+        fedrot.FedRotAggregator(folders[1])
 
 
 def test_a_reference_of_dora_and_clients_without_are_refused(folders):

@@ -6,7 +6,7 @@ from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig
 
 import fedrot
 
-from ..peft_models import Layers, Mixture, bert, llama
+from ..peft_models import Layers, bert, llama
 from ..refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -26,7 +26,6 @@ ATTENTION = {"r": 4, "target_modules": ["query", "value"]}
 # The base model, what PEFT makes of it, and what the error must name: for the state dict, and for the folder.
 OTHER_TUNERS = {
     "grouped convolution": (Layers, peft.LoraConfig(r=4, target_modules=["grouped"]), "(8, 1, 1, 1)", "(8, 1, 1, 1)"),
-    "experts": (Mixture, peft.LoraConfig(r=4, target_parameters=["experts.up"]), "expert", "target_parameters"),
     "KaSA": (bert, peft.LoraConfig(**ATTENTION, kasa_config=peft.KasaConfig()), "query.lora_diag", "kasa_config"),
     "MonteCLoRA": (
         bert,
@@ -63,9 +62,3 @@ def test_what_other_tuners_train_is_refused(base, config, in_update, in_folder, 
     model.save_pretrained(tmp_path / "adapter")
     with refused("client 0", tmp_path / "adapter", in_folder):
         fedrot.aggregate([tmp_path / "adapter"] * 2)
-
-
-def test_experts_of_any_name_are_refused_in_a_folder(tmp_path):
-    peft.get_peft_model(Mixture(), peft.LoraConfig(target_parameters=["input_linear.up"])).save_pretrained(tmp_path)
-    with refused(tmp_path, "target_parameters"):
-        fedrot.aggregate([tmp_path])

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord
 from safetensors.torch import save
 
 from fedrot import UpdateError
+from fedrot.adapters.keys import COUNTERS
 from fedrot.flower import from_arrays, to_arrays
 
 from ..peft_models import KINDS, client_updates
@@ -73,7 +74,7 @@ def _saved(x: np.ndarray) -> bytes:
             "no .npy file",
         ),
         ("numpy.ndarray", _npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"\0" * 8), "no .npy file"),
-        ("numpy.ndarray", _saved(np.arange(3)), "no .npy file"),
+        ("numpy.ndarray", _saved(np.ones(3, complex)), "no .npy file"),
         ("numpy.ndarray", _saved(np.ones(3, ">f4")), "no .npy file"),
         ("numpy.ndarray", _saved(np.ones(3))[:-1], "needs 24 bytes, but 23"),
         ("numpy.ndarray", b"not an array", "labelled float32 (3,)"),
@@ -122,9 +123,16 @@ def test_a_spoiled_array_is_refused_or_read_and_nothing_else(dtype):
     assert 0 < read < 3000
 
 
-def test_only_floating_point_travels():
-    with refused("steps", "int64", "(2,)"):
-        to_arrays({"steps": torch.arange(2)})
-    integers = Array("int64", (2,), "safetensors", save({"x": torch.arange(2)}))
-    with refused("client 1, steps", "int64"):
-        from_arrays(ArrayRecord({"steps": integers}), "client 1")
+@pytest.mark.parametrize("dtype", COUNTERS, ids=str)
+def test_integers_travel(dtype):
+    sent = {"steps": torch.ones((), dtype=dtype), "places": torch.arange(2).to(dtype)}
+    received = from_arrays(to_arrays(sent))
+    assert {key: (x.dtype, x.tolist()) for key, x in received.items()} == {"steps": (dtype, 1), "places": (dtype, [0, 1])}
+
+
+def test_what_is_no_number_of_ours_does_not_travel():
+    with refused("steps", "complex64", "(2,)"):
+        to_arrays({"steps": torch.ones(2, dtype=torch.complex64)})
+    eight_bits = Array("float8", (2,), "safetensors", save({"x": torch.ones(2).to(torch.float8_e4m3fn)}))
+    with refused("client 1, steps", "float8_e4m3fn"):
+        from_arrays(ArrayRecord({"steps": eight_bits}), "client 1")

@@ -233,7 +233,7 @@ def test_replies_carry_a_name_where_there_is_one():
         reply(model, message, context, {"num-examples": 1}, name="Sea hospital").content["client"]["name"] == "Sea hospital"
     )
     del context.node_config["partition-id"]
-    assert "client" not in reply(model, message, context, {"num-examples": 1}).content
+    assert "name" not in reply(model, message, context, {"num-examples": 1}).content["client"]
 
 
 def test_fedrot_needs_no_flower():

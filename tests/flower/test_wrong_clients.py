@@ -73,7 +73,7 @@ WRONG = {
         ["(2, 16)", "(4, 16)"],
     ),
     "another dtype": (changed(lambda s: {k: x.double() for k, x in s.items()}), ["float64", "float32"]),
-    "integers": (another("arrays", ArrayRecord([torch.arange(3).numpy()])), ["int64 (3,)"]),
+    "integers": (another("arrays", ArrayRecord([torch.arange(3).numpy().astype(complex)])), ["complex128 (3,)"]),
     "NaN in a factor": (with_entry(KEY, math.nan), [KEY, "NaN"]),
     "Inf in a head": (with_entry(HEAD, math.inf), [HEAD, "Inf"]),
     "values that overflow": (with_entry(KEY, 1e30), [KEY, "(4, 16)", "1.0e+30"]),

@@ -90,14 +90,18 @@ def test_the_widest_client_may_be_dropped(unequal, method):
     [
         ({"default": {"peft_type": "LORA", "lora_alpha": 32}}, "peft_type None"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-        ({"peft_type": "LORA", "target_parameters": ["experts"]}, "target_parameters"),
-        ({"peft_type": "LORA", "lora_alpha": None}, "lora_alpha is None"),
-        ({"peft_type": "LORA", "lora_alpha": "16"}, "lora_alpha is '16'"),
-        ({"peft_type": "LORA", "lora_alpha": 0}, "lora_alpha is 0"),
-        ({"peft_type": "LORA", "lora_alpha": float("inf")}, "lora_alpha is inf"),
-        ({"peft_type": "LORA", "alpha_pattern": [1]}, "alpha_pattern is [1]"),
-        ({"peft_type": "LORA", "alpha_pattern": {"(": 3}}, "'('"),
-        ({"peft_type": "LORA", "alpha_pattern": {"(.+)+!": 3}}, "could take forever"),
+        ({"peft_type": "LORA", "r": 4, "target_parameters": "experts"}, "target_parameters"),
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": None}, "lora_alpha is None"),
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": 0}, "lora_alpha is 0"),
+        ({"peft_type": "LORA", "r": 4, "lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"peft_type": "LORA", "r": 4, "alpha_pattern": [1]}, "alpha_pattern is [1]"),
+        ({"peft_type": "LORA", "r": 4, "alpha_pattern": {"(": 3}}, "'('"),
+        ({"peft_type": "LORA", "r": 4, "alpha_pattern": {"(?!x)(.+)+!": 3}}, "could take forever"),
+        ({"peft_type": "LORA", "r": None}, "r is None"),
+        ({"peft_type": "LORA", "r": "4"}, "r is '4'"),
+        ({"peft_type": "LORA"}, "rank 8 (PEFT's default"),
+        ({"peft_type": "LORA", "r": 5}, "rank 5"),
     ],
 )
 def test_a_configuration_that_is_none_names_its_client(updates, config, why):
@@ -112,7 +116,7 @@ def test_an_overflow_is_named():
         fedrot.aggregate(updates, method="flexlora")
     updates = [{key: x / 1e25 for key, x in u.items()} for u in updates]
     with refused("overflows"):
-        fedrot.aggregate(updates, method="flora", configs={"peft_type": "LORA", "lora_alpha": 1e39})
+        fedrot.aggregate(updates, method="flora", configs={"peft_type": "LORA", "r": 4, "lora_alpha": 1e39})
 
 
 def test_a_frozen_factor_comes_back_in_the_clients_dtype():

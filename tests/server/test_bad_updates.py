@@ -39,7 +39,7 @@ NO_PAIR = {
     "no adapter": (lambda u: [u.pop(key) for key in list(u) if "lora_" in key], ["lora_A"]),
 }
 NOT_NUMBERS = {
-    "integers": (lambda u: u.update({HEAD: u[HEAD].long()}), [HEAD, "int64", "(3, 16)"]),
+    "integers": (lambda u: u.update({A: u[A].long()}), [A, "int64", "(4, 16)"]),
     "complex numbers": (lambda u: u.update({A: u[A].to(torch.complex64)}), [A, "complex64", "(4, 16)"]),
     "8 bits": (lambda u: u.update({B: u[B].to(torch.float8_e4m3fn)}), [B, "float8_e4m3fn", "(16, 4)"]),
     "an array": (lambda u: u.update({A: u[A].numpy()}), [A, "ndarray"]),
