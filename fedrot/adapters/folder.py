@@ -14,22 +14,27 @@ from torch import Tensor
 from ..errors import UpdateError
 from .config import CONFIG, check_lora
 from .files import new_folder
-from .keys import TensorSpec, describe, parse_key
+from .foreign import explain_config, explain_file, explain_folder, explain_keys
+from .keys import TensorSpec, describe, parse_factor, parse_key
+from .shards import check_shard, find_shards
 
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "aggregation.json"
 DTYPES_SAVED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _MAX_CONFIG_BYTES = 1 << 20
+_WRITE_IT = "pass a folder that save_pretrained wrote"
 
 
 class AdapterFolder(Mapping[str, Tensor]):
-    """A PEFT LoRA folder, read tensor by tensor: opening it reads the configuration and the header only.
+    """A PEFT LoRA folder, read tensor by tensor: opening it reads the configuration and the headers only.
 
     Args:
-        path: the folder.
+        path: the folder: with adapter_model.safetensors, or with shards and their index; or the folder above, where
+            save_pretrained puts an adapter that has a name.
         client: the client's name in errors.
 
     Attributes:
+        path: the folder that holds adapter_config.json.
         config: the content of adapter_config.json.
         specs: key → shape and dtype.
 
@@ -38,52 +43,74 @@ class AdapterFolder(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: str | os.PathLike[str], client: str):
-        self.path = Path(path)
         self.client = client
+        self.path = _find_adapter(Path(path), client)
         self.config = self._read_config()
-        file = self.path / WEIGHTS
-        if not file.is_file():
-            if (self.path / "adapter_model.bin").exists():
-                raise UpdateError(
-                    f"{client}: {self.path}/adapter_model.bin is a pickle, which could run code; "
-                    "save the adapter as safetensors (save_pretrained does by default)"
-                )
-            raise UpdateError(f"{client}: {self.path} has no {WEIGHTS}; pass a folder written by save_pretrained")
-        try:
-            self._file = _open(file)
-        except (SafetensorError, OSError) as error:
-            raise UpdateError(f"{client}: {file} is not a whole safetensors file ({error}); send it again") from error
-        self.specs = {key: self._spec(key) for key in self._file.keys()}  # noqa: SIM118, a safe_open is no mapping
+        self._files = self._open_files()
+        if not any(map(parse_factor, self._files)) and (why := explain_keys(self._files)):
+            raise UpdateError(f"{client}: {why}")
+        self.specs = {key: self._spec(key) for key in self._files}
 
     def _read_config(self) -> dict[str, Any]:
         file = self.path / CONFIG
-        if not self.path.is_dir():
-            raise UpdateError(f"{self.client}: there is no folder {self.path}")
-        if not file.is_file():
-            raise UpdateError(f"{self.client}: {self.path} has no {CONFIG}; pass a folder written by save_pretrained")
         if file.stat().st_size > _MAX_CONFIG_BYTES:
             raise UpdateError(f"{self.client}: {file} is larger than {_MAX_CONFIG_BYTES} bytes; send a PEFT configuration")
         try:
             config: dict[str, Any] = json.loads(file.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise UpdateError(f"{self.client}: {file} is not JSON ({error}); send it again") from error
+            what = explain_file(file) or f"is not JSON ({error}); send it again"
+            raise UpdateError(f"{self.client}: {file} {what}") from error
+        if why := explain_config(config):
+            raise UpdateError(f"{self.client}: {file} {why}")
         check_lora(config, f"{self.client}: {file}")
         return config
 
+    def _open_files(self) -> dict[str, Any]:
+        """Open the safetensors files; return key → its file."""
+        single, shards = self.path / WEIGHTS, find_shards(self.path, self.client)
+        if not shards:
+            if not single.is_file():
+                raise UpdateError(f"{self.client}: {self.path} has no {WEIGHTS}; {explain_folder(self.path) or _WRITE_IT}")
+            return dict.fromkeys(*self._open(single))
+        if single.exists():
+            raise UpdateError(
+                f"{self.client}: {self.path} has {WEIGHTS} and shards of another save; remove those that are out of date"
+            )
+        files: dict[str, Any] = {}
+        for name, listed in shards.items():
+            keys, file = self._open(self.path / name)
+            check_shard(str(self.path / name), set(keys), listed, self.client)
+            files |= dict.fromkeys(keys, file)
+        return files
+
+    def _open(self, file: Path) -> tuple[list[str], Any]:
+        """Open a safetensors file, whose methods have no type information; return its keys and the file."""
+        try:
+            opened: Any = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            why = explain_file(file) or f"is not a whole safetensors file ({error}); send it again"
+            raise UpdateError(f"{self.client}: {file} {why}") from error
+        return list(opened.keys()), opened
+
     def _spec(self, key: str) -> TensorSpec:
-        view = self._file.get_slice(key)
+        view = self._files[key].get_slice(key)
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
         if dtype not in DTYPES_SAVED:
             raise UpdateError(
                 f"{self.client}, {key}: {dtype}, shape {shape}; only float16, bfloat16, float32 and float64 tensors can be "
                 "averaged"
             )
+        if 0 in shape:
+            raise UpdateError(
+                f"{self.client}, {key}: shape {shape} has no elements; were sharded parameters (ZeRO-3, FSDP) gathered when "
+                "the adapter was saved?"
+            )
         if parse_key(key)[0] != key:
             raise UpdateError(f"{self.client}, {key}: not a key that save_pretrained writes; that is {parse_key(key)[0]}")
         return TensorSpec(shape, DTYPES_SAVED[dtype])
 
     def __getitem__(self, key: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(key)
+        tensor: Tensor = self._files[key].get_tensor(key)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -93,9 +120,23 @@ class AdapterFolder(Mapping[str, Tensor]):
         return len(self.specs)
 
 
-def _open(file: Path) -> Any:
-    """Open a safetensors file, whose methods have no type information."""
-    return safe_open(file, framework="pt")
+def _find_adapter(path: Path, client: str) -> Path:
+    """The folder of the adapter: the path, or the one folder in it that has a configuration; UpdateError otherwise."""
+    if path.is_file():
+        if path.parent.joinpath(CONFIG).is_file():
+            raise UpdateError(f"{client}: {path} is a file; pass the folder that holds it, {path.parent}")
+        raise UpdateError(f"{client}: {path} {explain_file(path) or f'is a file; {_WRITE_IT}'}")
+    if not path.is_dir():
+        raise UpdateError(f"{client}: there is no folder {path}; {_WRITE_IT}")
+    if path.joinpath(CONFIG).is_file():
+        return path
+    named = sorted(folder for folder in path.iterdir() if not folder.is_symlink() and folder.joinpath(CONFIG).is_file())
+    if len(named) == 1:
+        return named[0]
+    if named:
+        names = ", ".join(folder.name for folder in named[:10]) + (" and others" if named[10:] else "")
+        raise UpdateError(f"{client}: {path} holds the adapters {names}; pass the folder of one, such as {named[0]}")
+    raise UpdateError(f"{client}: {path} has no {CONFIG}; {explain_folder(path) or _WRITE_IT}")
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

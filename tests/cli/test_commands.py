@@ -62,7 +62,8 @@ def test_the_module_is_the_command():
     run = subprocess.run([sys.executable, "-m", "fedrot.cli", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout == f"fedrot {fedrot.__version__}\n"
     run = subprocess.run([sys.executable, "-m", "fedrot.cli", "inspect", "nowhere"], capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (1, "fedrot: error: client 0 (nowhere): there is no folder nowhere\n")
+    said = "fedrot: error: client 0 (nowhere): there is no folder nowhere; pass a folder that save_pretrained wrote\n"
+    assert (run.returncode, run.stderr) == (1, said)
 
 
 def test_aggregate_writes_what_the_api_returns(folders, tmp_path, capsys):
