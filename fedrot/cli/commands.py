@@ -2,15 +2,20 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from ..adapters.files import check_new
-from ..adapters.folder import read_adapter
+from ..adapters.update import open_updates
+from ..errors import UpdateError
 from ..merging.merge import merge
+from ..merging.plan import plan_merge
+from ..merging.preview import preview_merge
 from ..methods.registry import METHODS, methods_table
 from ..options import OPTION_NAMES, refuse_old_spellings
+from ..report.describe import describe_update
 from ..report.result import AggregationResult
 from ..server.aggregate import aggregate
 from .parser import SIMULATOR, make_parser
@@ -55,22 +60,54 @@ def _aggregate(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    check_new(args.output)
-    options = {"rank": args.rank, "alpha": args.alpha, "method": args.method, "reflections": args.reflections}
-    result = merge(args.folders, args.weights, **options)
-    bases = {str(read_adapter(folder)[1].get("base_model_name_or_path")) for folder in args.folders}
-    if len(bases) > 1:  # not an error, because paths differ between machines
-        print(f"note: the adapters name the base models {', '.join(sorted(bases))}", file=sys.stderr)
-    print(result.report)
-    result.save(args.output, record=_record(args, "folders", "weights", "rank", "alpha"))
-    print(f"written to {args.output}")
+    if args.output is None and not args.dry_run:
+        raise ValueError("--output DIR, a new folder for the merged adapter, or --dry-run is needed")
+    options: dict[str, Any] = {
+        "normalize": args.normalize == "yes",
+        "modules_to_save": args.modules_to_save,
+        "base": args.base,
+    }
+    renaming = None if args.rename is None else dict(pair for pair in args.rename if pair is not None)
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always", UserWarning)
+        if args.dry_run:
+            plan = plan_merge(args.folders, args.weights, None, renaming=renaming, **options)
+            print(preview_merge(plan, reflections=args.reflections))
+        else:
+            check_new(args.output)
+            options |= {"rank": args.rank, "alpha": args.alpha, "method": args.method, "reflections": args.reflections}
+            result = merge(args.folders, args.weights, rename=renaming, **options)
+            print(result.report)
+            record = _record(args, "folders", "weights", "normalize", "rank", "alpha", "modules_to_save", "base")
+            result.save(args.output, record=record | {"rename": renaming})
+            print(f"written to {args.output}")
+    for warning in noticed:
+        print(f"note: {warning.message}", file=sys.stderr)
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    _describe(args)
     print(f"averaged as they are\n{_aggregate_folders(args, method='fedrot', strength=0.0).report}")
     rotated = _aggregate_folders(args)
     print(f"\nrotated, then averaged\n{rotated.report}")
     _explain_no_rotation(rotated, args)
+
+
+def _describe(args: argparse.Namespace) -> None:
+    """Print what the adapters are taken to be, those that are alike once."""
+    alike: dict[str, list[str]] = {}
+    updates = open_updates(args.folders, alike=False)
+    for update in updates:
+        alike.setdefault(describe_update(update), []).append(update.name)
+    for text, names in alike.items():
+        print(f"{'; '.join(names)}\n{text}\n")
+    first = updates[0]
+    if other := next((update for update in updates if update.specs.keys() != first.specs.keys()), None):
+        key = min(other.specs.keys() ^ first.specs.keys())
+        raise UpdateError(
+            f"{other.name} and {first.name} have unlike modules (only one has {key}), and inspect compares clients of one "
+            "federation; fedrot merge takes them, and with --dry-run shows what merging loses"
+        )
 
 
 def _show_methods(_: argparse.Namespace) -> None:

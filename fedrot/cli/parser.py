@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from ..merging.merge import MergeMethod
+from ..merging.saved import ModulesToSave
 from ..methods.registry import METHODS
 from ..options import AggregationOptions
 from ..version import __version__
@@ -39,9 +40,26 @@ def _add_aggregate(parser: argparse.ArgumentParser) -> None:
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders of one base, of any ranks and modules")
-    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
-    parser.add_argument("--rank", type=int, metavar="R", help="of the merged adapter (default: the adapters' largest)")
-    parser.add_argument("--alpha", type=float, metavar="α", help="its lora_alpha (default: the widest adapter's scaling)")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="one per folder, negative to subtract it; they are divided by their sum (default: all equal)",
+    )
+    parser.add_argument(
+        "--normalize",
+        choices=("yes", "no"),
+        default="yes",
+        help="no adds the adapters as they are weighted: --weights 1 -1 --normalize no is their difference (default: yes)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="of the merged adapter (default: the adapters' largest); flexlora loses nothing at the sum of their ranks",
+    )
+    parser.add_argument("--alpha", type=float, metavar="α", help="its lora_alpha (default: the adapters' most frequent)")
     parser.add_argument(
         "--method",
         default=get_args(MergeMethod)[0],
@@ -51,8 +69,23 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         "average, which loses more and ends in the basis of one adapter (default: %(default)s)",
     )
     _add_options(parser, "reflections")
+    parser.add_argument(
+        "--modules-to-save",
+        choices=get_args(ModulesToSave),
+        default=get_args(ModulesToSave)[0],
+        help="heads and whatever else is no LoRA factor: their mean, the first adapter's, or none (default: %(default)s)",
+    )
+    parser.add_argument("--base", metavar="DIR", help="the base model, whose head stands for one that an adapter lacks")
+    parser.add_argument(
+        "--rename",
+        action="append",
+        type=_parse_renaming,
+        metavar="FROM=TO",
+        help="what names of modules begin with, for adapters of unlike versions of a model; none if names are right",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what each method loses by rank, and write nothing")
     _add_old_options(parser, "--group")
-    _add_output(parser)
+    parser.add_argument("--output", metavar="DIR", help="a new folder for the merged adapter and its report")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +150,15 @@ def _parse_as(kind: Any) -> Callable[[str], Any]:
             return text
 
     return parse
+
+
+def _parse_renaming(text: str) -> tuple[str, str] | None:
+    if text == "none":
+        return None
+    old, equals, new = text.partition("=")
+    if not equals or not (old or new):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FROM=TO, such as model.language_model=model, nor none")
+    return old, new
 
 
 def _parse_merge_method(text: str) -> str:

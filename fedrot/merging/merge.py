@@ -140,7 +140,8 @@ def merge_planned(plan: MergePlan, options: AggregationOptions, rank: int | None
         # Errors are those of s·B·A: modules of a large s weigh more in the whole model.
         size = s_final[a.module]
         reports.append(AdapterReport(a.module, ranks[a.module], size * error, size * norm, per_client))
-    report = Report(options.method, 0, tuple(plan.weights), tuple(plan.weights.values()), {}, tuple(reports))
+    target = None if options.method == "flexlora" else "each other, so that averaging loses least"
+    report = Report(options.method, 0, tuple(plan.weights), tuple(plan.weights.values()), {}, tuple(reports), target)
     final = plan.config | rank_fields(ranks, s_final)
     return AggregationResult(plan.storage.pack(state_dict | plan.saved), report, options, final)
 

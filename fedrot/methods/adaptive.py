@@ -16,12 +16,16 @@ class FedRotAdaptive(GroupwiseMethod):
     cost = "N² r² d + N² r³"
     exact = "when the clients' updates differ by rotations only"
     uses = frozenset({"align_on", "reflections"})
-    target = "reference"
+    minimises = "reference"
 
     @property
     def chooses_strength(self) -> bool:
         """See ``GroupwiseMethod.chooses_strength``."""
         return True
+
+    def target(self, round: int, reference: str) -> str | None:
+        """See ``Method.target``."""
+        return reference
 
     def on(self, round: int) -> str:
         """See ``GroupwiseMethod.on``."""

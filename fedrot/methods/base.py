@@ -79,6 +79,19 @@ class Method(ABC):
         """Whether a client's part in the average depends on the reference."""
         return False
 
+    def without_reference(self) -> "Method":
+        """The method by which a whole round is averaged whose clients have no reference."""
+        return self
+
+    def target(self, round: int, reference: str) -> str | None:
+        """Words for what clients are rotated towards in the round of this index; None if they are not rotated.
+
+        Args:
+            round: the round's index.
+            reference: words for the reference, or for the client that stands in for it.
+        """
+        return None
+
     @abstractmethod
     def aggregate(self, round: Round) -> Averages:
         """Average a round's updates."""

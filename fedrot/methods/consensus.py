@@ -16,7 +16,11 @@ class FedRotConsensus(GroupwiseMethod):
     exact = "when the clients' updates differ by rotations only (λ = 1)"
     uses = frozenset({"align_on", "strength", "reflections"})
     default_strength = 1.0
-    target = "consensus"
+    minimises = "consensus"
+
+    def target(self, round: int, reference: str) -> str | None:
+        """See ``Method.target``."""
+        return f"the consensus of all clients, and that towards {reference}" if self.needs_all else None
 
     def on(self, round: int) -> str:
         """See ``GroupwiseMethod.on``."""

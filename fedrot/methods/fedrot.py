@@ -7,12 +7,16 @@ from ..adapters.update import StateDict, Update
 from ..options import Factor
 from .averaging import average_round, stream_round
 from .base import Method
+from .consensus import FedRotConsensus
 from .rotation import aligned_factors, rotations
 from .round import Averages, Round
 
 
 class FedRot(Method):
-    """Rotates clients towards the reference, at λ = 0 not at all: then the result is FedIT's, to the bit."""
+    """Rotates clients towards the reference, at λ = 0 not at all: then the result is FedIT's, to the bit.
+
+    A whole round without a reference is averaged as by fedrot-consensus with the same options.
+    """
 
     name = "fedrot"
     paper = "arXiv 2602.23638"
@@ -28,6 +32,14 @@ class FedRot(Method):
     def needs_reference(self, round: int) -> bool:
         """See ``Method.needs_reference``."""
         return bool(self._on(round))
+
+    def without_reference(self) -> Method:
+        """The consensus: rotating everyone towards one client would add that client's share of the error."""
+        return FedRotConsensus(self.options) if self.strength else self
+
+    def target(self, round: int, reference: str) -> str | None:
+        """See ``Method.target``."""
+        return reference if self._on(round) else None
 
     def aggregate(self, round: Round) -> Averages:
         """See ``Method.aggregate``."""

@@ -14,10 +14,10 @@ from .round import Averages, Round
 
 
 class GroupwiseMethod(Method):
-    """Aligns in Gram space. Subclasses name the target, and the factors that count."""
+    """Aligns in Gram space. Subclasses name what is minimised, and the factors that count."""
 
     unequal_ranks = "pad"
-    target: ClassVar[fk.Target]
+    minimises: ClassVar[fk.Target]
 
     @abstractmethod
     def on(self, round: int) -> str:
@@ -48,7 +48,7 @@ class GroupwiseMethod(Method):
             round.weights,
             A_ref=A_ref,
             B_ref=B_ref,
-            target=self.target,
+            target=self.minimises,
             on=self.on(round.index),
             reflections=self.options.reflections,
             strength=None if self.chooses_strength else self.strength,

@@ -15,7 +15,11 @@ class FedRotLeastError(GroupwiseMethod):
     exact = "when rotations can make it so (λ = 1)"
     uses = frozenset({"strength", "reflections"})
     default_strength = 1.0
-    target = "error"
+    minimises = "error"
+
+    def target(self, round: int, reference: str) -> str | None:
+        """See ``Method.target``."""
+        return f"each other, so that averaging loses least, and the result towards {reference}" if self.needs_all else None
 
     def on(self, round: int) -> str:
         """See ``GroupwiseMethod.on``: the error is that of the product of both factors."""

@@ -24,6 +24,10 @@ class RandomRotation(Method):
     uses = frozenset({"strength", "reflections", "seed"})
     supports_server_optimizer = False
 
+    def target(self, round: int, reference: str) -> str | None:
+        """See ``Method.target``."""
+        return "nothing, but at random" if self.strength else None
+
     def aggregate(self, round: Round) -> Averages:
         """See ``Method.aggregate``."""
         return stream_round(round, self.prepare)

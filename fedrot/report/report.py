@@ -1,8 +1,12 @@
 """What an aggregation did, adapter by adapter and client by client."""
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+_EXPERT = re.compile(r"\[\d+\]$")
 
 
 @dataclass(frozen=True)
@@ -10,7 +14,7 @@ class AdapterReport:
     """The report of one adapter.
 
     Attributes:
-        module: the adapted module.
+        module: the adapted module; of an expert, the parameter and the expert's number, as in experts.down_proj[3].
         rank: r.
         error: the aggregation error ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F after rotation, without the scaling s; None without ``report_error``.
         update_norm: ‖Σ wᵢBᵢAᵢ‖_F, without the scaling s; None without ``report_error``.
@@ -36,7 +40,7 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The report of an aggregation. Printed, it is a table, in which rounds count from 1.
+    """The report of an aggregation. Printed, it is a table, in which rounds count from 1 and a parameter's experts share a line.
 
     Attributes:
         method: the method's name in the registry.
@@ -45,6 +49,7 @@ class Report:
         weights: their weights, summing to 1.
         dropped: client → the reason why it was left out.
         adapters: one report per adapter.
+        target: what clients were rotated towards, in words; None if they were not rotated.
         deviation: the standard deviation of ``error`` where it is estimated; None where it is exact.
     """
 
@@ -54,13 +59,13 @@ class Report:
     weights: tuple[float, ...]
     dropped: dict[str, str]
     adapters: tuple[AdapterReport, ...]
+    target: str | None
     deviation: float | None = None
 
     @property
     def error(self) -> float | None:
         """The aggregation error of the whole model: the root of the sum of squares over adapters."""
-        errors = [a.error for a in self.adapters if a.error is not None]
-        return math.hypot(*errors) if len(errors) == len(self.adapters) else None
+        return _total(a.error for a in self.adapters)
 
     @property
     def relative_error(self) -> float | None:
@@ -85,11 +90,13 @@ class Report:
     def __str__(self) -> str:
         """The report as a table."""
         lines = [f"{'adapter':<60} {'rank':>4} {'error':>10} {'relative':>9} {'mean angle':>11} {'max angle':>10}"]
-        for a in self.adapters:
-            mean = sum(a.angles) / len(a.angles)
+        for module, adapters in _group_experts(self.adapters):
+            error, norm = _total(a.error for a in adapters), _total(a.update_norm for a in adapters)
+            angles = [angle for a in adapters for angle in a.angles]
+            relative = None if error is None else _ratio(error, norm)
             lines.append(
-                f"{_short(a.module):<60} {a.rank:>4} {_number(a.error, '10.3e')} {_number(a.relative_error, '9.4f')} "
-                f"{mean:>10.1f}° {max(a.angles):>9.1f}°"
+                f"{_short(module):<60} {adapters[0].rank:>4} {_number(error, '10.3e')} {_number(relative, '9.4f')} "
+                f"{sum(angles) / len(angles):>10.1f}° {max(angles):>9.1f}°"
             )
         lines.append(
             f"{f'all {len(self.adapters)} adapters':<60} {'':>4} {_number(self.error, '10.3e')} "
@@ -102,7 +109,23 @@ class Report:
         if self.deviation is not None:
             lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} for all adapters")
         lines += [f"dropped {client}: {why}" for client, why in self.dropped.items()]
+        lines.append("no client was rotated" if self.target is None else f"rotated towards {self.target}")
         return "\n".join(lines)
+
+
+def _group_experts(adapters: Iterable[AdapterReport]) -> list[tuple[str, list[AdapterReport]]]:
+    """The adapters by what a line of the table shows: one adapter, or those of all experts of one parameter."""
+    groups: dict[str, list[AdapterReport]] = {}
+    for a in adapters:
+        groups.setdefault(_EXPERT.sub("", a.module), []).append(a)
+    return [(name if len(of) == 1 else f"{name} × {len(of)}", of) for name, of in groups.items()]
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    """The root of the sum of squares; None if a value is unknown."""
+    listed = list(values)
+    known = [x for x in listed if x is not None]
+    return math.hypot(*known) if len(known) == len(listed) else None
 
 
 def _without_infinities(value: Any) -> Any:

@@ -135,7 +135,9 @@ def average_stream(streamed: StreamedRound, method: Method, index: int) -> Avera
         raise nothing_left(streamed.dropped)
     layout = streamed.layout
     shares = shares_of(tuple(streamed.weights.values()))
-    report = Report(method.name, index, tuple(streamed.weights), shares, streamed.dropped, *streamed.adapter_reports())
+    adapters, deviation = streamed.adapter_reports()
+    target = method.target(index, "the reference")
+    report = Report(method.name, index, tuple(streamed.weights), shares, streamed.dropped, adapters, target, deviation)
     mean = streamed.mean.state_dict() | streamed.frozen
     if method.unequal_ranks == "pad" and streamed.reference is not None:
         mean = revive_dead_ranks(mean, layout, streamed.reference)

@@ -10,7 +10,8 @@ from ..adapters.update import Update, UpdateLike
 from ..methods.base import Method
 from ..methods.prepared import average_prepared
 from ..methods.running_mean import shares_of
-from ..ranks.prepare import prepare_round
+from ..ranks.padding import widest_client
+from ..ranks.prepare import PreparedRound, prepare_round
 from ..report.measure import adapter_reports
 from ..report.report import Report
 from .finish import AveragedRound, factors_except
@@ -37,7 +38,7 @@ def average_whole(
     Raises:
         UpdateError: updates that cannot be averaged, by client, key and shapes.
     """
-    options = method.options
+    options, averaging = method.options, method if reference is not None else method.without_reference()
     prepared = prepare_round(
         clients,
         weights,
@@ -45,18 +46,28 @@ def average_whole(
         reference,
         config,
         whole=method.returns() == ("A", "B"),
-        finite=method.needs_all,
+        finite=averaging.needs_all,
         on_invalid=options.on_invalid,
     )
-    prepared, averages = average_prepared(prepared, method, index)
+    prepared, averages = average_prepared(prepared, averaging, index)
     given, layout, first = prepared.given, prepared.layout, prepared.given[0]
     for client in given:
         check_frozen(client, prepared.reference or first, factors_except(layout, method.trains(index)), method.name)
     shares = shares_of(prepared.weights)
     adapters = adapter_reports(layout, averages, shares, options.report_error)
-    report = Report(method.name, index, tuple(client.name for client in given), shares, prepared.dropped, adapters)
+    names = tuple(client.name for client in given)
+    target = averaging.target(index, _name_reference(prepared))
+    report = Report(method.name, index, names, shares, prepared.dropped, adapters, target)
     own_config = prepared.scalings.config if prepared.scalings else first.config
     counters: dict[str, Tensor] = {}
     for client, weight in zip(given, prepared.weights, strict=True):
         counters = carry(counters, client, layout) if weight else counters
     return AveragedRound(first, layout, prepared.reference, averages, report, own_config, counters, not averages.sound)
+
+
+def _name_reference(prepared: PreparedRound) -> str:
+    """Words for the reference, or for the client whose update stands in for it."""
+    if prepared.reference is not None:
+        return "the reference"
+    name = widest_client(prepared.clients, prepared.weights, prepared.layout).name
+    return f"the update of {name}, because there is no reference"

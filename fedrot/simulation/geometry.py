@@ -55,6 +55,7 @@ def alignment_geometry(
     w = torch.tensor(weights, dtype=torch.float64, device=clients[0].device)
     w = w / w.sum()
     largest = int(w.argmax())
+    method = method if reference is not None else method.without_reference()
     target = clients[largest] if reference is None else open_reference(reference, clients[0], layout)
     counted = [i for i in range(len(clients)) if reference is not None or i != largest]
     others = [clients[i] for i in counted]

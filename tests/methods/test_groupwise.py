@@ -91,9 +91,9 @@ def test_the_strength_left_open_is_one(mode):
 
 def test_errors_of_real_modes_fall():
     """On adapters of one update in three bases, with differences of their own."""
-    _, updates = turned_clients(LINEAR, 3, noise=0.4)
+    common, updates = turned_clients(LINEAR, 3, noise=0.4)
     order = ["fedrot-least-error", "fedrot-consensus", "fedrot-adaptive", "fedrot", "fedit"]
-    errors = [fedrot.aggregate(updates, WEIGHTS, method=method).report.error for method in order]
+    errors = [fedrot.aggregate(updates, WEIGHTS, common, method=method).report.error for method in order]
     assert errors == sorted(errors) and len(set(errors)) == len(errors)
 
 

@@ -137,12 +137,33 @@ def test_results_have_the_keys_shapes_and_dtypes_of_the_first_update(kind):
     assert_close(fedrot.aggregate([clients[0], reordered, clients[2]], WEIGHTS, reference).state_dict, saved)
 
 
-def test_without_a_reference_clients_are_aligned_to_the_one_of_largest_weight():
+def test_without_a_reference_the_one_of_largest_weight_stands_in_for_it():
     _, clients = turned_clients(KINDS["linear"], 3)
     for weights, first in ((WEIGHTS, 2), (None, 0), ([1, 3, 3], 1)):
-        expected = fedrot.aggregate(clients, weights, clients[first], strength=1)
-        assert_same_bits(fedrot.aggregate(clients, weights, strength=1).state_dict, expected.state_dict)
-        assert expected.report.adapters[0].angles[first] == pytest.approx(0, abs=1e-3)
+        for method in ("fedrot-adaptive", "scalar", "fedrot-consensus"):
+            expected = fedrot.aggregate(clients, weights, clients[first], method=method)
+            result = fedrot.aggregate(clients, weights, method=method)
+            assert_same_bits(result.state_dict, expected.state_dict)
+            assert method == "scalar" or f"client {first}" in str(result.report).splitlines()[-1]
+            assert "client" not in str(expected.report).splitlines()[-1].removeprefix(
+                "rotated towards the consensus of all clients"
+            )
+
+
+def test_a_whole_round_without_a_reference_takes_the_consensus():
+    common, clients = turned_clients(KINDS["linear"], 3, noise=0.3)
+    for options in ({}, {"strength": 0.5}, {"align_on": "A", "reflections": True}):
+        expected = fedrot.aggregate(clients, WEIGHTS, method="fedrot-consensus", **options)
+        result = fedrot.aggregate(clients, WEIGHTS, **options)
+        assert_same_bits(result.state_dict, expected.state_dict)
+        assert result.report.method == "fedrot" and "the consensus" in str(result.report).splitlines()[-1]
+    # Half the way towards one client, as the default would be, loses several times as much.
+    towards_one = fedrot.aggregate(clients, WEIGHTS, clients[2])
+    assert 3 * fedrot.aggregate(clients, WEIGHTS).report.error < towards_one.report.error
+    plain = fedrot.aggregate(clients, WEIGHTS, strength=0)
+    assert_same_bits(plain.state_dict, fedrot.aggregate(clients, WEIGHTS, method="fedit").state_dict)
+    assert str(plain.report).splitlines()[-1] == "no client was rotated"
+    assert str(fedrot.aggregate(clients, WEIGHTS, common).report).splitlines()[-1] == "rotated towards the reference"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

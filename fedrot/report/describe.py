@@ -1,0 +1,62 @@
+"""What fedrot takes an adapter to be: its modules, ranks and scalings, experts, tied weights and saved tensors."""
+
+from collections import Counter
+
+from ..adapters.checks import own_scalings
+from ..adapters.config import PREFIX, pattern_name
+from ..adapters.experts import parse_module
+from ..adapters.layout import Layout
+from ..adapters.meaning import start_of
+from ..adapters.update import Update
+
+
+def describe_update(update: Update) -> str:
+    """A table of what an adapter's tensors and configuration are taken to be; modules of one kind in one line."""
+    layout, config = Layout(update.specs, update.name), update.config
+    s = own_scalings(update, layout) if config is not None else {}
+    kinds = Counter(
+        (_kind(a.module), a.rank, f"{s[a.module]:g}" if s else "unknown", a.d_out, a.d_in) for a in layout.adapters
+    )
+    lines = [f"{'modules':<40} {'number':>6} {'rank':>5} {'s':>8}  {'shape'}"]
+    for (name, rank, scaling, d_out, d_in), n in kinds.items():
+        lines.append(f"{name:<40} {n:>6} {rank:>5} {scaling:>8}  {d_out} × {d_in}")
+    stacks = [
+        (pattern_name(parse_module(parts[0])), len(parts)) for key, parts in update.storage.parts.items() if len(parts) > 1
+    ]
+    for name, n in dict.fromkeys(stacks):
+        lines.append(f"experts: {n} in {name}, one rotation each")
+    for key, original in update.storage.copies.items():
+        if key.endswith("_A"):
+            lines.append(
+                f"tied: {_bare(parse_module(key))} repeats {_bare(parse_module(original))}, transposed; counted once"
+            )
+    if saved := [_bare(key) for key in layout.other_keys]:
+        lines.append(f"averaged as they are: {_listed(saved)}")
+    if layout.counters:
+        lines.append(f"integers, carried along: {_listed([_bare(key) for key in layout.counters])}")
+    if config is None:
+        lines.append("no LoRA configuration: its scaling is unknown, and assumed to be that of all")
+    else:
+        flags = [name for name in ("use_dora", "use_rslora", "ensure_weight_tying", "velora_config") if config.get(name)]
+        flags += (
+            [f"init_lora_weights={start!r} (s·B·A is the difference to a changed base)"]
+            if (start := start_of(config))
+            else []
+        )
+        lines += [f"configuration: {', '.join(flags)}"] if flags else []
+    return "\n".join(lines)
+
+
+def _kind(module: str) -> str:
+    """The end of a module's name that does not depend on its layer."""
+    parts = pattern_name(module).split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
+    return ".".join(parts[last + 1 :]) or parts[-1]
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
