@@ -1,9 +1,12 @@
 """The commands ``fedrot simulate`` and ``fedrot compare``."""
 
 import dataclasses
+import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -60,12 +63,35 @@ def main(command: str, argv: list[str]) -> int:
         torch.set_num_threads(1)
     folder = Path(args.resume or args.output or f"runs/{command}-{datetime.now():%Y%m%d-%H%M%S}")
     try:
-        (_simulate if command == "simulate" else _compare)(args, folder)
+        with _log_to_stderr():
+            (_simulate if command == "simulate" else _compare)(args, folder)
     except KeyboardInterrupt:
         if folder.exists():
             print(f"\ninterrupted; go on with: fedrot {command} --resume {folder}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Show the simulator's log, every line once: the runs of a comparison have much in common."""
+    log, shown = logging.getLogger(__package__), set[str]()
+    handler = logging.StreamHandler()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known = record.getMessage() in shown
+        shown.add(record.getMessage())
+        return not known
+
+    handler.addFilter(is_new)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _quiet_libraries() -> None:

@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 
 from .config import SimulationConfig
 
+# The most clients that a sentence names.
+_NAMED = 20
+
 
 def partition(
     labels: np.ndarray | None, column: np.ndarray | None, config: SimulationConfig, size: int | None = None
@@ -79,6 +82,27 @@ def histograms(
         counts, classes = np.zeros((len(parts), 0), dtype=int), []
     clients = range(len(parts)) if column is None else np.unique(column).astype(str)
     return pd.DataFrame(np.hstack([sizes, counts]), pd.Index(clients, name="client"), ["size", *classes])
+
+
+def small_clients(table: pd.DataFrame, batch_size: int) -> str | None:
+    """Say which clients have fewer examples than a batch takes, and so have some of them twice in every step.
+
+    Args:
+        table: as ``histograms`` returns it.
+        batch_size: the number of examples per step and client.
+
+    Returns:
+        A sentence, or None if there are no such clients.
+    """
+    small = table["size"][table["size"] < batch_size]
+    if small.empty:
+        return None
+    named = ", ".join(f"{client} ({size})" for client, size in small.head(_NAMED).items())
+    more = f" and {len(small) - _NAMED} more" if len(small) > _NAMED else ""
+    return (
+        f"{len(small)} of {len(table)} clients have fewer examples than a batch, which takes {batch_size}, and repeat some "
+        f"in every step: client {named}{more}"
+    )
 
 
 def plot_partition(table: pd.DataFrame, path: Path) -> Figure:

@@ -1,6 +1,7 @@
 """One simulation: rounds of local training, aggregation and evaluation, and the files that it leaves behind."""
 
 import copy
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from ..server.checkpoint import load_checkpoint, save_checkpoint
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig
 from .metrics import SCORES, read_metrics, write_metrics
-from .partition import histograms, plot_partition
+from .partition import histograms, plot_partition, small_clients
 from .plots import plot_geometry, plot_run
 from .server import Server
 from .tasks import Task, load_task
+
+_log = logging.getLogger(__name__)
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.jsonl", "curves.png"
 PARTITION_PLOT, BASE_MODEL, FOLDED_MODEL = "partition.png", "base_model", "folded_model"
@@ -86,8 +89,12 @@ def simulate(
     else:
         folder.mkdir(parents=True)
         config.save(folder / CONFIG)
+    table = histograms(clients.examples, task.labels, task.classes, clients.column)
+    if said := small_clients(table, config.batch_size):
+        _log.warning("%s", said)
     if not (folder / PARTITION_PLOT).exists():
-        _save_partition(clients, folder)
+        table.to_csv(folder / "partition.csv")
+        plot_partition(table, folder / PARTITION_PLOT)
     if config.model in EMBEDDED and not saved_model.exists():
         with new_folder(saved_model) as temporary:
             task.base_model.save_pretrained(temporary)
@@ -167,10 +174,3 @@ def _save_adapters(server: Server, folder: Path) -> None:
         with new_folder(folder / FOLDED_MODEL) as temporary:
             base: Any = copy.deepcopy(clients.model)
             base.unload().save_pretrained(str(temporary))
-
-
-def _save_partition(clients: Clients, folder: Path) -> None:
-    """Save every client's size and label histogram, as a table and a plot."""
-    table = histograms(clients.examples, clients.task.labels, clients.task.classes, clients.column)
-    table.to_csv(folder / "partition.csv")
-    plot_partition(table, folder / PARTITION_PLOT)
