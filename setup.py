@@ -45,6 +45,9 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
+    # Said, so that an editable install puts the clone on the path. Otherwise setuptools makes a finder that comes last, and
+    # the modules of fedrot that NVFlare copies into a job, without the __init__.py of their packages, come first.
+    package_dir={"": "."},
     packages=find_packages(include=["fedrot", "fedrot.*", "fedrot_kernels", "fedrot_kernels.*"]),
     package_data={"": ["py.typed", "*.yaml"]},
     include_package_data=False,

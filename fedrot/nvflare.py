@@ -61,8 +61,11 @@ class FedRotModelAggregator(ModelAggregator):
     ``allow_numpy_conversion=False``: tensors travel as safetensors, bfloat16 too. NumPy, NVFlare's default, has no
     bfloat16: the persistor widens it to float32, and clients must send float32.
 
-    Sites that allow jobs no code of their own need "fedrot" in the ``class_allow_list`` of their resources.json. Jobs for
-    them need ``job.set_app_packages(["fedrot"])``, or NVFlare copies modules of fedrot into the job.
+    Every site needs fedrot. NVFlare also copies modules of fedrot into the job, which an installed fedrot comes before. An
+    ``ImportError`` of an "unknown location" in a job means that the copies come first, as they do where an editable install
+    does not put the clone on Python's path: install the clone again with ``pip install -e .``, or leave the copies out with
+    ``job.set_app_packages(["fedrot"])``. Sites that allow jobs no code of their own need that call too, and "fedrot" in the
+    ``class_allow_list`` of their resources.json.
 
     Args:
         server_optimizer: as in ``fedrot.FedRotAggregator``; its state ends with the job.
