@@ -86,7 +86,7 @@ class Layout:
                 )
             if theirs.dtype != mine.dtype:
                 raise UpdateError(
-                    f"{client}, {key} {theirs.shape}: {theirs.dtype}, but {first} has {mine.dtype}; convert the updates to one dtype"
+                    f"{client}, {key} {theirs.shape}: {theirs.dtype}, but {first} has {mine.dtype}; convert all to one dtype"
                 )
 
     def check_keys(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:

@@ -20,16 +20,12 @@ def describe_update(update: Update) -> str:
     lines = [f"{'modules':<40} {'number':>6} {'rank':>5} {'s':>8}  {'shape'}"]
     for (name, rank, scaling, d_out, d_in), n in kinds.items():
         lines.append(f"{name:<40} {n:>6} {rank:>5} {scaling:>8}  {d_out} × {d_in}")
-    stacks = [
-        (pattern_name(parse_module(parts[0])), len(parts)) for key, parts in update.storage.parts.items() if len(parts) > 1
-    ]
-    for name, n in dict.fromkeys(stacks):
-        lines.append(f"experts: {n} in {name}, one rotation each")
+    stacks = Counter((_kind(part), n) for part, n in _find_stacks(update).items())
+    lines += [f"experts: {n} in each of {count} {name}, with a rotation each" for (name, n), count in stacks.items()]
     for key, original in update.storage.copies.items():
         if key.endswith("_A"):
-            lines.append(
-                f"tied: {_bare(parse_module(key))} repeats {_bare(parse_module(original))}, transposed; counted once"
-            )
+            copy, head = (_bare(parse_module(name)) for name in (key, original))
+            lines.append(f"tied: {copy} repeats {head}, transposed; counted once")
     if saved := [_bare(key) for key in layout.other_keys]:
         lines.append(f"averaged as they are: {_listed(saved)}")
     if layout.counters:
@@ -38,13 +34,16 @@ def describe_update(update: Update) -> str:
         lines.append("no LoRA configuration: its scaling is unknown, and assumed to be that of all")
     else:
         flags = [name for name in ("use_dora", "use_rslora", "ensure_weight_tying", "velora_config") if config.get(name)]
-        flags += (
-            [f"init_lora_weights={start!r} (s·B·A is the difference to a changed base)"]
-            if (start := start_of(config))
-            else []
-        )
+        if start := start_of(config):
+            flags.append(f"init_lora_weights={start!r} (s·B·A is the difference to a changed base)")
         lines += [f"configuration: {', '.join(flags)}"] if flags else []
     return "\n".join(lines)
+
+
+def _find_stacks(update: Update) -> dict[str, int]:
+    """The module of a parameter's first expert → the number of its experts."""
+    held = [parts for parts in update.storage.parts.values() if len(parts) > 1]
+    return {parse_module(parts[0]): len(parts) for parts in held}
 
 
 def _kind(module: str) -> str:

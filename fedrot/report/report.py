@@ -40,7 +40,7 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The report of an aggregation. Printed, it is a table, in which rounds count from 1 and a parameter's experts share a line.
+    """The report of an aggregation. Printed, it is a table: rounds count from 1, experts share a line.
 
     Attributes:
         method: the method's name in the registry.

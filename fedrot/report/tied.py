@@ -36,7 +36,7 @@ def leave_out_copies(model: Any, base_update: Mapping[str, Tensor]) -> dict[str,
             if other != module and not _shares(model, module, other, factors, updates):
                 raise UpdateError(
                     f"the base update, {module}: its weight {tuple(weight.shape)} is one tensor with that of {other} (tied "
-                    f"weights), which would change too; nothing was changed. Train both with ensure_weight_tying=True, untie "
+                    "weights), which would change too; nothing was changed. Train both with ensure_weight_tying=True, untie "
                     "them (tie_word_embeddings=False), or take a method that leaves the base weights alone"
                 )
         if address in done:
