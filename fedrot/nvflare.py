@@ -22,17 +22,29 @@ except ModuleNotFoundError as error:
 
 from .adapters.checks import check_update, check_weight
 from .adapters.layout import Layout
-from .adapters.update import Update, open_update
+from .adapters.meaning import digest
+from .adapters.update import Update, open_update, read_configs
 from .admission import admit, make_one_line, sort_key
+from .agreement import Digest, explain_difference, find_unlike, read_digest, write_digest
 from .errors import UpdateError
 from .options import AggregationOptions, shows_options
 from .report.result import AggregationResult
 from .server.aggregator import FedRotAggregator
 from .server.optimizer import ServerOptimizer
 
-__all__ = ["FedRotModelAggregator"]
+__all__ = ["FedRotModelAggregator", "config_meta"]
 
+_LORA = "fedrot_lora_config"  # in FLModel.meta
 _CLIENT, _UNKNOWN = "client_name", AppConstants.CLIENT_UNKNOWN
+
+
+def config_meta(config: Any) -> dict[str, str]:
+    """What a client adds to ``FLModel.meta`` so that its LoRA configuration is compared with those of the others.
+
+    Args:
+        config: the client's ``peft.LoraConfig``, or the content of its adapter_config.json.
+    """
+    return {_LORA: write_digest(config)}
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class _Answer:
     update: Update
     weight: float
     metrics: Mapping[str, Any]
+    digest: Digest | None
 
 
 class FedRotModelAggregator(ModelAggregator):
@@ -50,7 +63,8 @@ class FedRotModelAggregator(ModelAggregator):
     Clients answer with all of its keys, as FULL or DIFF parameters. The reference and the round are what the controller
     sent to clients, whatever made it: a checkpoint, the last result, or an optimizer between the two.
 
-    A wrong answer (other keys, shapes or dtypes, NaN, no weight, of another round) is refused: ``accept_model`` raises
+    A wrong answer (other keys, shapes or dtypes, another LoRA configuration by ``config_meta``, NaN, no weight, of another
+    round) is refused: ``accept_model`` raises
     UpdateError, upon which NVFlare's controllers log the error, do not count the client and go on. Answers are kept until
     the round ends, so that the result does not depend on their order and its aggregation error can be computed. The metrics
     of the result are those that all clients sent as finite numbers, averaged, and "aggregation_error", "relative_error",
@@ -71,6 +85,8 @@ class FedRotModelAggregator(ModelAggregator):
         server_optimizer: as in ``fedrot.FedRotAggregator``; its state ends with the job.
         weighted_by: the entry of ``FLModel.meta`` that holds a client's weight, its number of steps or examples; None weighs
             all alike.
+        configs: the LoRA configuration of all clients, a ``peft.LoraConfig`` or the content of its adapter_config.json;
+            needed for LoRA on the parameters of experts.
         **options: fields of ``fedrot.AggregationOptions``, but for methods that change base weights or leave clients a
             factor of their own. ``on_invalid`` is "drop" here: wrong answers are left out, unless it is "raise", which
             raises UpdateError at the end of their round and so ends the job.
@@ -88,6 +104,7 @@ class FedRotModelAggregator(ModelAggregator):
         self,
         server_optimizer: ServerOptimizer | None = None,
         weighted_by: str | None = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
+        configs: Any = None,
         **options: Any,
     ):
         super().__init__()
@@ -96,6 +113,7 @@ class FedRotModelAggregator(ModelAggregator):
         # NVFlare writes a component into a job's configuration by the parameters in the signature of __init__ and the
         # attributes of the same names.
         self.server_optimizer, self.weighted_by = server_optimizer, weighted_by
+        self.configs = read_configs(configs, ["the clients"])[0]
         for name, value in chosen.as_dict().items():
             setattr(self, name, value)
         method = self._aggregator.method
@@ -157,6 +175,9 @@ class FedRotModelAggregator(ModelAggregator):
         """
         model, reference = self._open_reference()
         when = _name_round(model.current_round)
+        unlike = find_unlike({name: a.digest for name, a in sorted(self._answers.items()) if a.digest is not None})
+        self._dropped |= {name: make_one_line(f"{name} {why}") for name, why in unlike.items()}
+        self._answers = {name: answer for name, answer in self._answers.items() if name not in unlike}
         for name, why in self._dropped.items():
             self.warning(f"{when}: dropped {name}: {why}")
         if not self._answers or (self._dropped and self._aggregator.options.on_invalid == "raise"):
@@ -164,6 +185,10 @@ class FedRotModelAggregator(ModelAggregator):
         names = sorted(self._answers, key=sort_key)
         answers = [self._answers[name] for name in names]
         weights = [answer.weight for answer in answers]
+        if not any(weights):
+            raise UpdateError(
+                f"{when}: {self.weighted_by} is 0 in the answers of {', '.join(names)}; at least one must count"
+            )
         self._aggregator.round, self._aggregator.reference = model.current_round, reference.as_given(reference)
         result = self._aggregator.aggregate([answer.update for answer in answers], weights, names=names)
         report = replace(result.report, dropped=self._dropped)
@@ -185,24 +210,27 @@ class FedRotModelAggregator(ModelAggregator):
         if self._sent.current_round is None:
             raise UpdateError("the controller sent a model without its current_round")
         name = "the server's model"
-        return self._sent, open_update(_read_tensors(self._sent.params, name), name)
+        return self._sent, open_update(_read_tensors(self._sent.params, name), name, config=self.configs)
 
     def _open(self, name: str, model: FLModel) -> _Answer:
         task, reference = self._open_reference()
         if model.current_round not in (None, task.current_round):
             now = _name_round(task.current_round)
             raise UpdateError(f"{name} answered with current_round {model.current_round!r}, but this is {now}")
-        sent = open_update(_read_tensors(model.params, name), name)
+        theirs = read_digest(model.meta[_LORA], name) if _LORA in model.meta else None
+        if theirs and self.configs and (why := explain_difference(theirs, digest(self.configs), "the server")):
+            raise UpdateError(f"{name} {why}")
+        sent = open_update(_read_tensors(model.params, name), name, reference)
         check_update(sent, reference, Layout(reference.specs, reference.name))
         change = model.params_type == ParamsType.DIFF
         values = {key: reference[key] + sent[key] if change else sent[key] for key in reference}
         update = open_update(reference.as_given(values), name, reference)
         admit(update, reference, self._aggregator.method, task.current_round, reference)
         if self.weighted_by is None:
-            return _Answer(update, 1.0, model.metrics or {})
+            return _Answer(update, 1.0, model.metrics or {}, theirs)
         if self.weighted_by not in model.meta:
             raise UpdateError(f"{name} sent no {self.weighted_by} in FLModel.meta; send its number of steps or examples")
-        return _Answer(update, check_weight(model.meta[self.weighted_by], update), model.metrics or {})
+        return _Answer(update, check_weight(model.meta[self.weighted_by], update), model.metrics or {}, theirs)
 
 
 def _name_round(current_round: int) -> str:

@@ -79,9 +79,10 @@ def aggregate_replies(
         else:
             log_dropped(f"round {round}", dropped)
             return replace(result, report=replace(result.report, dropped=dropped))
-    reasons = "".join(f"; {name}: {why}" for name, why in dropped.items())
+    idle = name_idle(good)
+    reasons = "".join(f"; {name}: {why}" for name, why in (dropped | idle).items())
     raise AggregationError(
-        f"round {round}: {len(good)} good answers, but min_train_replies is {least}, with examples{reasons}"
+        f"round {round}: {len(good) - len(idle)} good answers with examples, but min_train_replies is {least}{reasons}"
     )
 
 
@@ -92,6 +93,11 @@ def _leave_out_unlike(good: list[Reply], dropped: dict[str, str], on_invalid: st
         raise UpdateError(" ".join(next(iter(unlike.items()))))
     good[:] = [reply for reply in good if reply.name not in unlike]
     dropped |= {name: make_one_line(why) for name, why in unlike.items()}
+
+
+def name_idle(good: list[Reply]) -> dict[str, str]:
+    """Name the clients whose good replies count for nothing; return client → why."""
+    return {reply.name: "its number of examples is 0; give it data, or leave it out" for reply in good if not reply.weight}
 
 
 def log_dropped(when: str, dropped: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from ..report.fold import merge_into_base
 from ..report.result import AggregationResult
 from ..server.aggregator import FedRotAggregator
 from ..server.optimizer import ServerOptimizer
-from .aggregate import aggregate_replies, log_dropped, open_replies
+from .aggregate import aggregate_replies, log_dropped, name_idle, open_replies
 from .arrays import from_arrays, to_arrays
 from .metrics import average_metrics, extract_metrics, log_metrics
 from .protocol import State, add_instructions, complete_adapter, find_personal_factors, read_one_config
@@ -197,6 +197,7 @@ class FedRot(FedAvg):
         good, dropped = open_replies(self._pending, replies, open_reply, self.options.on_invalid)
         log_dropped(f"evaluation of round {self._rounds_before + server_round}", dropped)
         if not any(reply.weight for reply in good):
+            log_dropped(f"evaluation of round {self._rounds_before + server_round}", name_idle(good))
             self.evaluate_metrics = MetricRecord()
             return None
         self.evaluate_metrics = average_metrics(good, self.weighted_by_key, self.evaluate_metrics_aggr_fn, {})

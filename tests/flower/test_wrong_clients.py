@@ -278,12 +278,29 @@ def test_the_client_that_makes_the_aggregate_overflow_is_dropped():
         FedRot(fraction_evaluate=0.0, on_invalid="raise").start(federation(), to_arrays(start_of(kind)), num_rounds=1)
 
 
-def test_clients_without_examples_are_too_few():
-    for counts, least in (((0, 0, 0), 1), ((0, 5, 0), 2)):
+def test_clients_without_examples_are_too_few_and_named():
+    for counts, least, idle in (((0, 0, 0), 1, (0, 1, 2)), ((0, 5, 0), 2, (0, 2))):
         grid = LocalGrid({c: client_app(KIND, spoil=metrics(num_examples=n)) for c, n in enumerate(counts)})
         strategy = FedRot(fraction_evaluate=0.0, min_train_replies=least)
-        with pytest.raises(AggregationError, match="with examples"):
+        with pytest.raises(AggregationError) as caught:
             strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+        said = str(caught.value)
+        assert f"{3 - len(idle)} good answers with examples, but min_train_replies is {least}" in said
+        assert [c for c in range(3) if f"client {c}: its number of examples is 0" in said] == [*idle]
+
+
+def test_an_evaluation_without_examples_names_the_clients(caplog):
+    grid = LocalGrid({c: client_app(KIND) for c in range(2)})
+    strategy = FedRot()
+    strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
+    messages = list(strategy.configure_evaluate(1, to_arrays(start_of(KIND)), ConfigRecord(), grid))
+    replies = grid.send_and_receive(messages)
+    for reply in replies:
+        reply.content["metrics"]["num-examples"] = 0
+    with caplog.at_level(logging.WARNING, "flwr"):
+        assert strategy.aggregate_evaluate(1, replies) is None
+    for client in range(2):
+        assert f"evaluation of round 1: dropped client {client}: its number of examples is 0" in caplog.text
 
 
 def test_a_personal_factor_that_is_sent_is_refused():

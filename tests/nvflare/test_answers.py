@@ -193,6 +193,11 @@ def test_no_good_answer_is_left(start, updates):
         aggregator.aggregate_model()
 
 
+def test_answers_without_steps_are_named(start, updates):
+    with refused("round 3 (current_round 2)", "NUM_STEPS_CURRENT_ROUND is 0", ", ".join(SITES)):
+        run_round(FedRotModelAggregator(), start, updates, 2, steps=(0, 0, 0))
+
+
 @pytest.mark.parametrize(("method", "round", "frozen"), [("ffa-lora", 1, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")])
 def test_frozen_factors_must_be_what_was_sent(start, updates, method, round, frozen):
     aggregator = FedRotModelAggregator(method=method)
