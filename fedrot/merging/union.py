@@ -136,14 +136,17 @@ def union_storage(adapters: Sequence[Update], layout: Layout, base: Sequence[str
     """
     parts: dict[str, tuple[str, ...]] = {}
     holder: dict[str, str] = {}  # a canonical key → the key of a saved adapter that holds it
+    whose: dict[str, Update] = {}
     for adapter in sorted(adapters, key=lambda x: -len(x.storage.parts)):
         for key, theirs in adapter.storage.parts.items():
             known = holder.setdefault(theirs[0], key)
+            other = whose.setdefault(known, adapter)
             if parts.setdefault(known, theirs) != theirs:
-                mine = parts[known]
+                shapes = [x.storage.pack_specs(x.specs)[k].shape for x, k in ((adapter, key), (other, known))]
                 raise UpdateError(
-                    f"{adapter.name}, {key}: {len(theirs)} experts of {theirs[0]}, but {len(mine)} of {mine[0]} in another "
-                    "adapter; merge adapters of one base model, and of two parameters of a module if one adapter has both"
+                    f"{adapter.name}, {key}: shape {shapes[0]} of {len(theirs)} experts, but {other.name} has {shapes[1]} of "
+                    f"{len(parts[known])} in {known}; merge adapters of one base model, and of two parameters of a module if "
+                    "one adapter has both"
                 )
     copies: dict[str, str] = {}
     for adapter in adapters:

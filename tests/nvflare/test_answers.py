@@ -276,7 +276,7 @@ def test_options():
 
 def test_the_signature_lists_every_option():
     parameters = inspect.signature(FedRotModelAggregator.__init__).parameters
-    assert list(parameters) == ["self", "server_optimizer", "weighted_by", *OPTION_NAMES]
+    assert list(parameters) == ["self", "server_optimizer", "weighted_by", "configs", *OPTION_NAMES]
     defaults = {name: parameters[name].default for name in OPTION_NAMES}
     assert defaults == AggregationOptions(on_invalid="drop").as_dict()
 
