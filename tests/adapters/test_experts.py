@@ -64,7 +64,9 @@ def test_methods_take_each_expert_as_an_adapter(base, config, count, method):
     # The report's error is that of the product of both factors, of every expert; s is left out of it.
     mean = mean_delta(base, config, updates)
     if len({layer.scaling["default"] for layer in model.modules() if hasattr(layer, "lora_A")}) == 1:
-        assert result.report.relative_error == pytest.approx(relative(deltas(adapted(base, config, result.state_dict)), mean))
+        assert result.report.relative_error == pytest.approx(
+            relative(deltas(adapted(base, config, result.state_dict)), mean)
+        )
 
 
 @every_model

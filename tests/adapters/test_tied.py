@@ -35,7 +35,9 @@ def without_copy(state):
 def test_both_copies_get_what_the_head_alone_would(base, config, count, method):
     lora, (reference, *updates) = clients(base, config, 4)
     result = fedrot.aggregate(updates, SHARES, reference, method=method, configs=lora)
-    alone = fedrot.aggregate([without_copy(u) for u in updates], SHARES, without_copy(reference), method=method, configs=lora)
+    alone = fedrot.aggregate(
+        [without_copy(u) for u in updates], SHARES, without_copy(reference), method=method, configs=lora
+    )
     assert len(result.report.adapters) == count and result.report.error == alone.report.error
     assert all(torch.equal(result.state_dict[key], x) for key, x in alone.state_dict.items())
     if not result.personal:
@@ -45,12 +47,14 @@ def test_both_copies_get_what_the_head_alone_would(base, config, count, method):
 
 @every_model
 def test_alignment_keeps_the_copies_and_their_update(base, config, count):
-    lora, (reference, update) = clients(base, config, 2)
+    _, (reference, update) = clients(base, config, 2)
     for align_on in ("A", "B", "joint"):
         aligned = fedrot.align(update, reference, strength=1.0, align_on=align_on)
         assert all(torch.equal(aligned[copy], aligned[head].T) for copy, head in copies(aligned))
         before, after = (deltas(adapted(base, config, state)) for state in (update, aligned))
-        assert before.keys() == after.keys() and not torch.equal(aligned[copies(aligned)[0][1]], update[copies(aligned)[0][1]])
+        assert before.keys() == after.keys() and not torch.equal(
+            aligned[copies(aligned)[0][1]], update[copies(aligned)[0][1]]
+        )
         assert all(torch.allclose(after[name], x, rtol=1e-12, atol=1e-12) for name, x in before.items())
 
 
