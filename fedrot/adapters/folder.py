@@ -15,12 +15,11 @@ from ..errors import UpdateError
 from .config import CONFIG, check_lora
 from .files import new_folder
 from .foreign import explain_config, explain_file, explain_folder, explain_keys
-from .keys import TensorSpec, describe, parse_factor, parse_key
+from .keys import SAVED_DTYPES, TensorSpec, check_tensor, describe, parse_factor, parse_key
 from .shards import check_shard, find_shards
 
 WEIGHTS = "adapter_model.safetensors"
 REPORT = "aggregation.json"
-DTYPES_SAVED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _MAX_CONFIG_BYTES = 1 << 20
 _WRITE_IT = "pass a folder that save_pretrained wrote"
 
@@ -36,7 +35,7 @@ class AdapterFolder(Mapping[str, Tensor]):
     Attributes:
         path: the folder that holds adapter_config.json.
         config: the content of adapter_config.json.
-        specs: key → shape and dtype.
+        specs: key → shape and dtype; keys without what wrappers such as torch.compile put into them.
 
     Raises:
         UpdateError: no PEFT LoRA folder in safetensors format, a truncated one, or a variant that cannot be rotated.
@@ -49,7 +48,13 @@ class AdapterFolder(Mapping[str, Tensor]):
         self._files = self._open_files()
         if not any(map(parse_factor, self._files)) and (why := explain_keys(self._files)):
             raise UpdateError(f"{client}: {why}")
-        self.specs = {key: self._spec(key) for key in self._files}
+        self._keys = {self._saved_key(key): key for key in self._files}
+        self.specs = {saved: self._spec(saved, key) for saved, key in self._keys.items()}
+        if len(self._keys) < len(self._files):
+            twice = next(key for key in self._files if key not in self._keys.values())
+            raise UpdateError(
+                f"{client}, {twice}: its tensor is there twice, with and without the wrapper of a compiled model"
+            )
 
     def _read_config(self) -> dict[str, Any]:
         file = self.path / CONFIG
@@ -92,25 +97,24 @@ class AdapterFolder(Mapping[str, Tensor]):
             raise UpdateError(f"{self.client}: {file} {why}") from error
         return list(opened.keys()), opened
 
-    def _spec(self, key: str) -> TensorSpec:
+    def _saved_key(self, key: str) -> str:
+        """The key without what wrappers, such as torch.compile's, put between the names of modules."""
+        saved, name = parse_key(key)
+        if name is not None:
+            raise UpdateError(f"{self.client}, {key}: not a key that save_pretrained writes; that is {saved}")
+        return saved
+
+    def _spec(self, saved: str, key: str) -> TensorSpec:
         view = self._files[key].get_slice(key)
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
-        if dtype not in DTYPES_SAVED:
-            raise UpdateError(
-                f"{self.client}, {key}: {dtype}, shape {shape}; only float16, bfloat16, float32 and float64 tensors can be "
-                "averaged"
-            )
-        if 0 in shape:
-            raise UpdateError(
-                f"{self.client}, {key}: shape {shape} has no elements; were sharded parameters (ZeRO-3, FSDP) gathered when "
-                "the adapter was saved?"
-            )
-        if parse_key(key)[0] != key:
-            raise UpdateError(f"{self.client}, {key}: not a key that save_pretrained writes; that is {parse_key(key)[0]}")
-        return TensorSpec(shape, DTYPES_SAVED[dtype])
+        # A dtype that PyTorch has no name for here is none that can be averaged.
+        spec = TensorSpec(shape, SAVED_DTYPES.get(dtype, torch.complex64))
+        check_tensor(saved, spec, self.client, dtype, self._files)
+        return spec
 
     def __getitem__(self, key: str) -> Tensor:
-        tensor: Tensor = self._files[key].get_tensor(key)
+        given = self._keys[key]
+        tensor: Tensor = self._files[given].get_tensor(given)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -143,7 +147,8 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """Read the state dict and the configuration of a PEFT LoRA folder.
 
     Returns:
-        The tensors by the keys of the file, and the content of adapter_config.json.
+        The tensors by the keys of the file, without what wrappers such as torch.compile put into them, and the content of
+        adapter_config.json.
 
     Raises:
         UpdateError: no PEFT LoRA folder in safetensors format, a truncated one, or a variant that cannot be rotated.
