@@ -78,8 +78,8 @@ def _merge(args: argparse.Namespace) -> None:
             options |= {"rank": args.rank, "alpha": args.alpha, "method": args.method, "reflections": args.reflections}
             result = merge(args.folders, args.weights, rename=renaming, **options)
             print(result.report)
-            record = _record(args, "folders", "weights", "normalize", "rank", "alpha", "modules_to_save", "base")
-            result.save(args.output, record=record | {"rename": renaming})
+            record = _record(args, "folders", "weights", "rank", "alpha", "modules_to_save", "base")
+            result.save(args.output, record=record | {"normalize": args.normalize == "yes", "rename": renaming})
             print(f"written to {args.output}")
     for warning in noticed:
         print(f"note: {warning.message}", file=sys.stderr)

@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -41,6 +41,10 @@ class MergePlan:
     scalings: dict[str, float]
     saved: dict[str, Tensor]
     config: dict[str, Any]
+
+    def at_rank(self, rank: int) -> "MergePlan":
+        """The same plan, every module of at least this rank."""
+        return replace(self, layout=union_layout(self.adapters, rank))
 
 
 def plan_merge(

@@ -73,7 +73,7 @@ def preview_merge(plan: MergePlan, *, reflections: bool = False) -> MergePreview
         errors[first][rank] = (own / norm if norm else 0.0) if rank is None else curve[rank]
         if rank is None or rank < default:
             options = AggregationOptions(method=other, reflections=reflections)
-            errors[other][rank] = merge_planned(plan, options, rank, None).report.relative_error or 0.0
+            errors[other][rank] = merge_planned(plan.at_rank(rank or 0), options, rank, None).report.relative_error or 0.0
     tolerated = next(rank for rank in range(1, exact + 1) if curve[rank] <= TOLERATED)
     return MergePreview(default, exact, tolerated, errors)
 

@@ -52,7 +52,7 @@ BROKEN_FOLDERS = {
     "configuration a list": (write(CONFIG_FILE, '["LORA"]'), [CONFIG_FILE]),
     "configuration a word": (write(CONFIG_FILE, '"LORA"'), [CONFIG_FILE]),
     "configuration huge": (write(CONFIG_FILE, '{"peft_type": "LORA"' + " " * (1 << 20) + "}"), [CONFIG_FILE, "larger"]),
-    "integers": (tensors(steps=torch.ones(3, dtype=torch.int64)), ["steps", "I64", "(3,)"]),
+    "integers": (tensors(**{"x.lora_A.weight": torch.ones(2, 3, dtype=torch.int64)}), ["x.lora_A", "I64", "(2, 3)"]),
     "8 bits": (tensors(head=torch.ones(3).to(torch.float8_e4m3fn)), ["head", "F8_E4M3", "(3,)"]),
     "adapter's name in a key": (tensors(**{"x.lora_A.default.weight": torch.ones(2, 3)}), ["x.lora_A.default.weight"]),
     "NaN": (tensors(**{A: torch.full((4, 16), math.nan)}), [A, "(4, 16)", "NaN"]),

@@ -12,9 +12,9 @@ from transformers import BertConfig, BertForSequenceClassification
 import fedrot
 from fedrot.cli.commands import main
 
-from .dense import KIND, SHARES
-from .peft_models import KINDS, Kind, base_model, client_updates, factor_keys, peft_model, save_folder, turned_clients
-from .refusals import HEAD, refused
+from ..dense import KIND, SHARES
+from ..peft_models import KINDS, Kind, base_model, client_updates, factor_keys, peft_model, save_folder, turned_clients
+from ..refusals import HEAD, refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
