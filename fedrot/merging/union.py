@@ -144,9 +144,9 @@ def union_storage(adapters: Sequence[Update], layout: Layout, base: Sequence[str
             if parts.setdefault(known, theirs) != theirs:
                 shapes = [x.storage.pack_specs(x.specs)[k].shape for x, k in ((adapter, key), (other, known))]
                 raise UpdateError(
-                    f"{adapter.name}, {key}: shape {shapes[0]} of {len(theirs)} experts, but {other.name} has {shapes[1]} of "
-                    f"{len(parts[known])} in {known}; merge adapters of one base model, and of two parameters of a module if "
-                    "one adapter has both"
+                    f"{adapter.name}, {key}: shape {shapes[0]} of {len(theirs)} experts, but {other.name} has {shapes[1]} "
+                    f"of {len(parts[known])} in {known}; merge adapters of one base model, and of two parameters of a module "
+                    "if one adapter has both"
                 )
     copies: dict[str, str] = {}
     for adapter in adapters:
