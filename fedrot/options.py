@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -69,7 +70,7 @@ def whole_number(name: str, value: Any) -> int:
 class AggregationOptions:
     """The options of an aggregation; each is also a keyword of ``aggregate`` and ``FedRotAggregator``.
 
-    Every field's meaning stands in its metadata under ``help``. ``python -m fedrot.options`` prints them.
+    Every field's meaning stands in its metadata under ``help``. ``fedrot aggregate --help`` prints them.
 
     Raises:
         ValueError: a value that an option does not take.
@@ -212,12 +213,20 @@ def refuse_old_spellings(given: Mapping[str, Any]) -> None:
         if name == "reference" and isinstance(value, str) and Path(value).is_dir():
             continue  # an adapter whose folder is called global or consensus
         instead = _OLD_VALUES.get((name, value)) if isinstance(value, str) else None
+        if name == "reference" and isinstance(value, str) and instead is None:
+            _refuse_misspelt_word(value)
         instead = instead or _OLD_NAMES.get(name)
         if instead is not None:
             shown = "…" if isinstance(value, Mapping | tuple) and value else repr(value)  # not an adapter's tensors
             raise ValueError(f"{name}={shown} is a spelling of fedrot 0.1; write {instead}")
 
 
-if __name__ == "__main__":
-    for f in fields(AggregationOptions):
-        print(f"{f.name} = {f.default!r}\n    {f.metadata['help']}")
+def _refuse_misspelt_word(reference: str) -> None:
+    """Raise ValueError if a reference is no path that exists, and nearly a word that fedrot 0.1 took in its place."""
+    words = [value for name, value in _OLD_VALUES if name == "reference"]
+    near = [] if Path(reference).exists() else get_close_matches(reference.lower(), words, n=1, cutoff=0.8)
+    if near:
+        instead = _OLD_VALUES["reference", near[0]]
+        raise ValueError(
+            f"reference={reference!r} is neither a folder nor a word; {near[0]} was one in fedrot 0.1, now write {instead}"
+        )

@@ -10,7 +10,8 @@ import fedrot
 from fedrot import METHODS, AggregationOptions, FedRotAggregator
 from fedrot.options import OF_ALIGNMENT, OPTION_NAMES
 
-from .refusals import refused
+from .peft_models import save_clients
+from .refusals import LINEAR, refused
 
 NOT_A_FLAG = [0, 1, "yes", None]
 WRONG = {
@@ -159,6 +160,19 @@ def test_an_old_reference_is_told_the_new_method(clients, value, new):
     ):
         with refused("reference", repr(value), "fedrot 0.1", new, error=ValueError):
             call()
+
+
+@pytest.mark.parametrize("value", ["concensus", "Consensus", "consenus", "globl"])
+def test_a_misspelt_word_for_a_reference_is_told_the_method_too(clients, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    near, new = ("global", "what clients start from") if value == "globl" else ("consensus", 'method="fedrot-consensus"')
+    for call in (lambda: fedrot.aggregate(clients, reference=value), lambda: FedRotAggregator(value)):
+        with refused(f"reference={value!r} is neither a folder nor a word", near, new, error=ValueError):
+            call()
+    with refused("there is no folder adapter7", "save_pretrained"):
+        fedrot.aggregate(clients, reference="adapter7")
+    save_clients(LINEAR, tmp_path, 1)[0].rename(value)
+    assert fedrot.aggregate(clients, reference=value).state_dict
 
 
 def test_merge_tells_the_new_method(folders):

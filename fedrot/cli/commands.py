@@ -1,6 +1,7 @@
 """The commands. Only ``simulate`` and ``compare`` load the simulator; the rest needs nothing but fedrot."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,9 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, 1 for bad input, 2 for a wrong command line, 130 for an interrupt.
+        The exit status: 0, 1 for bad input, 2 for a wrong command line, 130 for an interrupt, 141 where what reads the
+        output has ended, as ``head`` does.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:  # after SystemExit too, which --help raises
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: list[str]) -> int:
     try:
         if argv and argv[0] in SIMULATOR:
             return _load_simulator()(argv[0], argv[1:])
@@ -37,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"fedrot: error: {error}", file=sys.stderr)
         return 1
@@ -45,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _aggregate(args: argparse.Namespace) -> None:
     check_new(args.output)
     result = _aggregate_folders(args)
+    # Before anything is printed, which ends the command if nobody reads it.
+    result.save(args.output, updates=args.folders, record=_record(args, "folders", "weights", "reference", "round"))
     print(result.report)
     _explain_no_rotation(result, args)
-    result.save(args.output, updates=args.folders, record=_record(args, "folders", "weights", "reference", "round"))
     if result.personal:
         print(f"written to {args.output}, a folder per client: what is shared and its own B")
     elif result.base_update is not None:
@@ -77,9 +93,9 @@ def _merge(args: argparse.Namespace) -> None:
             check_new(args.output)
             options |= {"rank": args.rank, "alpha": args.alpha, "method": args.method, "reflections": args.reflections}
             result = merge(args.folders, args.weights, rename=renaming, **options)
-            print(result.report)
             record = _record(args, "folders", "weights", "rank", "alpha", "modules_to_save", "base")
             result.save(args.output, record=record | {"normalize": args.normalize == "yes", "rename": renaming})
+            print(result.report)
             print(f"written to {args.output}")
     for warning in noticed:
         print(f"note: {warning.message}", file=sys.stderr)

@@ -109,7 +109,7 @@ class Checkpoint:
         """List the options with which a checkpoint must be resumed."""
         method, optimizer = self._aggregator.method, self._aggregator.server_optimizer
         options = {name: getattr(self._aggregator.options, name) for name in _OPTIONS} | {"strength": method.strength}
-        return options | {"server_optimizer": None if optimizer is None else [optimizer.name, optimizer.lr]}
+        return options | {"server_optimizer": optimizer and [optimizer.name, optimizer.lr, optimizer.beta]}
 
     def _check_run(self, saved: dict[str, Any]) -> None:
         """Raise ValueError unless a run with the saved options can go on with this one's."""

@@ -1,5 +1,6 @@
 """Server optimizers (FedOpt, arXiv 2003.00295), which step towards the mean of a round instead of taking it."""
 
+import math
 from collections.abc import Container, Mapping
 from typing import Literal, get_args
 
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from fedrot_kernels import widen
 
 from ..adapters.checks import is_finite, not_finite
-from ..adapters.keys import TensorSpec
+from ..adapters.keys import TensorSpec, parse_factor
 from ..adapters.update import Update
 from ..errors import UpdateError
+from .optimizer_state import check_shapes, check_state
 
 ServerOptimizerName = Literal["none", "momentum", "adam"]
-_MOMENTUM, _BETAS, _EPS = 0.9, (0.9, 0.999), 1e-8
+_BETA, _BETA_2, _EPS = 0.9, 0.999, 1e-8
 
 
 class ServerOptimizer:
@@ -30,17 +32,23 @@ class ServerOptimizer:
     train in a round does not move, nor do its moments.
 
     Args:
-        name: "momentum" (β 0.9) or "adam" (β 0.9 and 0.999, ε 1e-8, bias-corrected).
-        lr: the server's learning rate; momentum with β = 0 and lr 1 would be plain averaging.
+        name: "momentum" (β) or "adam" (β and 0.999, ε 1e-8, bias-corrected).
+        lr: the server's learning rate.
+        beta: β, how much of the last step stays in the next one, from 0 to below 1; momentum with β = 0 and lr 1 is plain
+            averaging.
+
+    Raises:
+        ValueError: another name, a learning rate that is not a positive number, or a β out of its range.
     """
 
-    def __init__(self, name: ServerOptimizerName, lr: float):
+    def __init__(self, name: ServerOptimizerName, lr: float, beta: float = _BETA):
         if name not in get_args(ServerOptimizerName)[1:]:
-            raise ValueError(f"a server optimizer is momentum or adam, got {name!r}")
-        is_number = isinstance(lr, int | float) and not isinstance(lr, bool)
-        if not is_number or not lr > 0:
+            raise ValueError(f"a server optimizer is momentum or adam, got {name!r}; for none pass server_optimizer=None")
+        if not _is_number(lr) or not 0 < lr < math.inf:
             raise ValueError(f"the server's learning rate must be a positive number, got {lr!r}")
-        self.name, self.lr = name, float(lr)
+        if not _is_number(beta) or not 0 <= beta < 1:
+            raise ValueError(f"the server optimizer's beta must be a number from 0 to below 1, got {beta!r}")
+        self.name, self.lr, self.beta = name, float(lr), float(beta)
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._restored: dict[str, Tensor] | None = None
@@ -62,6 +70,7 @@ class ServerOptimizer:
         Raises:
             UpdateError: a reference that lacks a tensor or has it in another shape, or a step that overflows the dtype of
                 the result. The optimizer is then as before.
+            ValueError: a loaded state of another adapter.
         """
         self._check(reference, mean)
         before = self.state_dict()
@@ -82,6 +91,8 @@ class ServerOptimizer:
                 )
         if found := not_finite(reference, list(mean)):
             raise UpdateError(f"{reference.name}, {found}; a server optimizer steps from it")
+        if self._restored:
+            check_shapes(self._restored, {key: tuple(x.shape) for key, x in mean.items()}, list(mean), "the round's mean")
 
     def _step(
         self, reference: Update, mean: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], frozen: Container[str]
@@ -92,9 +103,9 @@ class ServerOptimizer:
             self._parameters = {key: nn.Parameter(x) for key, x in copies.items()}
             values = list(self._parameters.values())
             if self.name == "adam":
-                self._optimizer = torch.optim.Adam(values, self.lr, _BETAS, _EPS)
+                self._optimizer = torch.optim.Adam(values, self.lr, (self.beta, _BETA_2), _EPS)
             else:
-                self._optimizer = torch.optim.SGD(values, self.lr, _MOMENTUM)
+                self._optimizer = torch.optim.SGD(values, self.lr, self.beta)
             self._load()
         for key, p in self._parameters.items():
             start = widen(reference[key].to(p.device)).reshape(p.shape)
@@ -113,15 +124,20 @@ class ServerOptimizer:
                     state[f"{name}.{key}"] = x.clone(memory_format=torch.contiguous_format)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], reference: Update | None = None) -> None:
         """Go on from what ``state_dict`` returned, at the next step.
 
+        Args:
+            state: what was returned.
+            reference: the adapter that the next step starts from, to check the state against; None if it is not known yet.
+
         Raises:
-            ValueError: the state of another optimizer.
+            ValueError: the state of another optimizer, or of another adapter. The optimizer is then as before.
         """
-        other = "momentum_buffer" if self.name == "adam" else "exp_avg"
-        if any(name.startswith(f"{other}.") for name in state):
-            raise ValueError(f"this is not the state of a server optimizer of the name {self.name}")
+        check_state(state, self.name)
+        if reference is not None and state:
+            factors = [key for key in reference.specs if parse_factor(key)]
+            check_shapes(state, {key: spec.shape for key, spec in reference.specs.items()}, factors, reference.name)
         self._restored, self._optimizer = dict(state), None
 
     @torch.no_grad()
@@ -129,11 +145,13 @@ class ServerOptimizer:
         assert self._optimizer is not None
         for full, x in (self._restored or {}).items():
             name, key = full.split(".", 1)
-            if key not in self._parameters or (name != "step" and x.shape != self._parameters[key].shape):
-                raise ValueError(f"the server optimizer's state has {key} {tuple(x.shape)}, which the adapter has not")
             p = self._parameters[key]
             if name == "value":
                 p.copy_(x)
             else:  # Adam counts its steps on the CPU
                 self._optimizer.state[p][name] = x.clone() if name == "step" else x.to(p.device).clone()
         self._restored = None
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)

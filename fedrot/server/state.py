@@ -41,7 +41,10 @@ class ServerState:
     ):
         self.options, self.method = options, make_method(options)
         if not isinstance(server_optimizer, ServerOptimizer | None):
-            raise ValueError(f"server_optimizer must be a fedrot.ServerOptimizer, got {server_optimizer!r}")
+            raise ValueError(
+                f"server_optimizer must be a fedrot.ServerOptimizer or None, got {server_optimizer!r}; pass "
+                'fedrot.ServerOptimizer("momentum", lr=…) or fedrot.ServerOptimizer("adam", lr=…), and None for none'
+            )
         if server_optimizer is not None and not self.method.supports_server_optimizer:
             raise ValueError(
                 f"{self.method.name}'s result is no mean in the basis of the last one, towards which a server optimizer "
@@ -103,7 +106,9 @@ class ServerState:
             )
         index = whole_number("round", state["round"])
         if self.server_optimizer is not None:
-            self.server_optimizer.load_state_dict(state["server_optimizer"])
+            reference = state["reference"]
+            opened = None if reference is None else open_update(reference, "the state's reference")
+            self.server_optimizer.load_state_dict(state["server_optimizer"], opened)
         self.reference = state["reference"]
         self.round, self._config = index, state["config"]
 

@@ -1,6 +1,7 @@
 """The commands as typed, with what they print and leave, and what bad input leaves behind: nothing."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,31 @@ def test_the_module_is_the_command():
     run = subprocess.run([sys.executable, "-m", "fedrot.cli", "inspect", "nowhere"], capture_output=True, text=True)
     said = "fedrot: error: client 0 (nowhere): there is no folder nowhere; pass a folder that save_pretrained wrote\n"
     assert (run.returncode, run.stderr) == (1, said)
+
+
+def run_for_nobody(*arguments, unbuffered):
+    """Run a command whose output nobody reads, as after ``| head``, written in one piece or as it is printed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    with os.fdopen(writing, "wb") as output:
+        command = [sys.executable, "-m", "fedrot.cli", *arguments]
+        return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("command", ["methods", "inspect", "--help"])
+def test_a_reader_that_ends_early_ends_the_command_quietly(folders, command):
+    for unbuffered in (True, False):
+        run = run_for_nobody(command, *(folders if command == "inspect" else []), unbuffered=unbuffered)
+        # argparse itself passes over an error in writing its help.
+        assert run.stderr == "" and run.returncode in ((0, 141) if command == "--help" else (141,))
+
+
+@pytest.mark.parametrize("command", ["aggregate", "merge"])
+def test_a_result_is_written_whoever_reads_the_report(folders, tmp_path, command):
+    run = run_for_nobody(command, *folders, "--output", str(tmp_path / "merged"), unbuffered=True)
+    assert (run.returncode, run.stderr) == (141, "")
+    assert_written(tmp_path / "merged", getattr(fedrot, command)(folders))
 
 
 def test_aggregate_writes_what_the_api_returns(folders, tmp_path, capsys):

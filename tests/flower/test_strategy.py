@@ -320,6 +320,8 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
         ({"min_train_replies": 0}, "min_train_replies"),
         ({"on_invalid": "ignore"}, "on_invalid"),
         ({"method": "flexlora", "server_optimizer": ServerOptimizer("adam", 0.1)}, "server optimizer"),
+        ({"server_optimizer": "momentum"}, "got 'momentum'; pass fedrot.ServerOptimizer"),
+        ({"server_optimizer": "none"}, "None for none"),
     ):
         with pytest.raises(ValueError, match=said):
             FedRot(**options)

@@ -268,6 +268,9 @@ def test_options():
         FedRotModelAggregator(on_invalid="ignore")
     with refused("flexlora", "server optimizer", error=ValueError):
         FedRotModelAggregator(fedrot.ServerOptimizer("adam", 0.1), method="flexlora")
+    for name in ("momentum", "none"):
+        with refused(f"got {name!r}", "pass fedrot.ServerOptimizer", "None for none", error=ValueError):
+            FedRotModelAggregator(server_optimizer=name)
     with refused("fedrot 0.1", "reflections=True", error=ValueError):
         FedRotModelAggregator(group="O")
     with refused("fedrot 0.1", "fedrot-consensus", error=ValueError):

@@ -9,7 +9,7 @@ from fedrot import FedRotAggregator, ServerOptimizer
 
 from ..definitions import assert_same_bits
 from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
-from ..refusals import refused
+from ..refusals import HEAD, LINEAR, A, refused
 
 KIND = KINDS["float64"]
 LR = {"momentum": 0.7, "adam": 0.05}
@@ -109,9 +109,17 @@ def test_small_steps_add_up_in_half_precision():
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="momentum or adam, got 'sgd'"):
         ServerOptimizer("sgd", 1.0)
-    for lr in (0, "0.1", True, float("nan")):
+    with pytest.raises(ValueError, match="got 'none'; for none pass server_optimizer=None"):
+        ServerOptimizer("none", 1.0)
+    for lr in (0, "0.1", True, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"must be a positive number, got {lr!r}"):
             ServerOptimizer("adam", lr)
+    for beta in (1, -0.1, "0.9", True, float("nan"), None):
+        with pytest.raises(ValueError, match=f"beta must be a number from 0 to below 1, got {beta!r}"):
+            ServerOptimizer("momentum", 1.0, beta)
+    for given in ("momentum", "none", "adam", ServerOptimizer, torch.optim.SGD):
+        with refused("server_optimizer", repr(given), 'fedrot.ServerOptimizer("momentum", lr=…)', "None", error=ValueError):
+            FedRotAggregator(server_optimizer=given)
     for method in ("flora", "flexlora", "fedex-lora", "random-rotation"):
         with pytest.raises(ValueError, match=f"{method}'s result is no mean"):
             FedRotAggregator(method=method, server_optimizer=ServerOptimizer("adam", 1.0))
@@ -130,13 +138,71 @@ def test_the_state_of_another_optimizer_or_adapter_is_refused():
     reference, updates = turned_clients(KIND, 2)
     aggregator = FedRotAggregator(reference, server_optimizer=ServerOptimizer("adam", 0.1))
     aggregator.aggregate(updates)
-    state = aggregator.server_optimizer.state_dict()
-    with pytest.raises(ValueError, match="not the state of a server optimizer of the name momentum"):
-        ServerOptimizer("momentum", 0.1).load_state_dict(state)
+    state = aggregator.state_dict()
+    with refused("is not of the state of a server optimizer of the name momentum", error=ValueError):
+        ServerOptimizer("momentum", 0.1).load_state_dict(state["server_optimizer"])
+    # Known only at the next step, where the optimizer is loaded by itself.
+    cut = {name: x if name.startswith("step.") else x.flatten()[:1] for name, x in state["server_optimizer"].items()}
     other = FedRotAggregator(reference, server_optimizer=ServerOptimizer("adam", 0.1))
-    other.server_optimizer.load_state_dict({name: x.flatten()[:1] for name, x in state.items()})
-    with pytest.raises(ValueError, match="which the adapter has not"):
+    other.server_optimizer.load_state_dict(cut)
+    with refused("the server optimizer's state has", "(1,), but the round's mean has", error=ValueError):
         other.aggregate(updates)
+    assert_same_bits(other.server_optimizer.state_dict(), cut)
+
+
+VALUE, MOMENT = f"value.{HEAD}", f"exp_avg.{HEAD}"
+FOREIGN = {
+    "another optimizer's": (lambda s: s | {f"momentum_buffer.{HEAD}": s[VALUE]}, [f"momentum_buffer.{HEAD}", "adam"]),
+    "of another program": (lambda s: {"state": torch.ones(1)}, ["'state'", "adam", "state_dict()"]),
+    "no tensor": (lambda s: s | {VALUE: 1.0}, [VALUE, "adam"]),
+    "no name": (lambda s: s | {7: torch.ones(1)}, ["7", "adam"]),
+    "no mapping": (lambda s: list(s.values()), ["list", "state_dict()"]),
+    "a moment of another shape": (lambda s: s | {MOMENT: s[MOMENT][:1]}, [MOMENT, "(1, 16)", f"{VALUE} (3, 16)"]),
+    "a moment without its value": (lambda s: {k: x for k, x in s.items() if k != VALUE}, [HEAD, f"no {VALUE}"]),
+    "a moment is missing": (lambda s: {k: x for k, x in s.items() if k != MOMENT}, [f"lacks {MOMENT}"]),
+    "NaN": (lambda s: s | {VALUE: s[VALUE] * torch.nan}, ["NaN"]),
+    "another key": (lambda s: s | {"value.x": torch.ones(2)}, ["has x (2,)", "the state's reference lacks it"]),
+    "another shape": (
+        lambda s: {k: x[:1] if k.endswith(HEAD) and x.ndim else x for k, x in s.items()},
+        [f"has {HEAD} (1, 16)", "the state's reference has (3, 16)"],
+    ),
+    "a factor is missing": (lambda s: {k: x for k, x in s.items() if not k.endswith(A)}, [f"lacks {A}"]),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_state_is_refused_on_loading(change, named):
+    reference, updates = client_updates(LINEAR, 2)
+    aggregator = FedRotAggregator(reference, method="fedit", server_optimizer=ServerOptimizer("adam", 0.1))
+    aggregator.aggregate([updates])
+    state = aggregator.state_dict()
+    other = FedRotAggregator(updates, method="fedit", server_optimizer=ServerOptimizer("adam", 0.1))
+    with refused(*named, error=ValueError):
+        other.load_state_dict(state | {"server_optimizer": change(state["server_optimizer"])})
+    assert (other.round, other.server_optimizer.state_dict()) == (0, {})
+    assert_same_bits(other.reference, updates)
+    other.load_state_dict(state)
+    assert_same_bits(other.aggregate([updates]).state_dict, aggregator.aggregate([updates]).state_dict)
+
+
+def test_beta_is_of_both_optimizers():
+    reference, mean = client_updates(KIND, 2)
+    for name, beta in (("momentum", 0.5), ("momentum", 0), ("adam", 0.5)):
+        aggregator = FedRotAggregator(reference, method="fedit", server_optimizer=ServerOptimizer(name, 0.1, beta))
+        x, m = dict(reference), dict.fromkeys(reference, 0)
+        v = dict(m)
+        for t in (1, 2, 3):
+            aggregator.aggregate([mean])
+            for key in x:
+                g = x[key] - mean[key]
+                if name == "momentum":
+                    m[key] = beta * m[key] + g
+                    x[key] = x[key] - 0.1 * m[key]
+                else:
+                    m[key], v[key] = beta * m[key] + (1 - beta) * g, 0.999 * v[key] + 0.001 * g**2
+                    step = m[key] / (1 - beta**t) / ((v[key] / (1 - 0.999**t)).sqrt() + 1e-8)
+                    x[key] = x[key] - 0.1 * step
+        torch.testing.assert_close(aggregator.reference, x, rtol=1e-9, atol=1e-9)
 
 
 def test_a_step_that_overflows_leaves_the_optimizer_as_it_was():
