@@ -49,11 +49,10 @@ def find_stacks(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | Non
     Raises:
         UpdateError: factors of experts without a configuration, or of a rank that the configuration does not have.
     """
-    keys = {
-        p.module: (key, p.partner)
-        for key in specs
-        if (p := parse_factor(key)) and p.factor == "A" and _is_pair(key, p.partner, specs)
-    }
+    keys: dict[str, tuple[str, str]] = {}
+    for key in specs:
+        if (p := parse_factor(key)) and _rows(pair := (key, p.partner) if p.factor == "A" else (p.partner, key), specs):
+            keys[p.module] = pair
     levels: dict[str, list[str]] = {}  # a module → its factors' modules, the outermost first
     for module in keys:
         levels.setdefault(_without_levels(module), []).append(module)
@@ -62,7 +61,7 @@ def find_stacks(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | Non
     for module, nested in levels.items():
         nested.sort(key=len)
         if config is None and (len(nested) > 1 or _EXPERTS.search(module)):
-            key = keys[nested[0]][0]
+            key = next(key for key in keys[nested[0]] if key in specs)
             raise UpdateError(
                 f"{client}, {key} {specs[key].shape}: factors of a parameter of all experts (target_parameters) stack an "
                 "adapter per expert, and only the LoRA configuration tells how many; pass it, as configs=, as (state dict, "
@@ -75,10 +74,13 @@ def find_stacks(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | Non
     return stacks
 
 
-def _is_pair(key_A: str, key_B: str, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether both factors are matrices of one rank; ``Layout`` refuses what is not."""
-    A, B = specs[key_A].shape, specs[key_B].shape if key_B in specs else ()
-    return len(A) == len(B) == 2 and A[0] == B[1] > 0
+def _rows(pair: tuple[str, str], specs: Mapping[str, TensorSpec]) -> int:
+    """The rows of A and columns of B, of which there may be one factor; 0 if they do not fit, which ``Layout`` refuses."""
+    A, B = (specs[key].shape if key in specs else None for key in pair)
+    if any(shape is not None and len(shape) != 2 for shape in (A, B)):
+        return 0
+    found = {shape[axis] for axis, shape in enumerate((A, B)) if shape is not None}
+    return found.pop() if len(found) == 1 else 0
 
 
 def _targets(config: Mapping[str, Any] | None, client: str) -> list[str]:
@@ -133,14 +135,14 @@ def _stacks(
     for order in permutations(parameters, len(keys)):
         names = [f"{module}.{name}" for name in order]
         ranks = [rank_of(config, name, client) for name in names]
-        rows = [specs[key_A].shape[0] for key_A, _ in keys]
+        rows = [_rows(pair, specs) for pair in keys]
         counts = {n // r for n, r in zip(rows, ranks, strict=True)}
         if len(counts) == 1 and all(n % r == 0 for n, r in zip(rows, ranks, strict=True)) and 0 not in counts:
             kind = tuple((r, scaling(config, name, r, client)) for r, name in zip(ranks, names, strict=True))
             E = counts.pop()
             fitting.setdefault(kind, [Stack(name, *pair, E) for name, pair in zip(names, keys, strict=True)])
     if len(fitting) != 1:
-        shapes = " and ".join(f"{key} {specs[key].shape}" for key, _ in keys)
+        shapes = " and ".join(f"{key} {specs[key].shape}" for pair in keys for key in pair if key in specs)
         told = ", ".join(sorted({f"{name}: {rank_of(config, f'{module}.{name}', client)}" for name in parameters}))
         raise UpdateError(
             f"{client}, {shapes}: {'no' if not fitting else 'more than one'} order of the parameters fits the ranks of the "

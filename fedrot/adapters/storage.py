@@ -175,6 +175,8 @@ def find_parts(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
     for s in find_stacks(specs, config, client):
         names = [s.parameter] if s.experts == 1 else [f"{s.parameter}[{e}]" for e in range(s.experts)]
         for key, factor in ((s.key_A, "A"), (s.key_B, "B")):
+            if key not in specs:
+                continue
             parts[key] = tuple(f"{name}.lora_{factor}.weight" for name in names)
     taken = [part for key in specs for part in parts.get(key, (key,))]
     if len(set(taken)) < len(taken):
