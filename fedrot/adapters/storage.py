@@ -153,7 +153,10 @@ def find_storage(
     Raises:
         UpdateError: factors of experts without a configuration that fits them, or copies of one adapter that differ.
     """
-    parts = find_parts(specs, config, client)
+    if config is None and like is not None and like.parts:
+        parts = _parts_like(like.parts, specs, client)
+    else:
+        parts = find_parts(specs, config, client)
     if like is not None:
         if wrong := next((key for key, x in like.copies.items() if not _is_copy(key, x, specs, read)), None):
             raise UpdateError(
@@ -182,6 +185,18 @@ def find_parts(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
     if len(set(taken)) < len(taken):
         raise UpdateError(f"{client}: two of its keys name the same expert of {next(iter(parts))}; send one adapter")
     return parts
+
+
+def _parts_like(
+    parts: Mapping[str, tuple[str, ...]], specs: Mapping[str, TensorSpec], client: str
+) -> dict[str, tuple[str, ...]]:
+    """The parts of an adapter whose configuration is unknown, as another client's."""
+    found = {key: names for key, names in parts.items() if key in specs}
+    for key, names in found.items():
+        shape = specs[key].shape
+        if len(shape) != 2 or shape[0 if _is_A(key) else 1] % len(names):
+            raise UpdateError(f"{client}, {key}: shape {shape}, no multiple of the {len(names)} experts that others have")
+    return found
 
 
 def _find_copies(specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor]) -> dict[str, str]:
