@@ -56,8 +56,9 @@ class SimulationConfig(AggregationOptions):
     max_test_examples: int | None = None
     """Use at most this many test examples, drawn at random."""
     text_column: str | None = None
-    """The column that holds the text. If not set, it is the column, or the pair of columns, of a GLUE task, or the only
-    column of text that a language model's data has."""
+    """The column that holds the text. If not set, it is the column, or the pair of columns, of a GLUE task, or text. For a
+    language model it may hold chat messages. If not set, that is text, or messages, or the only column of messages or of
+    text."""
     text_pair_column: str | None = None
     """The column that holds the second text of a pair."""
     image_column: str = "image"
@@ -65,11 +66,13 @@ class SimulationConfig(AggregationOptions):
     label_column: str | None = None
     """The column that holds the class. If not set, it is label; a language model needs one only for the partition."""
     max_length: int = 128
-    """The number of tokens after which a text is cut. A language model takes the rest as another example."""
+    """The number of tokens after which a text is cut. A language model takes the rest as another example; of a conversation
+    it takes the pieces that have tokens of the assistant."""
     prompt_template: str | None = None
     """The prompt of a language model, with columns in braces, such as "Question: {question} Answer:"."""
     response_template: str | None = None
-    """The response that a language model learns, such as " {answer}". Without templates it learns the whole text column."""
+    """The response that a language model learns, such as " {answer}". Without templates it learns the whole text column,
+    or the assistant's part of the messages."""
     score: Literal["exact_match", "pass_at_1"] | None = None
     """The score of a language model's greedy answers, beside the loss: exact_match compares the last number with the
     response's, as for GSM8K; pass_at_1 runs code on test data that has HumanEval's columns."""

@@ -1,4 +1,4 @@
-"""Loading a causal language model and the texts, or prompts and responses, that it learns."""
+"""Loading a causal language model and the texts, the conversations, or the prompts and responses that it learns."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..config import SimulationConfig
+from .chat import ChatEncoder, chat_column, encode_chats
 from .columns import check_column, check_names
 from .data import class_numbers, draw_subset, load_datasets
 from .encoding import Encoder, fill_in, template_columns
@@ -19,7 +20,7 @@ _HUMANEVAL_COLUMNS = ("prompt", "canonical_solution", "test", "entry_point")
 
 
 def load_causal_lm(config: SimulationConfig) -> LanguageTask:
-    """Load texts or instructions, with any causal language model.
+    """Load texts, conversations or instructions, with any causal language model.
 
     Raises:
         ValueError: options that contradict each other, or columns that are missing or hold no text.
@@ -87,10 +88,12 @@ def _text_column(data: Dataset, name: str, config: SimulationConfig) -> str:
 
 
 def _encode_texts(data: Dataset, name: str, encoder: Encoder, config: SimulationConfig) -> Dataset:
-    """Make a row per window of every text, with the columns that the partition needs."""
+    """Make a row per window of every text or conversation, with the columns that the partition needs."""
+    kept = [c for c in data.column_names if c in (config.partition_column, config.label_column)]
+    if (chats := chat_column(data, name, config.text_column)) is not None:
+        return encode_chats(data, chats, name, ChatEncoder(encoder.tokenizer, config.model), config.max_length, kept)
     column = _text_column(data, name, config)
     check_column(data, column, name, text=True)
-    kept = [c for c in data.column_names if c in (config.partition_column, config.label_column)]
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         windows = encoder.windows(rows[column])
@@ -98,7 +101,10 @@ def _encode_texts(data: Dataset, name: str, encoder: Encoder, config: Simulation
         repeated = {key: [x for x, text in zip(rows[key], windows, strict=True) for _ in text] for key in kept}
         return {**repeated, **encoded, "prompt_tokens": [0] * len(encoded["input_ids"])}
 
-    return data.map(encode, batched=True, remove_columns=[c for c in data.column_names if c not in kept])
+    encoded = data.map(encode, batched=True, remove_columns=[c for c in data.column_names if c not in kept])
+    if not len(encoded):
+        raise ValueError(f"no text in column {column} of {name} has two tokens, of which the second could be predicted")
+    return encoded
 
 
 def _encode_answers(data: Dataset, name: str, encoder: Encoder, templates: tuple[str, str]) -> Dataset:

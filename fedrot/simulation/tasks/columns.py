@@ -24,6 +24,16 @@ def is_of_messages(feature: Any) -> bool:
     return _fields(feature) >= {"role", "content"}
 
 
+def may_hold_messages(feature: Any) -> bool:
+    """Whether a column holds chat messages, or lists of objects that may be some: such as messages with unlike fields."""
+    return is_of_messages(feature) or (is_list(feature) and type(getattr(feature, "feature", None)).__name__ == "Json")
+
+
+def is_of_pairs(feature: Any) -> bool:
+    """Whether a column holds chat messages under other names: lists of objects with from and value."""
+    return _fields(feature) >= {"from", "value"}
+
+
 def describe(feature: Any) -> str:
     """Say in words what a column holds."""
     if is_of_messages(feature):
@@ -58,9 +68,20 @@ def check_column(data: Dataset, column: str, name: str, *, text: bool = False) -
 def _cure(feature: Any) -> str:
     if is_of_messages(feature):
         return "; causal-lm takes them, without templates"
-    if _fields(feature) >= {"from", "value"}:
+    if is_of_pairs(feature):
         return "; to train causal-lm on them, name from role and value content, human user and gpt assistant"
     return "; write each value in quotation marks" if type(feature).__name__ == "Json" else ""
+
+
+def check_messages(data: Dataset, column: str, name: str) -> None:
+    """Refuse a column of messages that has gaps or whose contents are not all text."""
+    _check_gaps(data, column, name)
+    feature = data.features[column]
+    inner = feature[0] if isinstance(feature, list) else feature.feature
+    if isinstance(inner, Mapping) and describe(inner["content"]) != "text":
+        raise ValueError(
+            f"the content of the messages in column {column} of {name} holds {describe(inner['content'])}, not text"
+        )
 
 
 def check_images(data: Dataset, column: str, name: str) -> None:

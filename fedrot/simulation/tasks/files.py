@@ -1,7 +1,7 @@
 """Reading examples from local files, cell by cell as they are written."""
 
 import csv
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from .columns import describe, is_list, is_of_messages
+from .columns import is_list
 
 # Cells are taken literally: a quotation mark in a TSV is a character like others, and the word NA is a text.
 _DELIMITED: dict[str, dict[str, Any]] = {
@@ -122,10 +122,11 @@ def _check_rows(data: Dataset, path: str) -> None:
     """Refuse a file that holds one object around the rows, which would be taken for a single row."""
     if len(data) > 1:
         return
-    lists = {name: feature for name, feature in data.features.items() if is_list(feature) and not is_of_messages(feature)}
-    around = [name for name, feature in lists.items() if "objects" in describe(feature)]
+    row = data[0]
+    lists = {name: row[name] for name, feature in data.features.items() if is_list(feature) and not _is_chat(row[name])}
+    around = [name for name, values in lists.items() if values and isinstance(values[0], Mapping)]
     if around:
-        count = len(data[0][around[0]])
+        count = len(lists[around[0]])
         raise ValueError(
             f"{path} holds one object, not rows; its {around[0]!r} is a list of {count}: save that list alone, or one of "
             f"its objects a line, as with jq -c '.{around[0]}[]'"
@@ -135,6 +136,10 @@ def _check_rows(data: Dataset, path: str) -> None:
             f"{path} holds one object, not rows; its {', '.join(map(repr, lists))} are lists: save one object a row, each "
             "with a value a column"
         )
+
+
+def _is_chat(values: Any) -> bool:
+    return bool(values) and isinstance(values[0], Mapping) and "role" in values[0]
 
 
 def _check_as_written(data: Dataset, column: str, path: str) -> None:

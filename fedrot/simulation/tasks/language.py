@@ -19,6 +19,8 @@ _MAX_LOGITS = 1 << 28
 class LanguageTask(Task):
     """A task whose rows have ``input_ids``, and ``prompt_tokens``: how many of the first tokens are no targets.
 
+    Rows of conversations also have ``targets``: for every token 1 if it is a target and 0 otherwise.
+
     Attributes:
         pad_id: any token; it fills up short rows.
         scorer: scores greedy answers, or None.
@@ -37,6 +39,8 @@ class LanguageTask(Task):
             tokens[i, : len(ids)] = torch.tensor(ids)
             mask[i, : len(ids)] = 1
             labels[i, prompt : len(ids)] = tokens[i, prompt : len(ids)]
+        for i, targets in enumerate(rows.get("targets", [])):
+            labels[i, : len(targets)][torch.tensor(targets) == 0] = NO_TARGET
         return {name: x.to(device) for name, x in (("input_ids", tokens), ("attention_mask", mask), ("labels", labels))}
 
     def losses(self, logits: Tensor, labels: Tensor, clients: int) -> Tensor:
