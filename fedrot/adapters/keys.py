@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
+from .foreign import explain_keys
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Saved modules have counters, such as BatchNorm's of its batches, which cannot be averaged and are carried along.
@@ -86,6 +87,9 @@ def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, T
     specs: dict[str, TensorSpec] = {}
     original: dict[str, str] = {}
     adapters: dict[str, str] = {}
+    named = [key for key in state_dict if isinstance(key, str)]
+    if not any(map(factor_of, named)) and (why := explain_keys(named)):
+        raise UpdateError(f"{client}: {why}")
     for key, x in state_dict.items():
         if not isinstance(key, str) or not isinstance(x, Tensor):
             raise UpdateError(f"{client}, {key!r}: expected tensors by name, got {type(x).__name__}")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
-from .foreign import explain_keys
 from .keys import DTYPES, TensorSpec, is_unknown_to_lora, parse_factor
 from .names import explain_renaming, find_renaming
 
@@ -134,8 +133,6 @@ def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:
         if parsed.factor == "A":
             adapters.append(_adapter(parsed.module, key, spec, parsed.partner, specs[parsed.partner], client))
     if not adapters:
-        if why := explain_keys(specs):
-            raise UpdateError(f"{client}: {why}")
         instead = "; average virtual tokens as they are" if "prompt_embeddings" in specs else ""
         raise UpdateError(
             f"{client} has no lora_A/lora_B pair among its {len(specs)} keys{_example(specs)}; only LoRA adapters can be "
