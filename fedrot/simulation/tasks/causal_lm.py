@@ -10,6 +10,7 @@ from .chat import ChatEncoder, chat_column, encode_chats
 from .columns import check_column, check_names
 from .data import class_numbers, draw_subset, load_datasets
 from .encoding import Encoder, fill_in, template_columns
+from .fits import check_positions, check_vocabulary
 from .language import LanguageTask
 from .pretrained import check_model_folder, load_pretrained
 from .scoring import Scorer, exact_match, final_number, pass_at_1
@@ -46,12 +47,12 @@ def load_causal_lm(config: SimulationConfig) -> LanguageTask:
         test = _encode_answers(test, "the test data", encoder, test_templates)
     labels, classes = class_numbers(train, config.label_column)
     model = load_pretrained(AutoModelForCausalLM, config)
-    needed = config.max_length + (config.max_new_tokens if config.score else 0)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", needed)
-    if needed > positions:
-        raise ValueError(
-            f"the model has {positions} positions, fewer than max_length, and max_new_tokens to score: {needed}"
-        )
+    check_positions(model, config)
+    examples = {
+        name: (rows["input_ids"] for rows in data.iter(1000))
+        for name, data in (("the training data", train), ("the test data", test))
+    }
+    check_vocabulary(model, encoder.tokenizer, encoder.pad_id, config, examples)
     defaults = {"task_type": "CAUSAL_LM"}
     return LanguageTask(train, test, labels, classes, model, defaults, encoder.pad_id, scorer)
 

@@ -21,6 +21,7 @@ from ..config import SimulationConfig
 from .base import Task, at_least_float32
 from .columns import check_column, check_images, check_names
 from .data import draw_subset, encode_classes, load_datasets
+from .fits import Batches, check_lengths, check_vocabulary
 from .pretrained import check_model_folder, head_modules, keep_head_in_float32, load_pretrained
 
 Encode = Callable[[dict[str, list[Any]]], dict[str, Tensor]]
@@ -101,7 +102,16 @@ def load_text_classification(config: SimulationConfig) -> ClassificationTask:
         AutoModelForSequenceClassification, config, num_labels=len(classes), ignore_mismatched_sizes=True
     )
     keep_head_in_float32(model)
-    encode = _text_encoder(config, model, columns)
+    tokenizer = _load_tokenizer(config, model)
+    names = {"the training data": train, "the test data": test}
+    check_lengths(model, config, {name: _tokens(data, tokenizer, columns, config) for name, data in names.items()})
+    examples = {name: _tokens(data, tokenizer, columns, config) for name, data in names.items()}
+    check_vocabulary(model, tokenizer, tokenizer.pad_token_id, config, examples)
+    options = {"truncation": True, "max_length": config.max_length, "padding": True, "return_tensors": "pt"}
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Tensor]:
+        return dict(tokenizer(*(rows[column] for column in columns), **options))
+
     # The task type makes PEFT train the head.
     return ClassificationTask(train, test, labels, classes, model, {"task_type": "SEQ_CLS"}, encode, label_column)
 
@@ -165,10 +175,15 @@ def _with_classes(
     return train, test, np.array(train[column]), list(train.features[column].names), column
 
 
-def _text_encoder(config: SimulationConfig, model: PreTrainedModel, columns: list[str]) -> Encode:
+def _load_tokenizer(config: SimulationConfig, model: PreTrainedModel) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     if tokenizer.pad_token is None:  # as language models have it; a classifier needs to know where a text ends
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    options = {"truncation": True, "max_length": config.max_length, "padding": True, "return_tensors": "pt"}
-    return lambda rows: dict(tokenizer(*(rows[column] for column in columns), **options))
+    return tokenizer
+
+
+def _tokens(data: Dataset, tokenizer: Any, columns: list[str], config: SimulationConfig) -> Batches:
+    """Yield the tokens of all texts, batch by batch."""
+    for rows in data.iter(1000):
+        yield tokenizer(*(rows[c] for c in columns), truncation=True, max_length=config.max_length)["input_ids"]

@@ -15,6 +15,7 @@ from ..config import SimulationConfig
 from .cache import cached_model, digest
 from .columns import check_names
 from .data import class_numbers, draw_subset
+from .fits import check_positions
 from .language import LanguageTask
 from .pretrained import prepare
 
@@ -51,12 +52,13 @@ _SIZES: dict[str, Any] = {
 
 def load_stdlib_task(config: SimulationConfig, base_model: Path | None) -> LanguageTask:
     """Load windows of ``max_length`` bytes, and the Llama: from ``base_model`` if given, from the cache, or pretrained."""
+    model = prepare(LlamaForCausalLM.from_pretrained(base_model) if base_model else stdlib_model(), config)
+    check_positions(model, config)
     train, test = stdlib_data(config.max_length)
     train, test = draw_subset(train, config.max_train_examples), draw_subset(test, config.max_test_examples)
     if config.partition_column is not None:
         check_names(train, config.partition_column, "the training data")
     labels, classes = class_numbers(train, config.label_column)
-    model = prepare(LlamaForCausalLM.from_pretrained(base_model) if base_model else stdlib_model(), config)
     defaults = {"task_type": "CAUSAL_LM", "target_modules": TARGETS}
     return LanguageTask(train, test, labels, classes, model, defaults)
 
