@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from fedrot.simulation import SimulationConfig, load_task, simulate
+from fedrot.simulation.tasks import stdlib
 from fedrot.simulation.tasks.fits import positions
 
 from ..language_models import SIZES, save_llama
@@ -147,6 +148,7 @@ def test_a_language_models_positions_hold_its_answers_too(language):
         load_task(language(300, score="exact_match", max_new_tokens=8, **templates))
 
 
-def test_the_embedded_models_positions_count_too():
+def test_the_embedded_models_positions_count_too(monkeypatch):
+    monkeypatch.setattr(stdlib, "stdlib_model", lambda: LlamaForCausalLM(LlamaConfig(**stdlib._SIZES)))  # not pretrained
     with pytest.raises(ValueError, match="the model has 2048 positions, fewer than max_length, which is 4096"):
         load_task(SimulationConfig(model="stdlib", dataset="stdlib", max_length=4096))

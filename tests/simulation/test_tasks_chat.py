@@ -38,7 +38,9 @@ SPACED_MARKED = """{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'a
 {% endgeneration %}{% else %}{{ m['content'] }}
 {% endif %}{% endfor %}"""
 # As reasoning models: the last answer alone is shown with its thoughts.
-THINKING = PLAIN.replace("{{ m['content'] }}", "{% if loop.last %}<think></think>{% endif %}{{ m['content'] }}")
+THINKING = PLAIN.replace(
+    "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+)
 
 
 def chat(*contents, system=None):
@@ -185,11 +187,13 @@ def test_labels_are_the_assistants_tokens(configure, template):
 
 
 def test_a_long_conversation_is_cut_into_examples_and_the_log_says_so(configure, caplog):
-    chats = [chat(*(f"question {i}, how many? {j}" for j in range(2 * i))) for i in range(1, 9)]
+    # The long questions fill pieces of their own.
+    chats = [chat(*(f"question {i}, how many? {j} " * (1 + 9 * (j == 0)) for j in range(2 * i))) for i in range(1, 9)]
     whole = load_task(configure(chats, name="whole.jsonl", max_length=2000))
     caplog.set_level(logging.INFO, "fedrot.simulation")
     caplog.clear()
     task = load_task(configure(chats, max_length=60, partition_column=None))
+    left_out = 0
     for data, complete, name in ((task.train, whole.train, "training"), (task.test, whole.test, "test")):
         expected, cut = [], 0
         for row in complete:
@@ -197,12 +201,14 @@ def test_a_long_conversation_is_cut_into_examples_and_the_log_says_so(configure,
             pieces = [
                 (row["input_ids"][i : i + 60], row["targets"][i : i + 60]) for i in range(0, len(row["input_ids"]), 60)
             ]
+            left_out += sum(not any(targets[1:]) for _, targets in pieces)
             expected += [(ids, targets) for ids, targets in pieces if any(targets[1:])]
         assert [(row["input_ids"], row["targets"]) for row in data] == expected
         assert (
             f"{cut} of {len(complete)} conversations of the {name} data are longer than max_length 60 tokens" in caplog.text
         )
         assert f"{len(expected)} in all" in caplog.text
+    assert left_out > 5
 
 
 def test_the_loss_is_the_mean_over_the_assistants_tokens(configure):
