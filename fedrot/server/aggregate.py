@@ -25,9 +25,9 @@ def aggregate(
     (FedIT), or what another of ``fedrot.METHODS`` makes of them; every other tensor is averaged. Deterministic: the same
     inputs give the same bits.
 
-    Variants of LoRA that a rotation would break are refused as far as keys, shapes and a folder's configuration show
-    them. A bare state dict does not tell block-diagonal factors, nor ``target_parameters`` of a module that is not
-    called "experts": pass those as folders.
+    Variants of LoRA that a rotation would break, and clients whose factors mean different things, are refused as far as keys,
+    shapes and configurations show them. A bare state dict does not tell block-diagonal factors, nor how many experts a factor
+    of ``target_parameters`` holds: pass those as folders, or with ``configs``.
 
     Args:
         updates: for every client a PEFT state dict (as from ``peft.get_peft_model_state_dict`` or with the adapter's name
@@ -35,12 +35,13 @@ def aggregate(
             float64. All clients must be alike, but for ranks and scalings in the "fedrot" methods, "flexlora", "flora" and
             "fedex-lora", which then need the clients' configurations.
         weights: a non-negative number per update, such as the client's example count; None for equal weights.
-        reference: the global adapter that the clients started from, in either form. None takes the update of the largest
-            weight (the first of several; of the largest ranks, where they differ), for clients without a common start.
-        round: the round's index, from 0. It decides what ``align_on="alternate"`` aligns, what RoLoRA trained and what is
-            drawn at random.
+        reference: the global adapter that the clients started from, in either form. None is for clients without a common
+            start: "fedrot" then takes their consensus, as "fedrot-consensus" does, and in other methods that rotate the
+            update of the largest weight stands in for it (the first of several; of the largest ranks, where they differ).
+        round: the round's index, from 0, which no call can know by itself. It decides what ``align_on="alternate"`` aligns,
+            what RoLoRA trained and what is drawn at random.
         configs: the LoRA configuration of state dicts, a ``peft.LoraConfig`` for all or one each: needed where s of
-            ΔW = s·B·A plays a part (FLoRA, FedEx-LoRA, unequal ranks or scalings). Folders have theirs.
+            ΔW = s·B·A plays a part (FLoRA, FedEx-LoRA, unequal ranks or scalings), and for experts. Folders have theirs.
         **options: fields of ``AggregationOptions``: ``method``, ``strength``, ``align_on`` and others.
 
     Returns:

@@ -28,8 +28,7 @@ from .sweep.fields import LISTS, drop_field, has_field
 
 _SITUATIONS = {
     "shared": "all clients start from one adapter, and are rotated towards it.",
-    "independent": "each client starts from an adapter of its own; the first round is rotated towards the largest "
-    "client's adapter, and by fedrot-consensus towards each other.",
+    "independent": "each client starts from an adapter of its own; the first round is rotated towards the consensus.",
 }
 
 
