@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fedrot.simulation import SimulationConfig, simulate
+from fedrot.simulation.clients import _lora_config
 from fedrot.simulation.sweep.comparison import Comparison
 
 from .test_run import QUICK
@@ -78,7 +79,7 @@ def test_options_of_lora_have_types_too(task, tmp_path, lora, message):
 
 @pytest.mark.parametrize(
     "lora",
-    [{"r": 2, "lora_alpha": 2.5}, {"r": 2, "init_lora_weights": "pissa_niter_4"}, {"r": 2, "target_modules": {"fc1"}}],
+    [{"r": 2, "lora_alpha": 2.5}, {"r": 2, "init_lora_weights": "gaussian"}, {"r": 2, "target_modules": {"fc1"}}],
 )
 def test_what_peft_takes_is_taken(task, tmp_path, lora):
     simulate(SimulationConfig(**QUICK | {"rounds": 1}, lora=lora), tmp_path / "run", task=task, progress=False)
@@ -127,3 +128,7 @@ except ModuleNotFoundError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert message in done.stdout and ("pip install" in message or "pip install" not in done.stdout)
+
+
+def test_a_name_of_an_initialisation_that_holds_a_number_has_the_right_type():
+    assert _lora_config({"r": 2, "init_lora_weights": "pissa_niter_4"}).init_lora_weights == "pissa_niter_4"
