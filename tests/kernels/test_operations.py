@@ -122,10 +122,10 @@ def test_a_rotation_that_did_not_converge_is_an_error_that_names_the_client(monk
         return align_average
 
     monkeypatch.setattr(fk, "align_average", wrong_by(5e-5))
-    fedrot.aggregate(updates)
+    fedrot.aggregate(updates, reference=updates[0])
     monkeypatch.setattr(fk, "align_average", wrong_by(2e-4))
     with pytest.raises(fedrot.UpdateError, match=r"client 2, n: its rotation did not converge.* 2.0e-04"):
-        fedrot.aggregate(updates)
+        fedrot.aggregate(updates, reference=updates[0])
 
 
 @pytest.mark.parametrize("r", [2, 16, 64])
