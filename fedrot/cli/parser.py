@@ -98,7 +98,11 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_clients(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="PEFT folders, one per client")
-    parser.add_argument("--reference", metavar="DIR", help="the adapter the clients started from (default: none; fedrot then takes the clients' consensus)")
+    parser.add_argument(
+        "--reference",
+        metavar="DIR",
+        help="the adapter the clients started from (without one, fedrot takes the clients' consensus)",
+    )
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per folder (default: all equal)")
     parser.add_argument(
         "--round",

@@ -144,8 +144,8 @@ def union_storage(adapters: Sequence[Update], layout: Layout, base: Sequence[str
             if parts.setdefault(known, theirs) != theirs:
                 shapes = [x.storage.pack_specs(x.specs)[k].shape for x, k in ((adapter, key), (other, known))]
                 raise UpdateError(
-                    f"{adapter.name}, {key}: shape {shapes[0]} of {len(theirs)} experts, but {other.name} has {shapes[1]} "
-                    f"of {len(parts[known])} in {known}; merge adapters of one base model, and of two parameters of a module "
+                    f"{adapter.name}, {key}: shape {shapes[0]} of {len(theirs)} experts, but {other.name} has "
+                    f"{shapes[1]} of {len(parts[known])} in {known}; merge adapters of one base model, and of two parameters of a module "
                     "if one adapter has both"
                 )
     copies: dict[str, str] = {}

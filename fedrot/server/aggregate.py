@@ -25,9 +25,9 @@ def aggregate(
     (FedIT), or what another of ``fedrot.METHODS`` makes of them; every other tensor is averaged. Deterministic: the same
     inputs give the same bits.
 
-    Variants of LoRA that a rotation would break, and clients whose factors mean different things, are refused as far as keys,
-    shapes and configurations show them. A bare state dict does not tell block-diagonal factors, nor how many experts a factor
-    of ``target_parameters`` holds: pass those as folders, or with ``configs``.
+    Variants of LoRA that a rotation would break, and clients whose factors mean different things, are refused as far as
+    keys, shapes and configurations show them. A bare state dict does not tell block-diagonal factors, nor how many experts a
+    factor of ``target_parameters`` holds: pass those as folders, or with ``configs``.
 
     Args:
         updates: for every client a PEFT state dict (as from ``peft.get_peft_model_state_dict`` or with the adapter's name
