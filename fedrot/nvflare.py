@@ -20,10 +20,11 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("fedrot.nvflare needs NVIDIA FLARE: pip install 'fedrot[nvflare]'") from error
 
-from .adapters.checks import check_update, check_weight
+from .adapters.checks import check_update
 from .adapters.layout import Layout
 from .adapters.meaning import digest
 from .adapters.update import Update, open_update, read_configs
+from .adapters.values import check_weight
 from .admission import admit, make_one_line, sort_key
 from .agreement import Digest, explain_difference, find_unlike, read_digest, write_digest
 from .errors import UpdateError

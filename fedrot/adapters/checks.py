@@ -1,6 +1,5 @@
 """Refusing what cannot be aggregated: updates, references, weights and results, by client, key and shapes."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UpdateError
-from ..options import OnInvalid
 from .config import CONFIG, scaling
 from .keys import TensorSpec
 from .layout import Layout
 from .meaning import SCALING_FIELDS, check_meaning, scaling_fields
 from .update import StateDict, Update, UpdateLike, open_update
+from .values import not_finite
 
 
 def check_updates(clients: Sequence[Update]) -> Layout:
@@ -118,84 +117,6 @@ def check_reference(opened: Update, first: Update, layout: Layout, *, finite: bo
     return opened
 
 
-def check_weights(weights: Sequence[float] | None, clients: Sequence[Update]) -> list[float]:
-    """The weights as floats, one per client; UpdateError unless they are non-negative and finite, and not all zero.
-
-    Args:
-        weights: what the caller passed; None gives equal weights.
-        clients: the clients.
-    """
-    if weights is None:
-        return [1.0] * len(clients)
-    if not isinstance(weights, Iterable):
-        raise UpdateError(f"weights must be a sequence of numbers, one per update, got {weights!r}")
-    given = list(weights)
-    if len(given) != len(clients):
-        raise UpdateError(f"{len(given)} weights for {len(clients)} updates; pass one weight per update")
-    values = [check_weight(weight, client) for client, weight in zip(clients, given, strict=True)]
-    if not any(values):
-        raise UpdateError("all weights are zero; at least one client must count")
-    return values
-
-
-def check_weight(weight: float, client: Update) -> float:
-    """The weight as a float; UpdateError unless it is finite and non-negative."""
-    try:
-        value = float(weight)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise UpdateError(f"{client.name} has weight {weight}; weights are non-negative numbers, such as example counts")
-    return value
-
-
-def valid_clients(
-    clients: Sequence[Update], weights: Sequence[float], on_invalid: OnInvalid, dropped: dict[str, str]
-) -> tuple[list[Update], list[float]]:
-    """The clients without NaN and Inf, and their weights; the others are added to ``dropped``.
-
-    Raises:
-        UpdateError: there is one, with ``on_invalid="raise"``, or none of positive weight is left.
-    """
-    kept = [(client, w) for client, w in zip(clients, weights, strict=True) if is_valid(client, on_invalid, dropped)]
-    if not any(w for _, w in kept):
-        raise nothing_left(dropped)
-    return [client for client, _ in kept], [w for _, w in kept]
-
-
-def is_valid(client: Update, on_invalid: OnInvalid, dropped: dict[str, str]) -> bool:
-    """Whether a client has neither NaN nor Inf; see ``valid_clients``."""
-    found = not_finite(client)
-    if found and on_invalid == "raise":
-        raise UpdateError(f'{client.name}, {found}; leave this client out, or drop such clients (on_invalid="drop")')
-    if found:
-        dropped[client.name] = found
-    return not found
-
-
-def nothing_left(dropped: dict[str, str]) -> UpdateError:
-    """The error of a round without a client that counts."""
-    reasons = "".join(f"; dropped {client}: {why}" for client, why in dropped.items())
-    return UpdateError(f"nothing to average: no client of positive weight is left{reasons}")
-
-
-def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:
-    """The words «key shape holds NaN or Inf» for the first such tensor, or None. One synchronisation with a device."""
-    keys = list(update) if keys is None else keys
-    if is_finite([update[key] for key in keys]):
-        return None
-    key = next(key for key in keys if not is_finite([update[key]]))
-    return f"{key} {update.specs[key].shape} holds NaN or Inf"
-
-
-@torch.no_grad()
-def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one device hold no NaN and no Inf. One synchronisation with a device."""
-    # aminmax takes a tenth of the time of isfinite, and both extremes are NaN where there is one.
-    extremes = [x for tensor in tensors if tensor.is_floating_point() for x in torch.aminmax(tensor)]
-    return not extremes or bool(torch.stack(extremes).isfinite().all())
-
-
 def as_sent(x: Tensor, spec: TensorSpec) -> Tensor:
     """A copy of a factor that was not trained, in the shape and dtype that the clients' updates have."""
     return x.detach().to(spec.dtype, copy=True).reshape(spec.shape)
@@ -243,12 +164,3 @@ def check_frozen(client: Update, expected: StateDict, frozen: Iterable[str], met
                 f"{client.name}, {key} {tuple(x.shape)}: frozen in this round of {method}, but not what clients started "
                 "from; begin from one adapter and do not train it, or pass the right round"
             )
-
-
-def check_range(state_dict: StateDict, name: str) -> None:
-    """Raise UpdateError if a result overflowed its dtype; ``name`` stands before the key."""
-    if is_finite(list(state_dict.values())):
-        return
-    for key, x in state_dict.items():
-        if not bool(x.isfinite().all()):
-            raise UpdateError(f"{name} {key} {tuple(x.shape)} overflows {x.dtype}; send updates in a wider dtype")

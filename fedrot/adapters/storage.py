@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UpdateError
 from .config import base_config
+from .copies import find_copies, is_copy
 from .experts import find_stacks, parse_module
 from .keys import TensorSpec, parse_factor
 
@@ -158,14 +159,14 @@ def find_storage(
     else:
         parts = find_parts(specs, config, client)
     if like is not None:
-        if wrong := next((key for key, x in like.copies.items() if not _is_copy(key, x, specs, read)), None):
+        if wrong := next((key for key, x in like.copies.items() if not is_copy(key, x, specs, read)), None):
             raise UpdateError(
                 f"{client}, {wrong} {specs[wrong].shape if wrong in specs else 'is missing'}: no transpose of "
                 f"{like.copies[wrong]}, of which it is a copy in the other updates (tied weights, ensure_weight_tying); "
                 "load the adapter into PEFT and save it again"
             )
         return Storage(saved, parts, like.copies)
-    return Storage(saved, parts, _find_copies(specs, read))
+    return Storage(saved, parts, find_copies(specs, read))
 
 
 def find_parts(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None, client: str) -> dict[str, tuple[str, ...]]:
@@ -197,28 +198,6 @@ def _parts_like(
         if len(shape) != 2 or shape[0 if _is_A(key) else 1] % len(names):
             raise UpdateError(f"{client}, {key}: shape {shape}, no multiple of the {len(names)} experts that others have")
     return found
-
-
-def _find_copies(specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor]) -> dict[str, str]:
-    """The factors of embeddings that repeat a head's, transposed: key of the copy → key of the head's factor."""
-    factors = {key: p for key in specs if (p := parse_factor(key)) and p.factor == "A" and p.partner in specs}
-    embeddings = [key for key in factors if key.endswith(".lora_embedding_A")]
-    heads = [key for key in factors if not key.endswith(".lora_embedding_A")]
-    copies: dict[str, str] = {}
-    for key_A in embeddings:
-        key_B = factors[key_A].partner
-        for head_A in heads:
-            pair = {key_A: factors[head_A].partner, key_B: head_A}
-            if all(_is_copy(key, x, specs, read) for key, x in pair.items()):
-                copies |= pair
-                break
-    return copies
-
-
-def _is_copy(key: str, original: str, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor]) -> bool:
-    if key not in specs or original not in specs or specs[key].dtype != specs[original].dtype:
-        return False
-    return specs[key].shape == specs[original].shape[::-1] and torch.equal(read(key), read(original).mT)
 
 
 def stack(parts: list[Tensor], key: str) -> Tensor:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fedrot_kernels import full_precision, product_norm, working_dtype
 
-from ..adapters.checks import check_range, own_scalings
+from ..adapters.checks import own_scalings
 from ..adapters.config import rank_fields
 from ..adapters.keys import TensorSpec
 from ..adapters.layout import Adapter, Layout
 from ..adapters.update import StateDict, Update, UpdateLike
+from ..adapters.values import check_range
 from ..options import AggregationOptions, refuse_old_spellings, whole_number
 from ..ranks.padding import pad
 from ..ranks.truncation import truncate_update

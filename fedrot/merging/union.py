@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.checks import check_kind, not_finite
+from ..adapters.checks import check_kind
 from ..adapters.config import pattern_name, plain_config, rank_fields
 from ..adapters.keys import TensorSpec, parse_factor
 from ..adapters.layout import Layout
 from ..adapters.meaning import start_of
 from ..adapters.storage import Storage
 from ..adapters.update import Update
+from ..adapters.values import not_finite
 from ..errors import UpdateError
 
 # Fields that choose modules, and that an expression for the modules' names replaces.
@@ -145,8 +146,8 @@ def union_storage(adapters: Sequence[Update], layout: Layout, base: Sequence[str
                 shapes = [x.storage.pack_specs(x.specs)[k].shape for x, k in ((adapter, key), (other, known))]
                 raise UpdateError(
                     f"{adapter.name}, {key}: shape {shapes[0]} of {len(theirs)} experts, but {other.name} has "
-                    f"{shapes[1]} of {len(parts[known])} in {known}; merge adapters of one base model, and of two parameters of a module "
-                    "if one adapter has both"
+                    f"{shapes[1]} of {len(parts[known])} in {known}; merge adapters of one base model, and of two "
+                    "parameters of a module if one adapter has both"
                 )
     copies: dict[str, str] = {}
     for adapter in adapters:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fedrot_kernels import full_precision, rotate_add_
 
-from ..adapters.checks import check_range, not_finite, open_reference
+from ..adapters.checks import open_reference
 from ..adapters.layout import Layout
 from ..adapters.update import UpdateLike, open_update
+from ..adapters.values import check_range, not_finite
 from ..errors import UpdateError
 from ..options import OF_ALIGNMENT, AggregationOptions, shows_options, whole_number
 from .fedrot import FedRot

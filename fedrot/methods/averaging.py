@@ -7,9 +7,9 @@ from torch import Tensor
 
 import fedrot_kernels as fk
 
-from ..adapters.checks import is_finite
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
+from ..adapters.values import is_finite
 from ..options import Factor
 from .rotation import LARGEST_RESIDUAL
 from .round import Averages, Round

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..adapters.checks import valid_clients
 from ..adapters.common import UnequalRanks, start_round
 from ..adapters.layout import Layout
 from ..adapters.update import Update, UpdateLike
+from ..adapters.values import valid_clients
 from ..options import OnInvalid
 from .padding import pad
 from .scaling import Scalings, round_scalings

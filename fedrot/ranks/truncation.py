@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.checks import check_range, not_finite
 from ..adapters.config import check_lora, plain_config, rank_of, scaling
 from ..adapters.layout import Adapter, Layout
 from ..adapters.update import Update, UpdateLike, open_update
+from ..adapters.values import check_range, not_finite
 from ..errors import UpdateError
 
 

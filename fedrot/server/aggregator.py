@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.checks import check_weight, check_weights
 from ..adapters.update import UpdateLike, open_updates
+from ..adapters.values import check_weight, check_weights
 from ..errors import UpdateError
 from ..methods.base import Method
 from ..options import AggregationOptions, shows_options

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.checks import as_sent, check_range
+from ..adapters.checks import as_sent
 from ..adapters.experts import parse_module
 from ..adapters.layout import Layout
 from ..adapters.update import Update
+from ..adapters.values import check_range
 from ..methods.base import Method
 from ..methods.round import Averages
 from ..report.report import Report

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fedrot_kernels import widen
 
-from ..adapters.checks import is_finite, not_finite
 from ..adapters.keys import TensorSpec, parse_factor
 from ..adapters.update import Update
+from ..adapters.values import is_finite, not_finite
 from ..errors import UpdateError
 from .optimizer_state import check_shapes, check_state
 

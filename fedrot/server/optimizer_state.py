@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..adapters.checks import is_finite
+from ..adapters.values import is_finite
 
 # What a state holds of a tensor beside its value, and whether in the shape of the tensor or as one number.
 _MOMENTS = {"momentum": {"momentum_buffer": True}, "adam": {"exp_avg": True, "exp_avg_sq": True, "step": False}}

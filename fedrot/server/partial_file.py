@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedrot_kernels import working_dtype
 
-from ..adapters.checks import is_finite
 from ..adapters.config import check_lora
 from ..adapters.files import check_new, replace_file
 from ..adapters.fits import check_config
@@ -23,6 +22,7 @@ from ..adapters.keys import SAVED_DTYPES, TensorSpec, parse_key
 from ..adapters.layout import Layout
 from ..adapters.storage import Storage, find_parts
 from ..adapters.update import Update, is_name
+from ..adapters.values import is_finite
 from ..errors import UpdateError
 from ..report.sketch import part_shapes
 from .stream import StreamedRound

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.checks import as_sent, carry, check_frozen, is_valid, nothing_left
+from ..adapters.checks import as_sent, carry, check_frozen
 from ..adapters.common import check_next, start_round
 from ..adapters.update import Update, UpdateLike, is_name, open_client, read_configs
+from ..adapters.values import is_valid, nothing_left
 from ..errors import UpdateError
 from ..methods.base import Method
 from ..methods.round import Averages

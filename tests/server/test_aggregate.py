@@ -148,7 +148,6 @@ def test_without_a_reference_the_one_of_largest_weight_stands_in_for_it():
             assert f"client {first}" not in str(expected.report).splitlines()[-1]
 
 
-
 def test_a_whole_round_without_a_reference_takes_the_consensus():
     common, clients = turned_clients(KINDS["linear"], 3, noise=0.3)
     for options in ({}, {"strength": 0.5}, {"align_on": "A", "reflections": True}):
