@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UpdateError
-from .patterns import compiled
+from .patterns import look_up
 
 CONFIG = "adapter_config.json"
 # The values that fields have for PEFT where an adapter_config.json lacks them.
@@ -98,12 +98,12 @@ def _value(config: Mapping[str, Any], field: str, otherwise: str, module: str, c
     if not isinstance(patterns, Mapping):
         raise UpdateError(f"{client}: {field} is {patterns!r}; expected a mapping of modules to numbers")
     try:
-        index = compiled(tuple(patterns)).first(pattern_name(module))
+        found = look_up(patterns, pattern_name(module)) if patterns else None
     except re.error as error:
         raise UpdateError(
             f"{client}: {field} has {str(error.pattern)[:80]!r} ({error.msg}); name modules plainly"
         ) from error
-    return config.get(otherwise, DEFAULTS[otherwise]) if index is None else [*patterns.values()][index]
+    return config.get(otherwise, DEFAULTS[otherwise]) if found is None else found[1]
 
 
 def pattern_name(module: str) -> str:

@@ -1,8 +1,9 @@
 """Rank and alpha patterns of an adapter_config.json: which one counts for a module."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 _PLAIN = re.compile(r"[\w.]{1,1000}")  # a name: the dot is its only operator
 _WHOLE = re.compile(r"\^((?:[^\W_]|_|\\[^\w\s])*)\$?")  # a whole name, escaped: no operator at all
@@ -15,6 +16,8 @@ _OTHER_MEANING = re.compile(r"\{(\d*,)?0\d|\{,|\[:")
 # are few repetitions and choices: two beside PEFT's own make the time cubic (1 ms), and each choice can double it.
 _REPEATED_GROUP, _REPETITION = re.compile(r"\)[*+?{]"), re.compile(r"[*+]|\{\d*,|(?<![(*+?}])\?")
 _MOST_REPETITIONS, _MOST_CHOICES, _LONGEST_NAME = 2, 6, 128
+
+_MOST_NAMES, _MOST_CONFIGURATIONS = 4096, 64  # that are remembered
 
 _Fits = Callable[[str], bool]
 
@@ -37,6 +40,7 @@ class Patterns:
     def __init__(self, patterns: Sequence[str]):
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}  # length and places of dots → pattern → index
         self._whole: dict[str, int] = {}
+        self._found: dict[str, int | None] = {}
         others: list[tuple[int, str]] = []
         for i, pattern in enumerate(patterns):
             if _PLAIN.fullmatch(pattern):
@@ -57,6 +61,13 @@ class Patterns:
         Raises:
             re.error: a pattern that is not tried on a name like this, because it could take forever.
         """
+        if name not in self._found:
+            if len(self._found) >= _MOST_NAMES:
+                self._found.clear()
+            self._found[name] = self._find(name)
+        return self._found[name]
+
+    def _find(self, name: str) -> int | None:
         found = [next((i for i, fits in self._others if fits(name)), None), self._whole.get(name)]
         for (length, *dots), indices in self._plain.items():
             if len(name) == length or name[:-length].endswith("."):
@@ -67,7 +78,25 @@ class Patterns:
         return min((i for i in found if i is not None), default=None)
 
 
-compiled = lru_cache(maxsize=16)(Patterns)
+compiled = lru_cache(maxsize=64)(Patterns)
+_recent: dict[int, tuple[Mapping[str, Any], Patterns, tuple[Any, ...]]] = {}
+
+
+def look_up(patterns: Mapping[str, Any], name: str) -> tuple[int, Any] | None:
+    """The index and the value of the first pattern that fits, or None; see ``Patterns.first``.
+
+    Args:
+        patterns: pattern → value, of a configuration that does not change. It is known again by its identity, because
+            hashing all patterns for every module would take the square of their number.
+        name: a module's name.
+    """
+    known = _recent.get(id(patterns))
+    if known is None or known[0] is not patterns:
+        if len(_recent) >= _MOST_CONFIGURATIONS:
+            _recent.clear()
+        known = _recent[id(patterns)] = patterns, compiled(tuple(patterns)), tuple(patterns.values())
+    index = known[1].first(name)
+    return None if index is None else (index, known[2][index])
 
 
 def _compile(pattern: str, memory: int) -> _Fits:
