@@ -143,7 +143,7 @@ def test_every_method_is_the_simulators(method, tasks, tmp_path):
             "align_on": "joint",
             "lora.lora_dropout": 0.1,
         },
-        {"seed": 7, "dirichlet_alpha": 0.1, "lora.r": 2, "lora.target_modules": ".*(q_proj|v_proj)", "strength": 1.0},
+        {"seed": 5, "dirichlet_alpha": 0.1, "lora.r": 2, "lora.target_modules": ".*(q_proj|v_proj)", "strength": 0.7},
     ],
     ids=["momentum", "adamw", "seed"],
 )
