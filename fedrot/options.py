@@ -90,7 +90,8 @@ class AggregationOptions:
         default=None,
         metadata=_option(
             """λ, how far clients are rotated: 0 does not rotate (FedIT to the bit), 1 is the full Procrustes rotation. If
-            not set, 0.5 as in the paper, and 1 for fedrot-consensus and fedrot-least-error. Methods that do not rotate, and
+            not set, 0.5 as in the paper, and 1 for fedrot-consensus, which fedrot is in a round without a reference, and for
+            fedrot-least-error. Methods that do not rotate, and
             fedrot-adaptive, which chooses λ itself, ignore it.""",
             _strength,
         ),

@@ -40,6 +40,11 @@ class Storage:
         """Whether the canonical tensors are not those of the state dict, one by one."""
         return bool(self.parts or self.copies)
 
+    @property
+    def tied_modules(self) -> dict[str, str]:
+        """Module of a copy → the module whose adapter it repeats. PEFT's patterns know both by name."""
+        return {parse_module(key): parse_module(original) for key, original in self.copies.items()}
+
     def sources(self, key: str) -> tuple[str, ...]:
         """The canonical keys of what a key of a saved adapter holds."""
         return (self.copies[key],) if key in self.copies else self.parts.get(key, (key,))

@@ -76,8 +76,6 @@ def _aggregate(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    if args.output is None and not args.dry_run:
-        raise ValueError("--output DIR, a new folder for the merged adapter, or --dry-run is needed")
     options: dict[str, Any] = {
         "normalize": args.normalize == "yes",
         "modules_to_save": args.modules_to_save,

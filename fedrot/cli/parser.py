@@ -57,7 +57,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=int,
         metavar="R",
-        help="of the merged adapter (default: the adapters' largest); flexlora loses nothing at the sum of their ranks",
+        help="of every module (default: in each the adapters' largest); flexlora loses nothing at the sum of their ranks",
     )
     parser.add_argument("--alpha", type=float, metavar="α", help="its lora_alpha (default: the adapters' most frequent)")
     parser.add_argument(
@@ -83,9 +83,10 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         metavar="FROM=TO",
         help="what names of modules begin with, for adapters of unlike versions of a model; none if names are right",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what each method loses by rank, and write nothing")
     _add_old_options(parser, "--group")
-    parser.add_argument("--output", metavar="DIR", help="a new folder for the merged adapter and its report")
+    written = parser.add_mutually_exclusive_group(required=True)
+    written.add_argument("--dry-run", action="store_true", help="print what each method loses by rank, and write nothing")
+    written.add_argument("--output", metavar="DIR", help="a new folder for the merged adapter and its report")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

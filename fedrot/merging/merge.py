@@ -142,8 +142,10 @@ def merge_planned(plan: MergePlan, options: AggregationOptions, rank: int | None
         size = s_final[a.module]
         reports.append(AdapterReport(a.module, ranks[a.module], size * error, size * norm, per_client))
     target = None if options.method == "flexlora" else "each other, so that averaging loses least"
-    report = Report(options.method, 0, tuple(plan.weights), tuple(plan.weights.values()), {}, tuple(reports), target)
-    final = plan.config | rank_fields(ranks, s_final)
+    report = Report(options.method, None, tuple(plan.weights), tuple(plan.weights.values()), {}, tuple(reports), target)
+    tied = plan.storage.tied_modules.items()
+    ranks |= {copy: ranks[module] for copy, module in tied}
+    final = plan.config | rank_fields(ranks, s_final | {copy: s_final[module] for copy, module in tied})
     return AggregationResult(plan.storage.pack(state_dict | plan.saved), report, options, final)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.checks import own_scalings
+from ..adapters.keys import parse_factor
 from ..adapters.layout import Layout
 from ..adapters.storage import Storage
 from ..adapters.update import Update, UpdateLike, open_updates
@@ -82,6 +83,7 @@ def plan_merge(
     bare, base_weights = without_base([adapter for adapter, _ in kept])
     if renaming is None:
         check_names(bare)
+    _warn_of_strangers(bare)
     layout = union_layout(bare, rank)
     check_heads(bare, layout)
     applied = [w for _, w in kept]
@@ -126,6 +128,19 @@ def _scalings(adapters: Sequence[Update], layout: Layout) -> dict[str, float]:
         having = [(x.specs[a.key_A].shape[0], i) for i, x in enumerate(adapters) if a.key_A in x.specs]
         s[a.module] = scalings[max(having, key=lambda pair: pair[0])[1]][a.module]
     return s
+
+
+def _warn_of_strangers(adapters: Sequence[Update]) -> None:
+    """Warn of an adapter that has no module in common with any other: they may be of two models."""
+    keys = [{key for key in adapter.specs if parse_factor(key)} for adapter in adapters]
+    for adapter, own, others in ((adapters[i], keys[i], keys[:i] + keys[i + 1 :]) for i in range(len(adapters))):
+        if others and own.isdisjoint(set().union(*others)):
+            warnings.warn(
+                f"{adapter.name} has no module in common with the others, and is merged beside them; are they of one base "
+                "model?",
+                stacklevel=4,
+            )
+            return
 
 
 def _warn_of_unlike_bases(adapters: Sequence[Update]) -> None:

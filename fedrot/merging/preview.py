@@ -37,7 +37,10 @@ class MergePreview:
     def __str__(self) -> str:
         """The errors as a table."""
         methods = list(self.errors)
-        lines = [f"{'rank':<24}" + "".join(f"{method:>20}" for method in methods)]
+        lines = [
+            "relative error of the merged update, by rank of every module",
+            f"{'rank':<24}" + "".join(f"{method:>20}" for method in methods),
+        ]
         for rank in dict.fromkeys(rank for errors in self.errors.values() for rank in errors):
             cells = [self.errors[method].get(rank) for method in methods]
             name = f"{self.default}, each module's own" if rank is None else str(rank)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from ..errors import UpdateError
 
 ModulesToSave = Literal["mean", "first", "drop"]
 
+# Weights by which models read tokens, and which their heads share where they are tied.
+_END = re.compile(r"(^|\.)(embed_tokens|wte|shared|word_embeddings|lm_head|embed_out|proj_out|output_projection)\.weight$")
 _BIAS = ".lora_B.bias"  # of a factor, and scaled as B is
 
 
@@ -47,6 +50,12 @@ class BaseWeights:
                 "save_pretrained writes it"
             ) from error
 
+        config = self.path / "config.json"
+        try:
+            self._ties = config.is_file() and bool(json.loads(config.read_text("utf-8")).get("tie_word_embeddings", True))
+        except (ValueError, AttributeError) as error:
+            raise UpdateError(f"base: {config} is not JSON ({error}); pass the folder of the base model") from error
+
     def read(self, key: str, spec: TensorSpec) -> Tensor:
         """Read the tensor that a key of a saved adapter stands for.
 
@@ -54,12 +63,15 @@ class BaseWeights:
             UpdateError: the base model lacks it, or has it in another shape.
         """
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        for file in self._files:
-            if name in file.keys():  # noqa: SIM118, a safe_open is no mapping
-                x: Tensor = file.get_tensor(name)
-                if tuple(x.shape) != spec.shape:
-                    raise UpdateError(f"base: {name} is {tuple(x.shape)} in {self.path}, but the adapters have {spec.shape}")
-                return x
+        files = {known: file for file in self._files for known in file.keys()}  # noqa: SIM118, a safe_open is no mapping
+        if name not in files and self._ties and _END.search(name):  # Transformers saves a shared weight once
+            shared = [known for known in files if _END.search(known)]
+            name = shared[0] if len(shared) == 1 else name
+        if name in files:
+            x: Tensor = files[name].get_tensor(name)
+            if tuple(x.shape) != spec.shape:
+                raise UpdateError(f"base: {name} is {tuple(x.shape)} in {self.path}, but the adapters have {spec.shape}")
+            return x
         raise UpdateError(f"base: {self.path} has no {name} {spec.shape}; pass the model that the adapters were trained on")
 
 

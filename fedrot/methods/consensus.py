@@ -20,7 +20,7 @@ class FedRotConsensus(GroupwiseMethod):
 
     def target(self, round: int, reference: str) -> str | None:
         """See ``Method.target``."""
-        return f"the consensus of all clients, and that towards {reference}" if self.needs_all else None
+        return f"the consensus of all clients, which is itself turned towards {reference}" if self.needs_all else None
 
     def on(self, round: int) -> str:
         """See ``GroupwiseMethod.on``."""

@@ -19,7 +19,11 @@ class FedRotLeastError(GroupwiseMethod):
 
     def target(self, round: int, reference: str) -> str | None:
         """See ``Method.target``."""
-        return f"each other, so that averaging loses least, and the result towards {reference}" if self.needs_all else None
+        return (
+            f"each other, so that averaging loses least; the result is turned towards {reference}"
+            if self.needs_all
+            else None
+        )
 
     def on(self, round: int) -> str:
         """See ``GroupwiseMethod.on``: the error is that of the product of both factors."""

@@ -105,8 +105,9 @@ def _spelt_out(clients: Sequence[Update], layout: Layout, per_client: Sequence[d
                 f"the reference has no LoRA configuration, and no client its rank {a.rank} in {a.key_A}: its scaling is "
                 "unknown; pass it as a folder, or as (state dict, configuration)"
             )
-        name = whole_name(a.module)
-        ranks[name], alphas[name] = a.rank, s * (math.sqrt(a.rank) if rslora else a.rank)
+        tied = [copy for copy, module in clients[0].storage.tied_modules.items() if module == a.module]
+        for name in map(whole_name, (a.module, *tied)):
+            ranks[name], alphas[name] = a.rank, s * (math.sqrt(a.rank) if rslora else a.rank)
     return {"r": max(ranks.values()), "rank_pattern": ranks, "alpha_pattern": alphas}
 
 

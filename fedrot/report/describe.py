@@ -29,7 +29,7 @@ def describe_update(update: Update) -> str:
     if saved := [_bare(key) for key in layout.other_keys]:
         lines.append(f"averaged as they are: {_listed(saved)}")
     if layout.counters:
-        lines.append(f"integers, carried along: {_listed([_bare(key) for key in layout.counters])}")
+        lines.append(f"counters, of which the largest is kept: {_listed([_bare(key) for key in layout.counters])}")
     if config is None:
         lines.append("no LoRA configuration: its scaling is unknown, and assumed to be that of all")
     else:

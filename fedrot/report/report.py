@@ -44,7 +44,7 @@ class Report:
 
     Attributes:
         method: the method's name in the registry.
-        round: the round's index, from 0.
+        round: the round's index, from 0; None for a merge of adapters that were trained independently.
         clients: the clients that were averaged.
         weights: their weights, summing to 1.
         dropped: client → the reason why it was left out.
@@ -54,7 +54,7 @@ class Report:
     """
 
     method: str
-    round: int
+    round: int | None
     clients: tuple[str, ...]
     weights: tuple[float, ...]
     dropped: dict[str, str]
@@ -99,17 +99,20 @@ class Report:
                 f"{sum(angles) / len(angles):>10.1f}° {max(angles):>9.1f}°"
             )
         lines.append(
-            f"{f'all {len(self.adapters)} adapters':<60} {'':>4} {_number(self.error, '10.3e')} "
+            f"{_count(len(self.adapters), 'adapter', 'all '):<60} {'':>4} {_number(self.error, '10.3e')} "
             f"{_number(self.relative_error, '9.4f')} {self.angle:>10.1f}°"
         )
-        lines.append(f"{self.method}, round {self.round + 1}, {len(self.clients)} clients averaged")
+        if self.round is None:
+            lines.append(f"{self.method}, {_count(len(self.clients), 'adapter')} merged")
+        else:
+            lines.append(f"{self.method}, round {self.round + 1}, {_count(len(self.clients), 'client')} averaged")
         if strengths := [a.strength for a in self.adapters if a.strength is not None]:
             mean = sum(strengths) / len(strengths)
             lines.append(f"strengths chosen: {min(strengths):g} to {max(strengths):g}, {mean:.2f} on average")
         if self.deviation is not None:
             lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} for all adapters")
         lines += [f"dropped {client}: {why}" for client, why in self.dropped.items()]
-        lines.append("no client was rotated" if self.target is None else f"rotated towards {self.target}")
+        lines.append("nothing was rotated" if self.target is None else f"rotated towards {self.target}")
         return "\n".join(lines)
 
 
@@ -142,6 +145,11 @@ def _ratio(error: float, norm: float | None) -> float:
 
 def _number(value: float | None, spec: str) -> str:
     return format(value, spec) if value is not None else f"{'–':>{spec.split('.')[0]}}"
+
+
+def _count(n: int, what: str, every: str = "") -> str:
+    """A number of things in words, such as "1 client" and "all 3 adapters"."""
+    return f"1 {what}" if n == 1 else f"{every}{n} {what}s"
 
 
 def _short(module: str, width: int = 60) -> str:

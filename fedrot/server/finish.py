@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.checks import as_sent
-from ..adapters.experts import parse_module
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..adapters.values import check_range
@@ -55,12 +54,15 @@ def restore(round: AveragedRound, method: Method) -> dict[str, Tensor]:
         method: decides which factors clients train and which ones they keep.
     """
     layout = round.layout
-    personal, frozen = factors_except(layout, method.returns()), factors_except(layout, method.trains(round.report.round))
+    personal, frozen = (
+        factors_except(layout, method.returns()),
+        factors_except(layout, method.trains(round.report.round or 0)),
+    )
     mean = {key: x for key, x in round.averages.mean.items() if key not in personal}
     if frozen and round.first.tensors:  # to the bit, not to the rounding of a mean of equals
         mean |= {key: as_sent((round.reference or round.first)[key], layout.specs[key]) for key in frozen}
     if round.averages.base is not None:  # what PEFT saves of a base would undo its change
-        copies = map(parse_module, round.first.storage.copies)
+        copies = round.first.storage.tied_modules
         changed = {f"{module}.base_layer.weight" for module in (*(a.module for a in layout.adapters), *copies)}
         mean = {key: x for key, x in mean.items() if key not in changed}
     return mean

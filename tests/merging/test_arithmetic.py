@@ -13,6 +13,8 @@ import fedrot
 from fedrot.cli import main
 
 from ..dense import KIND
+from ..mixtures import adapted, clients, tied_llama
+from ..mixtures import deltas as peft_deltas
 from ..peft_models import KINDS, base_model, bert, client_updates, llama, peft_model, save_folder
 from ..refusals import HEAD, refused
 from .test_merge import UNLIKE, deltas, mean_delta
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using Rank-Stabilized"),
 ]
 NO_HEAD = {"modules_to_save": None}
+UNLIKE_TIED = [(4, {"rank_pattern": {"q_proj": 2}}), (3, {"rank_pattern": {"q_proj": 5}})]
 
 
 @pytest.fixture
@@ -236,11 +239,11 @@ def test_a_preview_says_what_merges_lose(unlike, tmp_path, options, capsys):
     assert main(["merge", *map(str, unlike), "--dry-run", *options]) == 0
     assert sorted(Path(tmp_path).rglob("*")) == before
     lines = capsys.readouterr().out.splitlines()
-    methods, last = lines[0].split()[1:], lines[-1]
+    methods, last = lines[1].split()[1:], lines[-1]
     assert methods == ["flexlora", "fedrot-least-error"]
     weights = [float(w) for w in options[1:4]] if options else None
     checked = 0
-    for line in lines[1:-1]:
+    for line in lines[2:-1]:
         name, errors = line[:24], line[24:].split()
         rank = None if "own" in name else int(name.split(",")[0])
         for method, error in zip(methods, errors, strict=True):
@@ -258,8 +261,9 @@ def test_a_preview_says_what_merges_lose(unlike, tmp_path, options, capsys):
 
 
 def test_a_merge_needs_a_folder_or_a_dry_run(unlike, capsys):
-    assert main(["merge", *map(str, unlike)]) == 1
-    assert "--output" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", *map(str, unlike)])
+    assert ended.value.code == 2 and "--output" in capsys.readouterr().err
 
 
 def test_help_says_what_loses_nothing(capsys):
@@ -288,3 +292,47 @@ def test_merged_bert_still_loads_into_its_model(with_and_without, tmp_path):
     fedrot.merge(pairs, base=base).save(tmp_path / "merged")
     model = PeftModel.from_pretrained(bert(), tmp_path / "merged")
     assert torch.equal(model.classifier.modules_to_save.default.weight, fedrot.read_adapter(tmp_path / "merged")[0][HEAD])
+
+
+def test_tied_adapters_of_unlike_ranks_load(tmp_path):
+    config = {"lora_alpha": 4, "ensure_weight_tying": True}
+    both = config | {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+    tied, (first,) = clients(tied_llama, both, 1)
+    wide, (second,) = clients(tied_llama, {"r": 8, "target_modules": ["q_proj", "v_proj"]}, 1)
+    result = fedrot.merge([(first, tied), (second, wide)])
+    result.save(tmp_path / "merged")
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(tied_llama().double(), tmp_path / "merged", autocast_adapter_dtype=False)
+    alone = peft_deltas(
+        adapted(tied_llama, config | {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}, first)
+    )
+    for name, x in peft_deltas(model).items():
+        if "embed_tokens" in name or "lm_head" in name:
+            torch.testing.assert_close(x, alone[name] / 2, rtol=1e-9, atol=1e-9)
+    # Clients of unlike ranks and no reference too: the configuration spells both modules out.
+    others = [config | {"r": r, "target_modules": ["lm_head", "q_proj"]} | own for r, own in UNLIKE_TIED]
+    loras, updates = zip(*(clients(tied_llama, kind, 1, seed) for seed, kind in enumerate(others)), strict=True)
+    result = fedrot.aggregate([u for (u,) in updates], method="flexlora", configs=list(loras))
+    fields = {field: result.config[field] for field in ("r", "rank_pattern", "alpha_pattern")}
+    loaded = adapted(tied_llama, others[0] | fields, result.state_dict)
+    assert all(layer.lora_A for name, layer in loaded.named_modules() if name.endswith("lm_head"))
+
+
+def test_the_base_of_a_tied_head_holds_one_of_the_two(tmp_path):
+    torch.manual_seed(0)
+    base = tied_llama()
+    base.save_pretrained(tmp_path / "base")
+    assert "lm_head.weight" not in load_file(tmp_path / "base" / "model.safetensors")
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    saved, (first,) = clients(tied_llama, config | {"modules_to_save": ["lm_head"]}, 1, dtype=torch.float32)
+    plain, (second,) = clients(tied_llama, config, 1, dtype=torch.float32)
+    result = fedrot.merge([(first, saved), (second, plain)], [1, 3], base=tmp_path / "base")
+    key = "base_model.model.lm_head.weight"
+    torch.testing.assert_close(result.state_dict[key], (first[key] + 3 * base.lm_head.weight.detach()) / 4)
+
+
+def test_adapters_without_a_common_module_are_asked_about():
+    (first, config), (second, _) = llama_update(1), llama_update(2)
+    parts = [{k: x for k, x in u.items() if name in k} for u, name in ((first, "q_proj"), (second, "v_proj"))]
+    with pytest.warns(UserWarning, match="no module in common"):
+        fedrot.merge([(part, config) for part in parts])

@@ -160,7 +160,7 @@ def test_a_whole_round_without_a_reference_takes_the_consensus():
     assert 3 * fedrot.aggregate(clients, WEIGHTS).report.error < towards_one.report.error
     plain = fedrot.aggregate(clients, WEIGHTS, strength=0)
     assert_same_bits(plain.state_dict, fedrot.aggregate(clients, WEIGHTS, method="fedit").state_dict)
-    assert str(plain.report).splitlines()[-1] == "no client was rotated"
+    assert str(plain.report).splitlines()[-1] == "nothing was rotated"
     assert str(fedrot.aggregate(clients, WEIGHTS, common).report).splitlines()[-1] == "rotated towards the reference"
 
 

@@ -79,7 +79,7 @@ def _text_column(data: Dataset, name: str, config: SimulationConfig) -> str:
         return config.text_column
     if "text" in data.column_names:
         return "text"
-    found = [column for column, feature in data.features.items() if "string" in str(feature.dtype)]
+    found = [column for column, feature in data.features.items() if "string" in str(getattr(feature, "dtype", ""))]
     if len(found) != 1:
         raise ValueError(
             f"{name} has {len(found)} columns of text; its columns are {', '.join(data.column_names)}; set text_column, or "
