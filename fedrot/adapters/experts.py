@@ -19,6 +19,7 @@ from .patterns import compiled
 _EXPERTS = re.compile(r"(^|\.)(experts|input_linear|output_linear)$")
 _LEVEL = ".base_layer"
 _ESCAPE = re.compile(r"\\(.)")
+_KNOWN_ORDER = {"down_proj", "gate_up_proj"}  # of Transformers' modules: the first stands outside, the second within
 _MOST_PARAMETERS = 6  # of one module, whose orders are tried
 
 
@@ -141,6 +142,8 @@ def _stacks(
             kind = tuple((r, scaling(config, name, r, client)) for r, name in zip(ranks, names, strict=True))
             E = counts.pop()
             fitting.setdefault(kind, [Stack(name, *pair, E) for name, pair in zip(names, keys, strict=True)])
+    if fitting and set(parameters) == _KNOWN_ORDER:
+        return next(iter(fitting.values()))
     if len(fitting) != 1:
         shapes = " and ".join(f"{key} {specs[key].shape}" for pair in keys for key in pair if key in specs)
         told = ", ".join(sorted({f"{name}: {rank_of(config, f'{module}.{name}', client)}" for name in parameters}))

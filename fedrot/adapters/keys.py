@@ -1,7 +1,7 @@
 """The keys of PEFT state dicts: in a model, in a saved adapter, and what they name."""
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -111,7 +111,7 @@ def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, T
     return specs, original
 
 
-def check_tensor(saved: str, spec: TensorSpec, client: str, dtype: str, keys: Container[str]) -> None:
+def check_tensor(saved: str, spec: TensorSpec, client: str, dtype: str, keys: Iterable[str]) -> None:
     """Raise UpdateError unless a tensor can be averaged, or carried along.
 
     Args:
@@ -123,7 +123,7 @@ def check_tensor(saved: str, spec: TensorSpec, client: str, dtype: str, keys: Co
     """
     where = f"{client}, {saved}"
     module = saved.removesuffix(".alpha")
-    if module != saved and any(f"{module}.lora_{A}" in keys for A in ("A.weight", "A.default.weight", "embedding_A")):
+    if module != saved and any(isinstance(key, str) and f"{module}.lora_" in key for key in keys):
         raise UpdateError(
             f"{where} {spec.shape}: α in a tensor of its own, as diffusers and ComfyUI write it; leave these keys "
             "out and give the LoRA configuration with that lora_alpha (alpha_pattern, where they differ), or multiply each "

@@ -34,13 +34,11 @@ class AdapterGroup:
 
     def A(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """A of all adapters of the group, (G, r, d_in), copied together."""
-        a = self.adapters[0]
-        return torch.stack([tensors[a.key_A] for a in self.adapters]).detach().view(-1, a.rank, a.d_in)
+        return torch.stack([tensors[a.key_A].detach().reshape(a.rank, a.d_in) for a in self.adapters])
 
     def B(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """B of all adapters of the group, (G, d_out, r), copied together."""
-        a = self.adapters[0]
-        return torch.stack([tensors[a.key_B] for a in self.adapters]).detach().view(-1, a.d_out, a.rank)
+        return torch.stack([tensors[a.key_B].detach().reshape(a.d_out, a.rank) for a in self.adapters])
 
 
 class Layout:

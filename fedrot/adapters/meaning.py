@@ -108,7 +108,15 @@ def digest(config: Config) -> dict[str, str]:
     """What a configuration makes factors mean, ranks and scalings included, as short texts that can be sent and compared."""
     values = {field: amounts_to(config) for field, amounts_to in _FIELDS.items()}
     values |= {field: _given(config, field) for field in SCALING_FIELDS}
-    return {field: _shorten(json.dumps(value, sort_keys=True, ensure_ascii=False)) for field, value in values.items()}
+    texts = {field: json.dumps(_plain(value), sort_keys=True, ensure_ascii=False) for field, value in values.items()}
+    return {field: _shorten(text) for field, text in texts.items()}
+
+
+def _plain(value: Any) -> Any:
+    """The value with whole numbers for floats that are whole, which JSON would write in another way."""
+    if isinstance(value, Mapping):
+        return {key: _plain(x) for key, x in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _shorten(text: str) -> str:

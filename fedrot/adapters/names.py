@@ -53,6 +53,11 @@ def _beginnings(name: str, other: str) -> tuple[str, str] | None:
     return ".".join(before[0]), ".".join(before[1])
 
 
+def begins_with(name: str, beginning: str) -> bool:
+    """Whether a name begins with another, whole parts of names taken; every name begins with nothing."""
+    return not beginning or name == beginning or name.startswith(f"{beginning}.")
+
+
 def rename_module(name: str, old: str, new: str) -> str:
     """The name with another beginning, if it begins with ``old``; both are whole parts, without the dot behind them."""
     if old and name != old and not name.startswith(f"{old}."):

@@ -17,7 +17,7 @@ from ..adapters.storage import Storage
 from ..adapters.update import Update, UpdateLike, open_updates
 from ..errors import UpdateError
 from .rename import Rename, check_names, rename
-from .saved import BaseWeights, ModulesToSave, check_heads, merge_saved, saved_fields
+from .saved import BaseWeights, ModulesToSave, check_heads, keep_saved, merge_saved, saved_fields
 from .union import check_plain, union_config, union_layout, union_storage, without_base
 
 
@@ -81,8 +81,9 @@ def plan_merge(
     _warn_of_unlike_bases(opened)
     kept = [(adapter, w) for adapter, w in zip(opened, values, strict=True) if w]
     bare, base_weights = without_base([adapter for adapter, _ in kept])
-    if renaming is None:
+    if renaming != {}:
         check_names(bare)
+    bare = keep_saved(bare, modules_to_save)
     _warn_of_strangers(bare)
     layout = union_layout(bare, rank)
     check_heads(bare, layout)
@@ -93,6 +94,7 @@ def plan_merge(
     shares = _normalize(applied) if normalize else applied
     by_name = dict(zip((adapter.name for adapter in bare), shares, strict=True))
     storage = union_storage(bare, layout, [*base_weights])
+    config["ensure_weight_tying"] = any((adapter.config or {}).get("ensure_weight_tying") for adapter in bare)
     return MergePlan(bare, by_name, layout, storage, s, saved | base_weights, config)
 
 

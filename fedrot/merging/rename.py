@@ -6,7 +6,7 @@ from typing import Any
 
 from ..adapters.config import PREFIX, rank_of, scaling, whole_name
 from ..adapters.keys import parse_factor
-from ..adapters.names import explain_renaming, find_renaming, rename_module
+from ..adapters.names import begins_with, explain_renaming, find_renaming, rename_module
 from ..adapters.storage import Storage
 from ..adapters.update import Update
 from ..errors import UpdateError
@@ -29,7 +29,10 @@ def rename(update: Update, names: Rename) -> Update:
     def new_name(name: str) -> str:
         bare = name.removeprefix(PREFIX)
         for old, new in names.items():
-            changed = rename_module(bare, old.strip("."), new.strip("."))
+            old, new = old.strip("."), new.strip(".")
+            if begins_with(new, old) and begins_with(bare, new):
+                continue  # it has the new name already, which begins with the old one
+            changed = rename_module(bare, old, new)
             if changed != bare:
                 return (PREFIX if name.startswith(PREFIX) else "") + changed
         return name

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from fedrot_kernels import average
 
 from ..adapters.config import PREFIX
-from ..adapters.keys import TensorSpec
+from ..adapters.keys import TensorSpec, parse_factor
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..errors import UpdateError
@@ -89,6 +90,17 @@ def check_heads(adapters: Sequence[Update], layout: Layout) -> None:
                     f"{whose.name} has {key} {whose.specs[key].shape}, the whole module, on which {adapted[module].name} "
                     "has LoRA; a model cannot have both, leave one of them out"
                 )
+
+
+def keep_saved(adapters: Sequence[Update], policy: ModulesToSave) -> list[Update]:
+    """The adapters with what the policy takes of tensors that are no factors: all, the first of each key, or none."""
+    kept, seen = [], set[str]()
+    for adapter in adapters:
+        others = {key for key in adapter.specs if parse_factor(key) is None and not key.endswith(_BIAS)}
+        left_out = {"mean": set[str](), "first": others & seen, "drop": others}[policy]
+        seen |= others
+        kept.append(replace(adapter, specs={key: spec for key, spec in adapter.specs.items() if key not in left_out}))
+    return kept
 
 
 def merge_saved(

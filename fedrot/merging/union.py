@@ -26,6 +26,7 @@ _WHICH_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 def check_plain(adapter: Update, first: Update) -> None:
     """Raise UpdateError unless an adapter is a plain s·B·A, all finite, whose factors mean what the first adapter's do."""
     config, name = adapter.config, adapter.name
+    Layout(adapter.specs, name)  # refuses factors that do not fit each other
     if config is None:
         raise UpdateError(f"{name} has no LoRA configuration and so no known scaling; pass a folder or (state dict, config)")
     if config.get("use_dora"):
@@ -116,8 +117,8 @@ def union_config(adapters: Sequence[Update], layout: Layout, s: Mapping[str, flo
     config |= {"use_rslora": False, "init_lora_weights": True, "velora_config": None}
     config["target_modules"] = _modules(adapters, [a.module for a in layout.adapters if a.key_A not in parts])
     targets = {name for adapter in adapters for name in (adapter.config or {}).get("target_parameters") or ()}
-    if targets:
-        config["target_parameters"] = sorted(targets)
+    if targets:  # PEFT adapts no parameters with dropout
+        config |= {"target_parameters": sorted(targets), "lora_dropout": 0.0}
     if isinstance(config["target_modules"], str):
         config |= dict.fromkeys(_WHICH_MODULES)
     return plain_config(config)
@@ -153,11 +154,13 @@ def union_storage(adapters: Sequence[Update], layout: Layout, base: Sequence[str
     for adapter in adapters:
         copies |= adapter.storage.copies
     for key, original in copies.items():
-        if untied := next((x for x in adapters if original in x.specs and key not in x.storage.copies), None):
-            raise UpdateError(
-                f"{untied.name}, {original} {untied.specs[original].shape}: in another adapter it changes tied weights "
-                f"({key} is its transpose), and here it does not; train both with ensure_weight_tying, or neither"
-            )
+        for adapter in adapters:
+            own = next((k for k in (original, key) if k in adapter.specs), None)
+            if own is not None and key not in adapter.storage.copies:
+                raise UpdateError(
+                    f"{adapter.name}, {own} {adapter.specs[own].shape}: another adapter has tied weights here ({key} "
+                    f"repeats {original}, transposed), and this one has not; train both with ensure_weight_tying, or neither"
+                )
     held = {part for keys in parts.values() for part in keys}
     saved = [*(key for key in layout.specs if key not in held), *parts, *copies, *base]
     return Storage({key: key for key in saved}, parts, copies)

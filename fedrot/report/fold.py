@@ -49,7 +49,8 @@ def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mappi
     if not isinstance(model, PeftModel):
         raise UpdateError(f"a base update is folded into the clients' PeftModel, got {type(model).__name__}")
     once = leave_out_copies(model, base_update)
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    # By identity: PEFT may wrap more modules than the update has, which changes the names of their parameters.
+    trained = {id(p): p.requires_grad for p in model.parameters()}
     active = model.active_adapter
     try:
         with torch.random.fork_rng():  # PEFT draws factors, which are then replaced
@@ -63,8 +64,8 @@ def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mappi
         if _NAME in model.peft_config:
             model.delete_adapter(_NAME)
         model.set_adapter(active)
-        for name, p in model.named_parameters():
-            p.requires_grad_(trained[name])
+        for p in model.parameters():
+            p.requires_grad_(trained.get(id(p), False))
 
 
 @torch.no_grad()

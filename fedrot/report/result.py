@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..adapters.files import check_new, new_folder
 from ..adapters.folder import write_adapter
+from ..adapters.keys import parse_key
 from ..adapters.update import UpdateLike, open_updates
 from ..errors import UpdateError
 from ..options import AggregationOptions
@@ -77,8 +78,9 @@ class AggregationResult:
                 raise UpdateError(f"every client keeps its own {self.personal[0]} and others: pass updates= to save them")
             clients = open_updates(updates, names)
             known = {*self.report.clients, *self.report.dropped}
-            own = set(self.personal)
-            if {client.name for client in clients} != known or not all(own <= {*c.storage.saved.values()} for c in clients):
+            own = {parse_key(key)[0] for key in self.personal}
+            shared = {parse_key(key)[0]: x for key, x in self.state_dict.items()}
+            if {client.name for client in clients} != known or not all(own <= c.storage.saved.keys() for c in clients):
                 raise UpdateError(
                     f"{len(clients)} updates, but {len(known)} clients were aggregated: {', '.join(sorted(known))}; pass "
                     "the updates of all of them as they were, with names= if they had names"
@@ -86,8 +88,8 @@ class AggregationResult:
             with new_folder(folder) as new:
                 for number, client in enumerate(clients):
                     if client.name not in self.report.dropped:
-                        theirs = client.as_given(client)
+                        theirs = {parse_key(key)[0]: x for key, x in client.as_given(client).items()}
                         config = client.config or self.config
-                        write_adapter(new / f"client{number}", {**theirs, **self.state_dict}, config, report)
+                        write_adapter(new / f"client{number}", {**theirs, **shared}, config, report)
         else:
             write_adapter(folder, self.state_dict, self.config, report)

@@ -119,7 +119,7 @@ def test_slices_of_sharded_factors_are_refused():
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(4.0), torch.tensor(4), torch.tensor([4.0])], ids=str)
-@pytest.mark.parametrize("where", ["to_q", "to_q.default"])
+@pytest.mark.parametrize("where", ["to_q", "to_q.default", "to_q.other"])
 def test_alpha_in_a_tensor_is_refused_with_the_cure(alpha, where, tmp_path):
     module, _, name = where.partition(".")
     A, B = (f"{module}.lora_{factor}{'.' + name if name else ''}.weight" for factor in "AB")

@@ -169,3 +169,40 @@ def test_two_adapters_of_unlike_numbers_of_experts_are_refused():
     pairs = [(clients(base, config, 1)[1][0], LoraConfig(peft_type="LORA", **config)) for base in (qwen, mixtral)]
     with refused("client 0", "client 1", "(6, 12)"):
         fedrot.merge(pairs)
+
+
+def test_folding_into_layers_of_a_mixture_that_peft_wraps_by_leaf_names():
+    """PEFT makes leaf names of the names of single layers in a mixture, and wraps more than the update has."""
+
+    def two_layers():
+        model = mixtral()
+        return type(model)(type(model.config)(**model.config.to_dict() | {"num_hidden_layers": 2}))
+
+    config = {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1]}
+    lora, updates = clients(two_layers, config, 2)
+    result = fedrot.aggregate(updates, method="flora", configs=lora)
+    model, untouched = adapted(two_layers, config, result.state_dict), adapted(two_layers, config)
+    trained = [p.requires_grad for p in model.parameters()]
+    fedrot.fold(model, result)
+    each = [deltas(adapted(two_layers, config, u)) for u in updates]
+    ((name, weight),) = base_weights(untouched).items()
+    torch.testing.assert_close(base_weights(model)[name] - weight, sum(d[name] for d in each) / 2, rtol=1e-9, atol=1e-9)
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+def test_experts_beside_an_adapter_with_dropout_load(tmp_path):
+    lora, (update,) = clients(mixtral, {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}, 1)
+    dense, (other,) = clients(mixtral, {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.05}, 1)
+    fedrot.merge([(other, dense), (update, lora)]).save(tmp_path / "merged")
+    torch.manual_seed(0)
+    assert len(deltas(PeftModel.from_pretrained(mixtral().double(), tmp_path / "merged"))) == 2
+
+
+def test_parameters_of_one_rank_and_unlike_alpha_are_told_by_their_names():
+    config = {"r": 2, "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    base, config = mixtral, config | {"alpha_pattern": {"down_proj": 3}}
+    lora, updates = clients(base, config, 3)
+    result = fedrot.merge([(u, lora) for u in updates], SHARES, rank=8)
+    fields = ("r", "lora_alpha", "target_modules", "target_parameters")
+    merged = adapted(base, {field: result.config[field] for field in fields}, result.state_dict)
+    assert relative(deltas(merged), mean_delta(base, config, updates)) < 1e-12

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
 
 import fedrot
 from fedrot.adapters.keys import parse_key
@@ -176,3 +177,26 @@ def test_layers_of_other_numbers_are_other_modules():
     update = state(plain(1))
     other = {key.replace("layers.0", "layers.7"): x for key, x in update.items()}
     assert find_renaming(specs_of(other), specs_of(update)) is None
+
+
+def test_convolutions_and_linear_layers_of_equal_size_are_stacked_apart():
+    """The patch convolution of ViT-base has as many entries as a query layer."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 8, 4), nn.Linear(48, 8)
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["conv", "linear"])
+    updates = [state(randomized(get_peft_model(Patches(), config), i)) for i in range(3)]
+    aligned = fedrot.align(updates[1], updates[0], strength=1.0)
+    for name in ("conv", "linear"):
+        A, B = (f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB")
+        before, after = (u[B].flatten(1) @ u[A].flatten(1) for u in (updates[1], aligned))
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    stream = fedrot.FedRotAggregator(updates[0])
+    for update in updates:
+        stream.add(update)
+    whole = fedrot.aggregate(updates, reference=updates[0])
+    torch.testing.assert_close(stream.finish().state_dict, whole.state_dict, rtol=1e-4, atol=1e-5)

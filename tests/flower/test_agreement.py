@@ -99,6 +99,7 @@ def test_long_values_are_sent_as_hashes_that_differ():
     assert max(map(len, texts)) < 2000
     mine, other = (read_digest(text, "it") for text in texts)
     assert "rank_pattern = sha256:" in explain_difference(mine, other, "you") and not explain_difference(mine, mine, "you")
+    assert write_digest({"lora_alpha": 6.0}) == write_digest({"lora_alpha": 6})
     # A field that only one version of fedrot knows does not count.
     assert explain_difference(mine | {"new": "1"}, mine, "you") is None
     assert find_unlike({}) == {} and find_unlike({"a": mine, "b": other, "c": other}).keys() == {"a"}

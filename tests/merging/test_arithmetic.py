@@ -336,3 +336,57 @@ def test_adapters_without_a_common_module_are_asked_about():
     parts = [{k: x for k, x in u.items() if name in k} for u, name in ((first, "q_proj"), (second, "v_proj"))]
     with pytest.warns(UserWarning, match="no module in common"):
         fedrot.merge([(part, config) for part in parts])
+
+
+def test_renaming_leaves_what_has_the_new_name():
+    (first, config), (second, _) = llama_update(1), llama_update(2)
+    moved = names_of("model.layers", "model.language_model.layers", second)
+    same = fedrot.merge([(moved, config), (names_of("model.layers", "model.language_model.layers", first), config)])
+    result = fedrot.merge([(moved, config), (first, config)], rename={"model": "model.language_model"})
+    assert result.state_dict.keys() == same.state_dict.keys()
+    assert all(torch.equal(result.state_dict[key], x) for key, x in same.state_dict.items())
+    with refused("--rename"):  # a renaming that does not help
+        fedrot.merge([(moved, config), (first, config)], rename={"model.layers": "model.decoder.layers"})
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_tied_adapter_and_one_of_other_modules_load(order, tmp_path):
+    tied, (first,) = clients(tied_llama, {"r": 4, "target_modules": ["lm_head"], "ensure_weight_tying": True}, 1)
+    plain, (second,) = clients(tied_llama, {"r": 4, "target_modules": ["q_proj"]}, 1)
+    pairs = [(first, tied), (second, plain)]
+    fedrot.merge([pairs[i] for i in order], normalize=False).save(tmp_path / "merged")
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(tied_llama().double(), tmp_path / "merged", autocast_adapter_dtype=False)
+    found = peft_deltas(model)
+    expected = peft_deltas(adapted(tied_llama, {"r": 4, "target_modules": ["lm_head"], "ensure_weight_tying": True}, first))
+    assert all(torch.allclose(found[name], x, atol=1e-9) for name, x in expected.items()) and len(found) == 3
+
+
+def test_a_tied_adapter_and_one_on_the_embedding_alone_are_refused():
+    tied, (first,) = clients(tied_llama, {"r": 4, "target_modules": ["lm_head"], "ensure_weight_tying": True}, 1)
+    plain, (second,) = clients(tied_llama, {"r": 4, "target_modules": ["embed_tokens"]}, 1)
+    for pairs in ([(first, tied), (second, plain)], [(second, plain), (first, tied)]):
+        with refused("embed_tokens.lora_embedding", "(4, 48)", "ensure_weight_tying"):
+            fedrot.merge(pairs)
+
+
+def test_an_adapter_without_one_factor_is_refused():
+    (first, config), (second, _) = llama_update(1), llama_update(2)
+    for factor in "AB":
+        key = next(key for key in second if f"q_proj.lora_{factor}" in key)
+        with refused("client 1", "q_proj.lora_", "send both factors"):
+            fedrot.merge([(first, config), ({k: x for k, x in second.items() if k != key}, config)])
+    wide = {k: torch.ones(16, 5) if "q_proj.lora_B" in k else x for k, x in second.items()}
+    with refused("client 1", "q_proj", "(16, 5)"):
+        fedrot.merge([(first, config), (wide, config)])
+
+
+@pytest.mark.parametrize("policy", ["first", "drop"])
+def test_heads_of_unlike_classes_need_no_mean(with_and_without, policy):
+    (first, _), _ = with_and_without
+    keys = [key for key in first[0] if "classifier" in key]
+    other = {key: torch.ones(5, *x.shape[1:]) if key in keys else x for key, x in first[0].items()}
+    with refused("client 1", "(5"):
+        fedrot.merge([first, (other, first[1])])
+    merged = fedrot.merge([first, (other, first[1])], modules_to_save=policy).state_dict
+    assert all((key in merged) == (policy == "first") for key in keys)
