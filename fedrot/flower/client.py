@@ -68,7 +68,10 @@ def receive(model: Any, message: Message, context: Context) -> None:
     _fold_new(model, message, context, memory)
     # PEFT saves the base weights of some adapters; those that the method changes are not sent.
     expected = {key: x for key, x in state.items() if not (memory.folded and key.endswith(".base_layer.weight"))}
-    sent = from_arrays(_find_arrays(message), "the server")
+    # A compiled model has wrappers in its keys, which the server's may lack, and the other way round.
+    own_keys = {parse_key(key)[0]: key for key in state}
+    arrays = from_arrays(_find_arrays(message), "the server")
+    sent = {own_keys.get(parse_key(key)[0], key): x for key, x in arrays.items()}
     kept = memory.own | from_arrays(context.state.array_records.get(_OWN, ArrayRecord()), "this client's state")
     loaded = {key: kept[key] for key in _select_personal(expected, config) if key in kept and key not in sent} | sent
     for key in loaded.keys() | expected.keys():
@@ -112,9 +115,12 @@ def _collect_arrays(model: Any, message: Message, context: Context) -> ArrayReco
     if own := _select_personal(state, config):
         context.state[_OWN] = to_arrays(own)
     arrays = ArrayRecord()
-    for key in (key for key in sent if key in state and key not in own):  # Flower's mods compare the order
+    shared = {parse_key(key)[0]: x for key, x in state.items() if key not in own}
+    for key in sent:  # Flower's mods compare the order
+        if (x := shared.get(parse_key(key)[0])) is None:
+            continue
         if factor_of(key) in (None, *str(config.get(TRAINED, "AB"))):
-            arrays[key] = to_arrays({key: state[key].to(getattr(torch, sent[key].dtype))})[key]
+            arrays[key] = to_arrays({key: x.to(getattr(torch, sent[key].dtype))})[key]
         else:  # a frozen factor goes back to the bit, though the model's dtype may have rounded it
             arrays[key] = sent[key]
     return arrays

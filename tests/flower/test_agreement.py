@@ -150,3 +150,20 @@ def test_counters_on_flower():
     receive(model, message, context)
     train(model, 0, 1)
     assert get_peft_model_state_dict(model)[COUNTER] == start[COUNTER]
+
+
+def test_a_compiled_client_is_one_of_the_federation():
+    """Its keys have wrappers, which the server's lack."""
+    plain, wrapped = fresh_model(KIND), fresh_model(KIND)
+    body = wrapped.base_model.model.vit
+    for i, layer in enumerate(body.layers):
+        body.layers[i] = torch.compile(layer, backend="eager")
+    assert any("_orig_mod" in key for key in get_peft_model_state_dict(wrapped))
+    answers = []
+    for model in (plain, wrapped):
+        message, context = message_of(KIND)
+        receive(model, message, context)
+        train(model, 0, 1)
+        answers.append(from_arrays(reply(model, message, context, {"num-examples": 1}).content["arrays"]))
+    assert answers[0].keys() == answers[1].keys() == start_of(KIND).keys()
+    assert all(torch.equal(x, answers[1][key]) for key, x in answers[0].items())
