@@ -58,10 +58,15 @@ class FactorKey:
     partner: str
 
 
+def without_wrappers(name: str) -> str:
+    """A name without what torch.compile and others put between the names of modules."""
+    return _WRAPPERS.sub("", name)
+
+
 @lru_cache(maxsize=65536)
 def parse_key(key: str) -> tuple[str, str | None]:
     """The key under which PEFT saves the tensor of an unwrapped model, and the adapter's name if the given key holds one."""
-    key = _WRAPPERS.sub("", key)
+    key = without_wrappers(key)
     if m := _FACTOR.fullmatch(key):
         return f"{m['module']}.lora_{m['embedding'] or ''}{m['factor']}{m['end'] or ''}", m["name"]
     if m := _MAGNITUDE.fullmatch(key) or _TOKENS.fullmatch(key) or _PROJECTION.fullmatch(key):

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.keys import without_wrappers
 from ..errors import UpdateError
 from .result import AggregationResult
 from .tied import leave_out_copies
 
 _NAME = "fedrot_base_update"
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def fold(model: Any, result: AggregationResult) -> None:
@@ -46,6 +48,7 @@ def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mappi
     from peft import LoraConfig, PeftModel  # an aggregation needs no PEFT, a PeftModel does
     from peft.tuners.lora import LoraLayer
 
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(model, PeftModel):
         raise UpdateError(f"a base update is folded into the clients' PeftModel, got {type(model).__name__}")
     once = leave_out_copies(model, base_update)
@@ -54,7 +57,7 @@ def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mappi
     active = model.active_adapter
     try:
         with torch.random.fork_rng():  # PEFT draws factors, which are then replaced
-            model.add_adapter(_NAME, LoraConfig(**config))
+            model.add_adapter(_NAME, LoraConfig(**_with_wrappers(config, model)))
         _set_factors(model, once)
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and (_NAME in layer.lora_A or _NAME in layer.lora_embedding_A):
@@ -68,10 +71,23 @@ def merge_into_base(model: Any, base_update: Mapping[str, Tensor], config: Mappi
             p.requires_grad_(trained.get(id(p), False))
 
 
+def _with_wrappers(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The configuration of a base update, whose expressions for names fit a model with compiled layers too."""
+    if not any("._orig_mod." in name for name, _ in model.named_modules()):
+        return dict(config)
+
+    def wrapped(pattern: str) -> str:
+        return pattern.replace(r"\.", r"\.(?:_orig_mod\.)?")
+
+    changed = {field: {wrapped(p): x for p, x in (config.get(field) or {}).items()} for field in _PATTERNS}
+    targets = config.get("target_modules")
+    return dict(config) | changed | {"target_modules": wrapped(targets) if isinstance(targets, str) else targets}
+
+
 @torch.no_grad()
 def _set_factors(model: Any, base_update: Mapping[str, Tensor]) -> None:
     """Copy the factors of a base update into the adapter that was added for them."""
-    parameters = dict(model.named_parameters())
+    parameters = {without_wrappers(name): p for name, p in model.named_parameters()}
     for key, x in base_update.items():
         name = re.sub(r"(\.lora_(?:embedding_)?[AB])(\.weight)?$", rf"\1.{_NAME}\2", key)
         if name not in parameters or parameters[name].shape != x.shape:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.experts import parse_module
-from ..adapters.keys import parse_factor
+from ..adapters.keys import parse_factor, without_wrappers
 from ..errors import UpdateError
 
 Factors = tuple[Tensor, Tensor]
@@ -61,10 +61,11 @@ def _owners(model: Any) -> dict[int, list[str]]:
     """Address of a weight → the modules that compute with it, as a saved adapter's keys name them."""
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        module, _, end = name.rpartition(".")
+        module, _, end = without_wrappers(name).rpartition(".")
         # What a saved module replaces is not computed with.
         if end == "weight" and ".original_module" not in name and ".lora_" not in name and p.numel():
-            owners.setdefault(p.data_ptr(), []).append(module.removesuffix(".base_layer"))
+            named = owners.setdefault(p.data_ptr(), [])
+            named += {module.removesuffix(".base_layer")} - {*named}
     return owners
 
 

@@ -200,3 +200,22 @@ def test_convolutions_and_linear_layers_of_equal_size_are_stacked_apart():
         stream.add(update)
     whole = fedrot.aggregate(updates, reference=updates[0])
     torch.testing.assert_close(stream.finish().state_dict, whole.state_dict, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_base_updates_fold_into_compiled_models(method, outside):
+    config = {"rank_pattern": {"q_proj": 2}}
+    updates = [state(plain(i, **config)) for i in range(2)]
+    result = fedrot.aggregate(
+        updates, reference=updates[0], method=method, configs=LoraConfig(**LLAMA | config, peft_type="LORA")
+    )
+    model, expected = compiled(0, **config), plain(0, **config)
+    fedrot.fold(torch.compile(model, backend="eager") if outside else model, result)
+    fedrot.fold(expected, result)
+    found = {parse_key(name)[0]: p for name, p in model.named_parameters()}
+    want = {parse_key(name)[0]: p for name, p in expected.named_parameters()}
+    assert found.keys() == want.keys() and all(torch.equal(found[name], p) for name, p in want.items())
+    assert any(
+        not torch.equal(p, found[name]) for name, p in plain(0, **config).named_parameters() if "q_proj.base_layer" in name
+    )
