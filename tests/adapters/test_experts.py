@@ -206,3 +206,12 @@ def test_parameters_of_one_rank_and_unlike_alpha_are_told_by_their_names():
     fields = ("r", "lora_alpha", "target_modules", "target_parameters")
     merged = adapted(base, {field: result.config[field] for field in fields}, result.state_dict)
     assert relative(deltas(merged), mean_delta(base, config, updates)) < 1e-12
+
+
+def test_one_of_two_parameters_that_the_ranks_do_not_tell_is_refused():
+    """Targets without a module's name leave open which of them a single pair of factors is of."""
+    config = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
+    lora, (update,) = clients(mixtral, config, 1)
+    vague = lora.to_dict() | {"target_parameters": ["down_proj", "gate_up_proj"], "alpha_pattern": {"down_proj": 3}}
+    with refused("client 0", "more than one order", "experts.lora_A"):
+        fedrot.aggregate([(update, vague)])
