@@ -127,8 +127,8 @@ def _stacks(
 ) -> list[Stack]:
     """Which of a module's parameters has which factors: those whose ranks give all of them one number of experts.
 
-    PEFT wraps parameters in the order in which the module has them, which only the model tells; that of Transformers' modules
-    is known. Where several orders fit and agree in rank and scaling, the names in a report may be exchanged.
+    PEFT wraps parameters in the order in which the module has them, which only the model tells; that of Transformers'
+    modules is known. Where several orders fit and agree in rank and scaling, the names in a report may be exchanged.
     """
     module = _without_levels(parse_module(keys[0][0]))
     fitting: dict[tuple[tuple[int, float], ...], list[Stack]] = {}
@@ -142,7 +142,7 @@ def _stacks(
             kind = tuple((r, scaling(config, name, r, client)) for r, name in zip(ranks, names, strict=True))
             E = counts.pop()
             fitting.setdefault(kind, [Stack(name, *pair, E) for name, pair in zip(names, keys, strict=True)])
-    if fitting and len(keys) == len(parameters) and set(parameters) == _KNOWN_ORDER:
+    if fitting and len(keys) == len(parameters) and {*parameters} == _KNOWN_ORDER:
         return next(iter(fitting.values()))
     if len(fitting) != 1:
         shapes = " and ".join(f"{key} {specs[key].shape}" for pair in keys for key in pair if key in specs)
