@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .config import SimulationConfig
 from .partition import partition
+from .storage import round_to_float16
 from .tasks import Task
 from .training.dropout import ClientDropout
 from .training.lengths import client_of_longest
@@ -67,6 +68,7 @@ class Clients:
                 f"not {self.lora.init_lora_weights!r}"
             )
         self.model = get_peft_model(copy.deepcopy(task.base_model), self.lora).to(self.device)
+        self._round()
         self.parameters = trainable_parameters(self.model)
         # None: "auto", which the first pass measures.
         self._per_pass = None if config.clients_per_pass == "auto" else config.clients_per_pass or len(self.examples)
@@ -97,6 +99,7 @@ class Clients:
                 for adapter in module.active_adapters:
                     reset: Any = module.reset_lora_parameters
                     reset(adapter, self.lora.init_lora_weights)
+        self._round()
         own = self.state()
         self.load(shared)
         return own
@@ -177,6 +180,11 @@ class Clients:
         """Measure an adapter's score and loss on the test examples, or on some rows of them."""
         self.load(state)
         return self.task.evaluate(self.model, self.config.eval_batch_size, self.device, rows)
+
+    def _round(self) -> None:
+        """Round the model's weights to the dtype that they are stored in, if that is float16."""
+        if self.config.dtype == "float16":
+            round_to_float16(self.model.parameters())
 
     def _rng(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *stream])

@@ -29,8 +29,12 @@ class SimulationConfig(AggregationOptions):
     ViT, and stdlib, a small Llama over bytes. They are pretrained in process once and then kept in the cache."""
     task: TaskName | None = None
     """What the model does. If not set, it is text-classification, or what an embedded model does."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of the base model's weights. The adapters' weights are float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The dtype that weights are stored in. With bfloat16 these are the base model's weights; adapters and trained heads are
+    float32. With float16 they are all weights, without a float32 copy, as in the paper's released code: the base model's are
+    rounded to float16 once, those of adapters and trained heads at the start, after every optimizer step and after every
+    aggregation. This is emulated with float32 tensors. Activations, gradients, the optimizer's state and the arithmetic stay
+    float32, so that no activation or gradient overflows or vanishes as in float16, and no memory is saved."""
     gradient_checkpointing: bool = False
     """Keep no activations within the base model's blocks but compute them again for the gradient. This takes less memory
     and more time."""
@@ -120,6 +124,9 @@ class SimulationConfig(AggregationOptions):
     """What clients start from. shared: all start from one adapter, as in the paper. independent: each draws its own, so that
     the first aggregation has no common reference and takes the adapter of the client with most examples."""
 
+    client_weights: Literal["examples", "equal"] = "examples"
+    """The weights of clients in the server's mean. examples: each client's number of training examples. equal: the same for
+    all, as in the paper's released code, which counts the examples that a client processed in the round."""
     server_optimizer: ServerOptimizerName = "none"
     """FedOpt: step towards the round's mean by momentum or adam instead of taking the mean itself."""
     server_lr: float = 0.01

@@ -37,7 +37,8 @@ class SimulationResult:
         config: what was run.
         folder: where its files are.
         metrics: a row per round, whose "round" counts from 1. "aggregation_error" and "relative_error" are None in a run
-            without ``report_error``.
+            without ``report_error``. "norm_A" and "norm_B" are the Frobenius norms of the global adapter's factors after the
+            aggregation, over all layers; None for a factor that clients do not share.
     """
 
     config: SimulationConfig
@@ -149,6 +150,7 @@ def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> dict[
         "aggregation_error": result.report.error,
         "relative_error": result.report.relative_error,
         "rotation_angle": result.report.angle,
+        **server.norms(),
         **geometry,
     }
     if (round + 1) % config.eval_every == 0 or round + 1 == config.rounds:

@@ -18,6 +18,7 @@ from ..server.optimizer import ServerOptimizer
 from .clients import Clients, State
 from .config import SimulationConfig
 from .geometry import alignment_geometry
+from .storage import round_to_float16
 
 
 class Server:
@@ -88,7 +89,8 @@ class Server:
         Raises:
             UpdateError: a client's factors hold NaN or Inf (``on_invalid="raise"``).
         """
-        weights = [float(len(self.clients.examples[c])) for c in chosen]
+        equal = self.config.client_weights == "equal"
+        weights = [1.0 if equal else float(len(self.clients.examples[c])) for c in chosen]
         start = self.state
         result = self._aggregator.aggregate(states, weights, names=[f"client {c}" for c in chosen])
         used = [i for i, c in enumerate(chosen) if f"client {c}" not in result.report.dropped]
@@ -101,8 +103,23 @@ class Server:
             self._personal[chosen[i]] = {name: states[i][name].clone() for name in result.personal}
         fold(self.clients.model, result)
         self.state = result.state_dict
+        if self.config.dtype == "float16":
+            round_to_float16(self.state.values())
+            self._aggregator.reference = self.state
         self.rounds_done += 1
         return result, geometry
+
+    def norms(self) -> dict[str, float | None]:
+        """Compute the Frobenius norms of the global adapter's factors over all layers; None for a factor that is not shared.
+
+        Returns:
+            "norm_A" and "norm_B".
+        """
+        squares: dict[str, list[Tensor]] = {"A": [], "B": []}
+        for name, x in (self.state or {}).items():
+            if (factor := factor_of(name)) is not None:
+                squares[factor].append(torch.linalg.vector_norm(x, dtype=torch.float64).square())
+        return {f"norm_{f}": torch.stack(some).sum().sqrt().item() if some else None for f, some in squares.items()}
 
     def evaluate(self) -> dict[str, float]:
         """Measure the global adapter's score and loss on the test examples.

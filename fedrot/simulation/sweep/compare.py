@@ -24,7 +24,7 @@ SWEEP, GEOMETRY = "sweep.png", "geometry.png"
 _NOT_OF_THE_TASK = {
     *("lora", "partition", "dirichlet_alpha", "clients", "clients_per_round", "clients_per_pass", "rounds", "local_steps"),
     *("batch_size", "optimizer", "lr", "momentum", "weight_decay", "max_grad_norm", "start", "seed", "device"),
-    *(*OPTION_NAMES, "server_optimizer", "server_lr"),
+    *(*OPTION_NAMES, "client_weights", "server_optimizer", "server_lr"),
     *("eval_every", "eval_batch_size"),
 }
 

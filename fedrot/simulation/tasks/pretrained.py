@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import SimulationConfig
+from ..storage import TENSOR_DTYPES, round_to_float16
 
 
 def load_pretrained(auto: Any, config: SimulationConfig, **options: Any) -> PreTrainedModel:
@@ -19,12 +20,14 @@ def load_pretrained(auto: Any, config: SimulationConfig, **options: Any) -> PreT
     """
     check_model_folder(config.model)
     torch.manual_seed(0)
-    return prepare(auto.from_pretrained(config.model, dtype=getattr(torch, config.dtype), **options), config)
+    return prepare(auto.from_pretrained(config.model, dtype=TENSOR_DTYPES[config.dtype], **options), config)
 
 
 def prepare(model: PreTrainedModel, config: SimulationConfig) -> PreTrainedModel:
     """Convert the model to the configured dtype, and switch gradient checkpointing on if it is configured."""
-    model = model.to(getattr(torch, config.dtype))
+    model = model.to(TENSOR_DTYPES[config.dtype])
+    if config.dtype == "float16":
+        round_to_float16(model.parameters())
     model.config.use_cache = False  # of keys and values: for generation only
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

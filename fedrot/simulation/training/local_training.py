@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SimulationConfig
+from ..storage import round_to_float16
 from .dropout import ClientDropout
 from .lengths import group_by_length, pass_overhead
 from .packing import packed_linears
@@ -35,7 +36,7 @@ def train_clients(
         batches: for every local step the indices of the examples (N, batch).
         collate: indices → the model's inputs with ``labels``, on any device.
         losses: logits, labels and N → each client's mean loss (N,), as ``Task.losses``.
-        config: its optimizer, lr, momentum, weight_decay and max_grad_norm count.
+        config: its optimizer, lr, momentum, weight_decay, max_grad_norm and dtype count.
         on_step: called after every step.
         trained: the parameters that are trained; the others stay as they start. None trains all.
         seeds: the seed of each client's dropout; by default 0, 1, …
@@ -50,6 +51,9 @@ def train_clients(
     if trained is not None and (unknown := set(trained) - start.keys()):
         raise ValueError(f"{sorted(unknown)[0]} is to be trained, but it is no trainable parameter of the model")
     parameters = {name: value.detach().clone() for name, value in start.items()}
+    in_float16 = config.dtype == "float16"
+    if in_float16:
+        round_to_float16(parameters.values())
     changing = [p.requires_grad_() for name, p in parameters.items() if trained is None or name in trained]
     optimizer = make_optimizer(changing, config)
     device = changing[0].device
@@ -72,6 +76,8 @@ def train_clients(
             if config.max_grad_norm is not None:
                 clip_per_client([p.grad for p in changing if p.grad is not None], config.max_grad_norm)
             optimizer.step()
+            if in_float16:
+                round_to_float16(changing)
             optimizer.zero_grad()
             on_step()
     return {name: p.detach() for name, p in parameters.items()}, total / len(batches)
