@@ -104,8 +104,9 @@ class Server:
         fold(self.clients.model, result)
         self.state = result.state_dict
         if self.config.dtype == "float16":
+            self.state = {name: x.clone() for name, x in self.state.items()}
             round_to_float16(self.state.values())
-            self._aggregator.reference = self.state
+            self._aggregator.reference = self.state  # what clients start from, to the bit
         self.rounds_done += 1
         return result, geometry
 
