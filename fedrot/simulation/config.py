@@ -40,6 +40,9 @@ class SimulationConfig(AggregationOptions):
     and more time."""
     lora: dict[str, Any] = field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
     """Options of peft.LoraConfig. On the command line they are --lora.r 4 --lora.target_modules '[query,value]'."""
+    lora_scaling: float | None = None
+    """The scaling α/r of adapters: lora_alpha is this many times lora.r, and follows a rank that is varied. If not set,
+    lora.lora_alpha counts."""
 
     dataset: str = "digits"
     """The data: a dataset by hub name or GLUE name (sst2, qnli, qqp, rte, mnli), a local CSV, TSV, JSON or JSONL file,
@@ -174,7 +177,7 @@ class SimulationConfig(AggregationOptions):
         for name in ("clients_per_round", "max_train_examples", "max_test_examples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or left out, got {getattr(self, name)}")
-        for name in ("dirichlet_alpha", "lr", "server_lr", "max_grad_norm"):
+        for name in ("lora_scaling", "dirichlet_alpha", "lr", "server_lr", "max_grad_norm"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("momentum", "weight_decay"):
@@ -182,6 +185,9 @@ class SimulationConfig(AggregationOptions):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}")
+        if self.lora_scaling is not None:
+            rank = check_type("lora.r", self.lora.get("r", 8), int)  # 8 is PEFT's
+            self._set("lora", {**self.lora, "lora_alpha": self.lora_scaling * rank})
         self._resolve_task()
         if (self.partition == "column") != (self.partition_column is not None):
             raise ValueError("partition column and partition_column go together: set both or neither")

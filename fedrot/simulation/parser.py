@@ -21,7 +21,8 @@ _VARY = (
     "In YAML, vary: {clients: [3, 10, 50], lora.r: [2, 4, 8]}."
 )
 _PER_METHOD = (
-    "Fields whose values differ for one method: --per_method.rolora.lr 0.001. In YAML, per_method: {rolora: {lr: 0.001}}."
+    "Fields whose values differ for one method: --per_method.rolora.lr 0.001. In YAML, per_method: {rolora: {lr: 0.001}}. "
+    "Of a field that is varied, a list of as many values: --vary.lr 0.005 0.02 --per_method.rolora.lr '[0.0005, 0.001]'."
 )
 _VARIANTS = (
     "Settings to run beside the methods, under names of your own. The method of a setting is fedrot unless it sets another: "

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from importlib import resources
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from fedrot.cli.commands import main
 from fedrot.methods.registry import METHODS
 from fedrot.simulation import SimulationConfig
 from fedrot.simulation.parser import make_parser
+from fedrot.simulation.sweep import presets
 from fedrot.simulation.sweep.compare import _NOT_OF_THE_TASK, _by_task, _task_fields
 from fedrot.simulation.sweep.comparison import Comparison
 from fedrot.simulation.sweep.layers import overlay, split_options, without
@@ -118,6 +120,40 @@ def test_a_run_of_every_value_with_what_is_the_methods_own():
     assert all((run.config.rounds, run.config.seed, run.config.lora["r"]) == (3, 7, 4) for run in runs)
 
 
+def test_a_method_has_its_own_values_of_what_is_varied():
+    runs, _ = Comparison(
+        methods=["fedit", "rolora"],
+        starts=["shared"],
+        seeds=[7],
+        vary={"clients": [3, 5], "lr": [0.005, 0.02]},
+        per_method={"rolora": {"lr": ["5e-4", 0.001]}, "fedrot": {"momentum": 0.5}},
+        variants={"in turn": {"method": "rolora", "momentum": 0.25}, "O": {"reflections": True}},
+    ).runs()
+    found = {run.name: run.config for run in runs}
+    rates = {"fedit": (0.005, 0.02), "rolora": (0.0005, 0.001), "in_turn": (0.0005, 0.001), "O": (0.005, 0.02)}
+    assert {name: (c.clients, c.lr) for name, c in found.items()} == {
+        f"shared-{name}-clients={n}-lr={rate}-seed7": (n, rate)
+        for name, some in rates.items()
+        for n in (3, 5)
+        for rate in some
+    }
+    assert {run.columns["lr"] for run in runs if run.columns["method"] == "rolora"} == {0.0005, 0.001}
+    assert {config.momentum for name, config in found.items() if "in_turn" in name} == {0.25}
+
+
+def test_alpha_follows_the_rank_by_a_scaling():
+    runs, _ = Comparison({"lora_scaling": "2"}, methods=["fedit"], starts=["shared"], vary={"lora.r": [2, 24]}).runs()
+    assert {(run.config.lora["r"], run.config.lora["lora_alpha"]) for run in runs} == {(2, 4), (24, 48)}
+    assert {frozenset(run.columns) for run in runs} == {frozenset({"start", "method", "seed", "strength", "lora.r"})}
+    config = SimulationConfig(lora={"target_modules": ["q_proj"]}, lora_scaling=0.5)
+    assert config.lora == {"target_modules": ["q_proj"], "lora_alpha": 4.0}  # PEFT's rank is 8
+    assert SimulationConfig(**dataclasses.asdict(config)) == config
+    given = {"lora": {"r": 4}, "lora_scaling": 2.0}
+    assert without(given, ["lora.lora_alpha"]) == {"lora": {"r": 4}} and without(given, ["lora.r"])["lora_scaling"] == 2.0
+    with pytest.raises(ValueError, match=r"lora\.r must be a whole number, got 'x'"):
+        SimulationConfig(lora={"r": "x"}, lora_scaling=2)
+
+
 @pytest.mark.parametrize(
     ("method", "vary", "per_value", "strengths"),
     [
@@ -143,7 +179,7 @@ def test_the_table_of_one_field_repeats_methods_in_which_it_plays_no_part():
     columns = ["method", "strength", "align_on", "accuracy", "relative_error", "seed", "round"]
     rows = pd.DataFrame([(*v, seed, r) for v in values for seed in (0, 1) for r in (1, 2)], columns=columns)
     rows = rows.assign(start="shared")
-    rows.loc[rows["round"] == 1, ["accuracy", "relative_error"]] = 9.0  # of no account: not the last
+    rows.loc[rows["round"] == 1, ["accuracy", "relative_error"]] = 9.0  # of no account for the last round
     tables = comparison_tables(rows, ["align_on"])
     assert as_markdown(tables, ["a note"]) == (
         "accuracy after the last round, by align_on\n\n"
@@ -154,6 +190,10 @@ def test_the_table_of_one_field_repeats_methods_in_which_it_plays_no_part():
         "| start | method | A | B |\n| --- | --- | --- | --- |\n"
         "| shared | fedit | 0.300 ± 0.000 | 0.300 ± 0.000 |\n"
         "| shared | fedrot λ=1 | 0.200 ± 0.000 | 0.100 ± 0.000 |\n\n"
+        "accuracy in each run's best round (the largest of all rounds on the test data, which overestimates it), by align_on"
+        "\n\n| start | method | A | B |\n| --- | --- | --- | --- |\n"
+        "| shared | fedit | 9.000 ± 0.000 | 9.000 ± 0.000 |\n"
+        "| shared | fedrot λ=1 | 9.000 ± 0.000 | 9.000 ± 0.000 |\n\n"
         "a note"
     )
 
@@ -164,10 +204,39 @@ def test_several_fields_are_rows_and_rounds_that_were_not_evaluated_do_not_count
          "loss": n * lr + r if r != 2 else np.nan, "relative_error": 0.0}
         for n in (3, 10) for lr in (0.5, 1.0) for r in (1, 2, 3)
     )  # fmt: skip
-    (table,) = comparison_tables(rows, ["clients", "lr"]).values()
+    table, best = comparison_tables(rows, ["clients", "lr"]).values()
+    assert best.loc[("shared", "fedit", 10, 0.5)].to_list() == ["6.000"]  # the smallest loss is that of round 1
     assert list(table.columns) == [f"{m}, round {r}" for m in ("loss", "relative error") for r in (1, 3)]
     assert table.loc[("shared", "fedit", 10, 0.5)].to_list() == ["6.000", "8.000", "0.000", "0.000"]
     assert len(table) == 4
+
+
+def test_the_best_round_is_each_runs_own():
+    scores = {0: [0.1, 0.9, 0.4], 1: [0.2, 0.3, 0.7], 2: [0.5, np.nan, 0.1]}
+    rows = pd.DataFrame(
+        {"start": "shared", "method": method, "strength": np.nan, "seed": seed, "round": r, "accuracy": better + x,
+         "loss": 9 - r, "relative_error": 0.0}
+        for method, better in (("fedit", 0), ("own", 1)) for seed, some in scores.items() for r, x in enumerate(some, 1)
+    )  # fmt: skip
+    last, best = comparison_tables(rows, []).items()
+    assert last[1].loc[("shared", "fedit"), "accuracy, round 3"] == cell([0.4, 0.7, 0.1])
+    assert best[0].startswith("accuracy in each run's best round") and "test data, which overestimates it" in best[0]
+    assert best[1]["accuracy"].to_list() == [cell([0.9, 0.7, 0.5]), cell([1.9, 1.7, 1.5])]
+    (*_, (title, best)) = comparison_tables(rows.drop(columns="accuracy"), []).items()
+    assert "the smallest of all rounds on the test data, which underestimates it" in title
+    assert best["loss"].to_list() == [cell([6, 6, 6])] * 2
+    assert len(comparison_tables(rows[rows["round"] == 3], [])) == 1, "one round is the last and the best"
+
+
+def test_a_method_without_some_of_the_values_has_dashes():
+    rows = pd.DataFrame(
+        {"start": "shared", "method": method, "strength": np.nan, "seed": 0, "round": 1, "lr": lr, "accuracy": lr,
+         "relative_error": 0.0}
+        for method, rates in (("fedit", (0.5, 1.0)), ("rolora", (0.25, 0.5))) for lr in rates
+    )  # fmt: skip
+    accuracy, _ = comparison_tables(rows, ["lr"]).values()
+    assert accuracy.loc[("shared", "fedit")].to_dict() == {0.25: "–", 0.5: "0.500", 1.0: "1.000"}
+    assert accuracy.loc[("shared", "rolora")].to_dict() == {0.25: "0.250", 0.5: "0.500", 1.0: "–"}
 
 
 def test_errors_that_no_run_measured_are_in_no_table(tmp_path, capsys):
@@ -232,6 +301,12 @@ def test_all_methods():
         (["--vary", "{lora.r: [2], lora: [{r: 3}]}"], "lora.* cannot both be varied"),
         (["--vary.seed", "0", "1"], "seeds"),
         (["--vary.lr", "1", "2", "--per-method.fedrot.lr", "3"], "lr is varied and per_method sets it for fedrot"),
+        (["--vary.lr", "1", "2", "--per-method.fedrot.lr", "[3]"], r"per_method.fedrot.lr must have 2 values.* got \[3\]"),
+        (["--vary.lr", "1", "2", "--per-method.fedrot.lr", "[3, 3]"], "per_method.fedrot.lr has 3.0 twice"),
+        (["--vary.lr", "1", "2", "--per-method.fedrot.lr", "[3, fast]"], "lr.*fast"),
+        (["--lora-scaling=2", "--vary.lora.lora_alpha", "1", "2"], "lora_scaling sets lora.lora_alpha for all runs"),
+        (["--lora-scaling=2", "--variants.a.lora.lora_alpha=1"], "lora_scaling sets lora.lora_alpha for all runs"),
+        (["--lora-scaling=0"], "lora_scaling must be positive"),
         (["--per-method.fedrot.lr", "fast"], "lr.*fast"),
         (["--per-method.fedrot.strength", "0.3"], "strengths"),
         (["--per-method.fedavg.lr", "0.3"], "unknown method 'fedavg'"),
@@ -341,11 +416,51 @@ def test_presets_follow_the_paper():
         assert (c.model, c.dataset, c.lora["r"], c.lora["lora_alpha"]) == ("FacebookAI/roberta-large", "qnli", 4, 8)
         assert (c.rounds, c.local_steps, c.batch_size, c.optimizer, c.max_length) == (250, 20, 128, "sgd", 128)
         assert c.lr == (0.001 if c.method == "rolora" else 0.02)
-    assert {c.lora["r"] for c in configs("table3-mnli")} == {2, 4, 8, 16, 24}
+        assert (c.client_weights, c.dtype, c.strength) == ("examples", "float32", 0.5 if c.method == "fedrot" else None)
+    ranks = {(c.lora["r"], c.lora["lora_alpha"]) for c in configs("table3-mnli")}
+    assert ranks == {(r, 2 * r) for r in (2, 4, 8, 16, 24)}
     assert {c.dirichlet_alpha for c in configs("table4-mnli")} == {100, 1, 0.5}
     assert {c.strength for c in configs("figure8-sst2")} == {0, 0.2, 0.4, 0.6, 0.8, 1}
     gsm8k = configs("table5-gsm8k")
     assert {(c.clients, c.rounds, c.local_steps, c.batch_size, c.max_length) for c in gsm8k} == {(3, 100, 30, 1, 650)}
+
+
+RELEASED = [name for name in describe_presets() if name.startswith("released-")]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_presets_follow_the_released_scripts_beside_the_paper(name):
+    written, released = (Comparison.of(load_preset(n)).runs()[0] for n in (name.removeprefix("released-"), name))
+    hard = [run for run in released if run.columns["method"] == "fedrot O hard"]
+    others = [run for run in released if run not in hard]
+    own = {"client_weights": "equal", "dtype": "float16", "eval_every": 1, "rounds": 500 if name.endswith("rte") else 250}
+    for run in released:
+        assert {field: getattr(run.config, field) for field in own} == own
+    shift = {0: 11, 1: 12, 2: 13}
+    expected = [dataclasses.replace(run.config, seed=shift[run.config.seed], **own) for run in written]
+    assert [run.config for run in others] == expected, "all else is as the paper writes it"
+    soft = [run.config for run in others if run.config.method == "fedrot" and run.config.strength in (0.5, 0.6)]
+    assert len(hard) == len(soft) > 0
+    for run, other in zip(hard, soft, strict=True):
+        assert (run.config.method, run.config.reflections, run.config.strength) == ("fedrot", True, 1.0)
+        assert dataclasses.replace(run.config, reflections=False, strength=other.strength) == other and not other.reflections
+
+
+def test_there_is_a_released_preset_of_every_table_of_language_understanding():
+    assert RELEASED == [f"released-{name}" for name in describe_presets() if re.match("table(1|16|3|4)-|figure8", name)]
+
+
+@pytest.mark.parametrize("name", ["table4-mnli", "released-table4-mnli"])
+def test_every_method_is_tuned_over_as_many_rates(name):
+    argv = ["--vary.lr", "0.005", "0.02", "--per_method.rolora.lr", "[0.0005, 0.001]", "--vary.dirichlet_alpha", "0.5"]
+    layer, _, _ = split_options(argv)
+    assert " ".join(argv[:4]).replace("_", "-") in (resources.files(presets) / "_paper.yaml").read_text().replace("'", "")
+    runs, _ = Comparison.of(overlay(load_preset(name), layer)).runs()
+    rates = {run.columns["method"]: set() for run in runs}
+    for run in runs:
+        rates[run.columns["method"]].add(run.config.lr)
+    assert rates.pop("rolora") == {0.0005, 0.001}
+    assert len(rates) >= 4 and all(some == {0.005, 0.02} for some in rates.values())
 
 
 def test_a_preset_is_overridden_by_options(tmp_path, capsys):

@@ -22,9 +22,9 @@ SWEEP, GEOMETRY = "sweep.png", "geometry.png"
 
 # Runs that differ in these alone share the data and the base model.
 _NOT_OF_THE_TASK = {
-    *("lora", "partition", "dirichlet_alpha", "clients", "clients_per_round", "clients_per_pass", "rounds", "local_steps"),
-    *("batch_size", "optimizer", "lr", "momentum", "weight_decay", "max_grad_norm", "start", "seed", "device"),
-    *(*OPTION_NAMES, "client_weights", "server_optimizer", "server_lr"),
+    *("lora", "lora_scaling", "partition", "dirichlet_alpha", "clients", "clients_per_round", "clients_per_pass"),
+    *("rounds", "local_steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "max_grad_norm"),
+    *(*OPTION_NAMES, "client_weights", "server_optimizer", "server_lr", "start", "seed", "device"),
     *("eval_every", "eval_batch_size"),
 }
 

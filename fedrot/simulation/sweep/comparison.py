@@ -1,7 +1,6 @@
 """A comparison: what it varies, and the runs that follow from that. Everything is checked before anything is run."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import combinations, product
@@ -10,6 +9,7 @@ from typing import Any, get_args
 from ...methods.registry import METHODS
 from ..config import SimulationConfig, Start
 from .fields import LISTS, check_field, check_shapes, has_field, overlap, parse, refuse_old_options, set_fields, typed
+from .values import Value, folder_name, typed_values
 
 # Options that play no part in some methods, which then are run once for all values. A simulation's seed plays one in all.
 _OF_SOME_METHODS = frozenset[str]().union(*(method.uses for method in METHODS.values())) - {"seed"}
@@ -27,7 +27,8 @@ class Comparison:
         seeds: the seeds. Everything is run with each of them.
         vary: field → its values. Options of LoRA are lora.r, lora.lora_alpha and so on. A method that does not use the field
             is run once.
-        per_method: method → fields that differ for this method alone, such as lr.
+        per_method: method → fields that differ for this method alone, such as lr. If the field is varied, its value here is
+            a list, as long as that in ``vary``, of the values that the method has in their place.
         variants: name → fields of a setting that is run beside the methods, once per start, seed and varied values, whatever
             the strengths. Its method is fedrot unless it sets one. It has its method's per_method too, but its own fields
             win.
@@ -63,18 +64,18 @@ class Comparison:
         self._check()
         # Types are checked once per value, not per run, of which there may be hundreds.
         common = parse({"lora": SimulationConfig().lora, **self.fields})
-        values = {name: self._values(name) for name in self.vary}
+        values = {name: typed_values(f"vary.{name}", name, others) for name, others in self.vary.items()}
         settings = self._settings()
         runs: dict[str, Run] = {}
         notes: dict[str, None] = {}
-        for chosen in product(*values.values()):
-            varied = dict(zip(values, chosen, strict=True))
+        for places in product(*(range(len(others)) for others in values.values())):
             for start, setting in product(self.starts, settings):
                 method = METHODS[setting.method]
                 if start == "independent" and method.needs_shared_start:
                     said = f"{setting.name} was not run from an independent start: its clients must begin with one adapter"
                     notes[said] = None
                     continue
+                varied = {name: (values | setting.varied)[name][at] for name, at in zip(values, places, strict=True)}
                 own = {name: value for name, value in varied.items() if name in method.uses or name not in _OF_SOME_METHODS}
                 for seed, strength in product(self.seeds, setting.strengths):
                     shown = "strength" in method.uses and strength is not None
@@ -96,15 +97,22 @@ class Comparison:
 
     def _settings(self) -> list["_Setting"]:
         """The methods, then the variants, with their own fields, converted to the fields' types."""
-        per_method = {method: {name: typed(name, x) for name, x in own.items()} for method, own in self.per_method.items()}
+        per_method, varied = {}, {}
+        for method, own in self.per_method.items():
+            per_method[method] = {name: typed(name, x) for name, x in own.items() if name not in self.vary}
+            varied[method] = {
+                name: typed_values(f"per_method.{method}.{name}", name, x) for name, x in own.items() if name in self.vary
+            }
         settings = []
         for method in self.methods:
             strengths = self.strengths if "strength" in METHODS[method].uses else self.strengths[:1]
-            settings.append(_Setting(method, method, method, per_method.get(method, {}), strengths))
+            own, values = per_method.get(method, {}), varied.get(method, {})
+            settings.append(_Setting(method, method, method, own, values, strengths))
         for name, variant in self.variants.items():
             own = {field: typed(field, x) for field, x in variant.items()}
             method = own.pop("method", "fedrot")
-            settings.append(_Setting(name, _folder(name), method, {**per_method.get(method, {}), **own}, [None]))
+            own, values = {**per_method.get(method, {}), **own}, varied.get(method, {})
+            settings.append(_Setting(name, folder_name(name), method, own, values, [None]))
         return settings
 
     def _check(self) -> None:
@@ -119,31 +127,46 @@ class Comparison:
             for value in getattr(self, plural):
                 typed(name, value)
         self._check_variants()
+        owned = [name for own in (*self.per_method.values(), *self.variants.values()) for name in own]
+        if self.fields.get("lora_scaling") is not None and "lora.lora_alpha" in [*self.vary, *owned]:
+            raise ValueError("lora_scaling sets lora.lora_alpha for all runs: set or vary one of the two")
         for name, others in self.vary.items():
             if isinstance(others, str) or not isinstance(others, Sequence) or not others:
                 raise ValueError(f"vary.{name} must be a list of values, got {others!r}")
             if has_field(self.fields, name):
                 raise ValueError(f"{name} is both set and varied: do one of them")
-            for what, owned in (("per_method sets it for", self.per_method), ("is set by variant", self.variants)):
-                for owner, own in owned.items():
-                    if any(overlap(name, other) for other in own):
-                        raise ValueError(f"{name} is varied and {what} {owner}: do one of them")
+            self._check_own_of(name)
         for name, other in combinations(self.vary, 2):
             if overlap(name, other):
                 raise ValueError(f"{name} and {other} cannot both be varied")
+
+    def _check_own_of(self, name: str) -> None:
+        """Refuse methods and variants that set a varied field, but for a method's list of as many values."""
+        for method, own in self.per_method.items():
+            values = own.get(name)
+            if isinstance(values, list | tuple) and len(values) != len(self.vary[name]):
+                number = len(self.vary[name])
+                raise ValueError(f"per_method.{method}.{name} must have {number} values, as vary.{name} has, got {values!r}")
+            if any(overlap(name, other) for other in own if other != name or not isinstance(values, list | tuple)):
+                raise ValueError(
+                    f"{name} is varied and per_method sets it for {method}: do one of them, or list as many values there"
+                )
+        for variant, own in self.variants.items():
+            if any(overlap(name, other) for other in own):
+                raise ValueError(f"{name} is varied and is set by variant {variant}: do one of them")
 
     def _check_variants(self) -> None:
         # Names of methods as tables and as folders have them.
         taken = {name: f"the method {method}" for method in METHODS for name in self._names(method)}
         for name, own in self.variants.items():
-            if not isinstance(name, str) or not _folder(name):
+            if not isinstance(name, str) or not folder_name(name):
                 raise ValueError(f"variants: {name!r} is no name: take letters and digits, quoted if need be")
             if not isinstance(own, Mapping):
                 raise ValueError(f"variants.{name} must map fields to values, got {own!r}")
-            for shown in {name, _folder(name)}:
+            for shown in {name, folder_name(name)}:
                 if shown in taken:
                     raise ValueError(f"the variant {name!r} cannot be told from {taken[shown]}: give it another name")
-            taken |= dict.fromkeys((name, _folder(name)), f"the variant {name!r}")
+            taken |= dict.fromkeys((name, folder_name(name)), f"the variant {name!r}")
             for key, value in own.items():
                 if key not in ("method", "strength"):
                     check_field(key)
@@ -153,17 +176,6 @@ class Comparison:
     def _names(self, method: str) -> list[str]:
         strengths = self.strengths if "strength" in METHODS[method].uses else ()
         return [method, *(f"{method}{between}{x:g}" for between in ("-", " λ=") for x in strengths)]
-
-    def _values(self, name: str) -> list["_Value"]:
-        """The values of a varied field, converted to the field's type, with names that differ."""
-        values = [typed(name, value) for value in self.vary[name]]
-        for value in values:
-            if values.count(value) > 1:
-                raise ValueError(f"vary.{name} has {value!r} twice")
-        names = [_folder(_text(value)) for value in values]
-        if len(set(names)) < len(names) or not all(names):
-            names = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
-        return [_Value(value, name) for value, name in zip(values, names, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -184,31 +196,16 @@ class Run:
 
 @dataclass(frozen=True)
 class _Setting:
-    """A method with its strengths, or a variant, whose strengths are [None]: its own fields or its method give λ."""
+    """A method with its strengths, or a variant, whose strengths are [None]: its own fields or its method give λ.
+
+    Attributes:
+        own: its own fields that are not varied.
+        varied: its own values of fields that are.
+    """
 
     name: str
     folder: str
     method: str
     own: Mapping[str, Any]
+    varied: Mapping[str, Sequence[Value]]
     strengths: Sequence[float | None]
-
-
-@dataclass(frozen=True)
-class _Value:
-    value: Any
-    name: str
-
-    @property
-    def column(self) -> Any:
-        """The entry in a table of results: a number as it is, so that it can be plotted, and anything else as text."""
-        number = isinstance(self.value, int | float) and not isinstance(self.value, bool)
-        return self.value if number else _text(self.value)
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _folder(name: str) -> str:
-    """The last 40 characters of a name, without those that do not belong into a folder's name."""
-    return re.sub(r"[^\w.+-]+", "_", name).strip("_")[-40:]

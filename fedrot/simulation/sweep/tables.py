@@ -13,7 +13,8 @@ def comparison_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd
     """Tabulate the score and, if it was measured, the relative aggregation error.
 
     With one varied field its values are the columns of a table per measure, after the last round. Otherwise the columns are
-    the measures after the first and the last evaluated round, and the rows all combinations.
+    the measures after the first and the last evaluated round, and the rows all combinations. If runs were
+    evaluated more than once, a further table has the score in the best round of each run.
 
     Args:
         rows: a row per run and round, with round (from 1), start, method, strength, seed, the measures, and the varied
@@ -28,12 +29,13 @@ def comparison_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd
         field = varied[0]
         rows = repeat_unvaried(rows, field)
         last = rows[rows["round"] == rows.groupby(["start", "method", field])["round"].transform("max")]
-        return {
-            f"{_TITLES[measure]} after the last round, by {field}": _means(
-                last, measure, ["start", "method", field]
-            ).unstack(field)
-            for measure in measures
-        }
+        groups = ["start", "method", field]
+        tables = {}
+        for measure in measures:
+            means = _means(last, measure, groups)
+            tables[f"{_TITLES[measure]} after the last round, by {field}"] = means.unstack(field, fill_value="–")
+        best = _best_rounds(rows, measures[0], groups)
+        return tables | {f"{title}, by {field}": means.unstack(field, fill_value="–") for title, means in best.items()}
     groups = ["start", "method", *varied]
     for field in varied:
         rows = repeat_unvaried(rows, field)
@@ -44,7 +46,24 @@ def comparison_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd
             some = rows[rows["round"] == chosen]
             title = f"round {chosen.iloc[0]}" if chosen.nunique() == 1 else f"{which} round"
             columns[f"{_TITLES[measure]}, {title}"] = _means(some, measure, groups)
-    return {"": pd.DataFrame(columns)}
+    best = _best_rounds(rows, measures[0], groups)
+    return {"": pd.DataFrame(columns)} | {title: means.to_frame(_TITLES[measures[0]]) for title, means in best.items()}
+
+
+def _best_rounds(rows: pd.DataFrame, score: str, groups: list[str]) -> dict[str, pd.Series]:
+    """Take the best evaluated round of each run, by the score, and average over seeds; nothing if no run has two rounds.
+
+    Returns:
+        Title → means.
+    """
+    runs = rows.groupby([*groups, "seed"], sort=False)
+    if runs["round"].nunique().max() < 2:
+        return {}
+    which, does = ("smallest", "underestimates") if score == "loss" else ("largest", "overestimates")
+    scores = rows.assign(**{score: pd.to_numeric(rows[score])}).groupby([*groups, "seed"], sort=False)[score]
+    best = (scores.min() if score == "loss" else scores.max()).reset_index()
+    title = f"{_TITLES[score]} in each run's best round (the {which} of all rounds on the test data, which {does} it)"
+    return {title: _means(best, score, groups)}
 
 
 def rounds_tables(rows: pd.DataFrame, varied: Sequence[str]) -> dict[str, pd.DataFrame]:

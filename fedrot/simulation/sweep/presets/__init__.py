@@ -1,5 +1,6 @@
 """Comparisons by name, one YAML file each, whose first line describes it. Names that begin with _ are bases of others."""
 
+from functools import reduce
 from importlib.resources import files
 from typing import Any
 
@@ -9,7 +10,7 @@ from ..layers import overlay
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Load the options of a preset, laid over those of the preset that its key ``preset`` names.
+    """Load the options of a preset, laid over those of the presets that its key ``preset`` names: one, or a list of them.
 
     Raises:
         ValueError: no such preset.
@@ -18,8 +19,9 @@ def load_preset(name: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(describe_presets())}")
     options = yaml.safe_load(file.read_text("utf-8"))
-    base = options.pop("preset", None)
-    return overlay(load_preset(base) if base else {}, options)
+    bases = options.pop("preset", [])
+    layers = [load_preset(base) for base in ([bases] if isinstance(bases, str) else bases)]
+    return reduce(overlay, [*layers, options], {})
 
 
 def describe_presets() -> dict[str, str]:
