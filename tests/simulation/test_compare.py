@@ -150,6 +150,8 @@ def test_alpha_follows_the_rank_by_a_scaling():
     assert SimulationConfig(**dataclasses.asdict(config)) == config
     given = {"lora": {"r": 4}, "lora_scaling": 2.0}
     assert without(given, ["lora.lora_alpha"]) == {"lora": {"r": 4}} and without(given, ["lora.r"])["lora_scaling"] == 2.0
+    own = {"lora": {"r": 4, "lora_alpha": 16}}
+    assert overlay(given, own) == own and overlay(given, own | {"lora_scaling": 3.0}) == own | {"lora_scaling": 3.0}
     with pytest.raises(ValueError, match=r"lora\.r must be a whole number, got 'x'"):
         SimulationConfig(lora={"r": "x"}, lora_scaling=2)
 

@@ -207,5 +207,5 @@ class _Setting:
     folder: str
     method: str
     own: Mapping[str, Any]
-    varied: Mapping[str, Sequence[Value]]
+    varied: dict[str, list[Value]]
     strengths: Sequence[float | None]

@@ -51,8 +51,8 @@ def overlay(lower: Options, upper: Options) -> Options:
 
 def without(options: Options, names: list[str]) -> Options:
     """Return the options without those that set or vary these fields."""
-    if "lora.lora_alpha" in names:
-        names = [*names, "lora_scaling"]  # which sets it
+    if not {"lora", "lora.lora_alpha"}.isdisjoint(names):
+        names = [*names, "lora_scaling"]  # which would set α again
     result = copy.deepcopy(options)
     vary, per_method = result.pop("vary", {}), result.pop("per_method", {})
     for name in names:
