@@ -125,7 +125,7 @@ class SimulationConfig(AggregationOptions):
     at the start; if not set (null), all train at once. Results depend on it by rounding only."""
     start: Start = "shared"
     """What clients start from. shared: all start from one adapter, as in the paper. independent: each draws its own, so that
-    the first aggregation has no common reference and takes the adapter of the client with most examples."""
+    the first aggregation has no common reference; fedrot then rotates to the clients' consensus."""
 
     client_weights: Literal["examples", "equal"] = "examples"
     """The weights of clients in the server's mean. examples: each client's number of training examples. equal: the same for
