@@ -3,18 +3,21 @@
 from .dispatch import align_average, average
 from .groupwise.together import align_together
 from .measures import aggregation_error, error_bound, product_norm, rotation_angle
-from .ops import cross_covariance, partial_isometries, polar, procrustes, rotate_average
+from .ops import cross_covariance, polar, procrustes, rotate_average
 from .precision import full_precision, widen, working_dtype
-from .tolerances import ROUNDING_FLOOR
+from .rotations import frame_rotations
+from .tolerances import FACTOR_FLOOR, PRODUCT_FLOOR
 from .torch_backend.procrustes import soften, special_orthogonal
 from .torch_backend.products import rotate_add_
-from .types import Aligned, Backend, Clients, Target, Together
+from .types import Aligned, Backend, Clients, Rotations, Target, Together
 
 __all__ = [
-    "ROUNDING_FLOOR",
+    "FACTOR_FLOOR",
+    "PRODUCT_FLOOR",
     "Aligned",
     "Backend",
     "Clients",
+    "Rotations",
     "Target",
     "Together",
     "aggregation_error",
@@ -23,8 +26,8 @@ __all__ = [
     "average",
     "cross_covariance",
     "error_bound",
+    "frame_rotations",
     "full_precision",
-    "partial_isometries",
     "polar",
     "procrustes",
     "product_norm",

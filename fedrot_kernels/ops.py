@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .checks import check_frames, check_square, check_strength, read_weights
 from .dispatch import use_triton
-from .precision import full_precision, working_dtype
-from .tolerances import ROUNDING_FLOOR
+from .precision import working_dtype
 from .torch_backend import procrustes as torch_procrustes
 from .torch_backend import products as torch_products
+from .types import Rotations
 
 
 @torch.library.custom_op("fedrot::cross_covariance", mutates_args=())
@@ -31,18 +31,19 @@ def _(F: Tensor, F_ref: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fedrot::procrustes", mutates_args=())
-def _procrustes(M: Tensor, strength: float, reflections: bool, floor: float) -> tuple[Tensor, Tensor]:
+def _procrustes(M: Tensor, strength: float, reflections: bool, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     if use_triton("auto", [M], M.shape[-1]) and M.numel():
         from .triton_backend.batches import procrustes
 
         return procrustes(M, strength=strength, reflections=reflections, floor=floor)
-    return torch_procrustes.procrustes(M, strength=strength, reflections=reflections, floor=floor)
+    R, residual, undetermined = torch_procrustes.rotations(M, strength=strength, reflections=reflections, floor=floor)
+    return R, residual, undetermined
 
 
 @_procrustes.register_fake
-def _(M: Tensor, strength: float, reflections: bool, floor: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    dtype = working_dtype(M)
-    return M.new_empty(M.shape, dtype=dtype), M.new_empty(M.shape[:-2], dtype=dtype)
+def _(M: Tensor, strength: float, reflections: bool, floor: float) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    dtype, batch = working_dtype(M), M.shape[:-2]
+    return M.new_empty(M.shape, dtype=dtype), M.new_empty(batch, dtype=dtype), M.new_empty(batch, dtype=torch.int64)
 
 
 @torch.library.custom_op("fedrot::rotate_average", mutates_args=())
@@ -81,7 +82,7 @@ def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
 
 
 def polar(M: Tensor, *, floor: float = 0.0) -> Tensor:
-    """The orthogonal polar factor R of M = R H, reflections included, by Newton–Schulz.
+    """The orthogonal polar factor R of M = R H, reflections included.
 
     It maximises tr(RᵀM) over O(r), so that ‖RᵀF − F_ref‖_F is least for M = F F_refᵀ.
 
@@ -101,8 +102,12 @@ def polar(M: Tensor, *, floor: float = 0.0) -> Tensor:
     return procrustes(M, reflections=True, floor=floor)[0]
 
 
-def procrustes(M: Tensor, *, strength: float = 1.0, reflections: bool = False, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Compute the rotation of a cross-covariance, and how far from orthogonal it is.
+def procrustes(M: Tensor, *, strength: float = 1.0, reflections: bool = False, floor: float = 0.0) -> Rotations:
+    """Compute the rotation of a cross-covariance, how far from orthogonal it is, and how much of it is undetermined.
+
+    On a CPU, R is the exact one of M to the rounding of the result, if no singular value is below the floor. In the Triton
+    kernels at λ = 1 it is within max(floor/2, 4 eps) ‖M‖_F over the sum of M's two smallest singular values; where det < 0
+    must become +1, the smallest one counts negative.
 
     Args:
         M: (..., r, r), any floating dtype.
@@ -111,7 +116,8 @@ def procrustes(M: Tensor, *, strength: float = 1.0, reflections: bool = False, f
         floor: as in ``polar``.
 
     Returns:
-        R (..., r, r) and ‖RᵀR − I‖_max (...), both float32 (float64 for float64); NaN where M is not finite.
+        R (..., r, r) and ‖RᵀR − I‖_max (...), both float32 (float64 for float64), NaN where M is not finite; and (...), the
+        number of directions below the floor.
 
     Raises:
         ValueError: not square, or a strength outside [0, 1].
@@ -120,32 +126,7 @@ def procrustes(M: Tensor, *, strength: float = 1.0, reflections: bool = False, f
     check_square(M=M)
     check_strength(strength)
     working_dtype(M)
-    found: tuple[Tensor, Tensor] = _procrustes(M.detach(), float(strength), reflections, float(floor))
-    return found
-
-
-@full_precision
-def partial_isometries(M: Tensor, rank_mask: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Compute the softened rotations of padded clients, and how far from orthogonal they are.
-
-    The rotation of a padded client is a partial isometry: only its first rᵢ rows are used, and the other rows are set to
-    zero. With J = [I 0] of rᵢ rows it is polar((1−λ) J + λ polar(Mᵢ)). It is the same in SO(r) and O(r), because the unused
-    rows can complete it to either determinant.
-
-    Args:
-        M: (G, r, r), cross-covariances; rows of zero where a client is padded. float32 or float64.
-        rank_mask: (G, r, 1), bool: which rows are the client's own.
-        strength: λ in [0, 1].
-
-    Returns:
-        R (G, r, r), and ‖RᵀR − I‖_max (G,) before the other rows are set to zero.
-    """
-    R, residual = procrustes(M, reflections=True, floor=ROUNDING_FLOOR[M.dtype])
-    if strength < 1:
-        eye = torch.eye(M.shape[-1], dtype=R.dtype, device=R.device)
-        blend = torch.where(rank_mask, (1 - strength) * eye + strength * R, 0)
-        R, residual = procrustes(blend, reflections=True, floor=ROUNDING_FLOOR[R.dtype])
-    return R * rank_mask, residual
+    return Rotations(*_procrustes(M.detach(), float(strength), reflections, float(floor)))
 
 
 def rotate_average(F: Tensor, R: Tensor | None, weights: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +16,21 @@ Target = Literal["reference", "consensus", "error"]
 """The quantity that ``align_together`` minimises: distance to a reference, spread of the clients, or aggregation error."""
 
 
+class Rotations(NamedTuple):
+    """Rotations, and how sure they are.
+
+    Attributes:
+        R: (..., r, r), float32 (float64 for float64).
+        residual: (...), ‖RᵀR − I‖_max; NaN where the cross-covariance is not finite.
+        undetermined: (...), int64: the number of directions in which the cross-covariance says nothing, so that R is
+            completed by what is nearest the identity.
+    """
+
+    R: Tensor
+    residual: Tensor
+    undetermined: Tensor
+
+
 @dataclass(frozen=True)
 class Aligned:
     """Rotated averages of L adapters from N clients.
@@ -26,6 +41,7 @@ class Aligned:
         B: per adapter B̄ = Σ wᵢ BᵢRᵢ, (d_out, r), likewise.
         R: per adapter the rotations, (N, r, r), float32 (float64 for float64 inputs).
         residual: (L, N), ‖RᵀR − I‖_max of every rotation; NaN where the cross-covariance was not finite.
+        undetermined: (L, N), the number of directions in which a cross-covariance says nothing; see ``Rotations``.
         finite: a bool scalar tensor on the inputs' device: every entry of every average is finite.
     """
 
@@ -33,6 +49,7 @@ class Aligned:
     B: list[Tensor]
     R: list[Tensor]
     residual: Tensor
+    undetermined: Tensor
     finite: Tensor
 
 
@@ -49,6 +66,7 @@ class Together:
         strengths: (L,) float64, λ of every adapter.
         error: (L,) float64, ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F before Ā and B̄ are rounded to the inputs' dtype.
         update_norm: (L,) float64, ‖Σ wᵢBᵢAᵢ‖_F.
+        undetermined: (L, N), as in ``Aligned``; None unless the target is a reference.
     """
 
     A: list[Tensor]
@@ -59,3 +77,4 @@ class Together:
     strengths: Tensor
     error: Tensor
     update_norm: Tensor
+    undetermined: Tensor | None

@@ -52,7 +52,7 @@ def align(update: UpdateLike, reference: UpdateLike, *, round: int = 0, **option
     if strength == 0:
         return client.as_given(aligned)
     for group in layout.groups:
-        R = rotations(group, client, target, on, strength, reflections=chosen.reflections)
+        R = rotations(group, client, target, on, strength, reflections=chosen.reflections).R
         A, B = group.A(client), group.B(client)
         A_aligned = rotate_add_(torch.zeros_like(A, dtype=R.dtype), A, R, 1.0)
         B_aligned = rotate_add_(torch.zeros_like(B, dtype=R.dtype).mT, B.mT, R, 1.0).mT

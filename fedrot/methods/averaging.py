@@ -11,11 +11,11 @@ from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..adapters.values import is_finite
 from ..options import Factor
-from .rotation import LARGEST_RESIDUAL
+from .rotation import LARGEST_RESIDUAL, trained_references
 from .round import Averages, Round
 from .running_mean import RunningMean
 
-Prepare = Callable[[int, Update, int, Layout, Update | None], tuple[StateDict, list[Tensor] | None]]
+Prepare = Callable[[int, Update, int, Layout, Update | None], tuple[StateDict, list[fk.Rotations] | None]]
 
 
 def average_round(
@@ -42,9 +42,9 @@ def average_round(
         means, finite = fk.average([tensors[key] for key in keys], round.weights, backend=backend)
         mean |= zip(keys, means, strict=True)
         checks.append(finite)
-    R = residual = None
+    R = residual = undetermined = None
     if on:
-        A_ref, B_ref = ([_matrix(round.reference[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
+        A_ref, B_ref = trained_references(layout.adapters, round.reference)
         aligned = fk.align_average(
             A,
             B,
@@ -55,12 +55,12 @@ def average_round(
             reflections=reflections,
             backend=backend,
         )
-        R, residual = aligned.R, aligned.residual
+        R, residual, undetermined = aligned.R, aligned.residual, aligned.undetermined
         checks += [aligned.finite, (residual <= LARGEST_RESIDUAL).all()]
         for (key_A, key_B), mean_A, mean_B in zip(layout.factor_keys, aligned.A, aligned.B, strict=True):
             mean[key_A] = mean_A.view(layout.specs[key_A].shape)
             mean[key_B] = mean_B.view(layout.specs[key_B].shape)
-    return Averages(mean, A, B, R, residual, bool(torch.stack(checks).all()))
+    return Averages(mean, A, B, R, residual, bool(torch.stack(checks).all()), undetermined=undetermined)
 
 
 def stream_round(round: Round, prepare: Prepare) -> Averages:
@@ -70,19 +70,23 @@ def stream_round(round: Round, prepare: Prepare) -> Averages:
     A: list[list[Tensor]] = [[] for _ in layout.adapters]
     B: list[list[Tensor]] = [[] for _ in layout.adapters]
     R: list[list[Tensor]] = [[] for _ in layout.adapters]
+    undetermined: list[list[Tensor]] = [[] for _ in layout.adapters]
     places = {a.key_A: i for i, a in enumerate(layout.adapters)}
     for position, client, weight in zip(round.positions, round.clients, round.weights, strict=True):
         tensors, rotations = prepare(round.index, client, position, layout, round.reference)
-        mean.add(tensors, weight, rotations)
+        mean.add(tensors, weight, None if rotations is None else [found.R for found in rotations])
         for i, (key_A, key_B) in enumerate(layout.factor_keys):
             A[i].append(_matrix(tensors[key_A]))
             B[i].append(_matrix(tensors[key_B]))
         for group, per_group in zip(layout.groups, rotations or [], strict=rotations is not None):
-            for a, per_adapter in zip(group.adapters, per_group, strict=True):
+            for a, per_adapter, left in zip(group.adapters, per_group.R, per_group.undetermined, strict=True):
                 R[places[a.key_A]].append(per_adapter)
+                undetermined[places[a.key_A]].append(left)
     state_dict = mean.state_dict()
     rotated = [torch.stack(per_client) for per_client in R] if R[0] else None
-    return Averages(state_dict, A, B, rotated, None, is_finite(list(state_dict.values())))
+    counts = torch.tensor(undetermined) if R[0] else None
+    finite = is_finite(list(state_dict.values()))
+    return Averages(state_dict, A, B, rotated, None, finite, undetermined=counts)
 
 
 def matrices(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from torch import Tensor
+from fedrot_kernels import Rotations
 
 from ..adapters.common import UnequalRanks
 from ..adapters.layout import Layout
@@ -98,7 +98,7 @@ class Method(ABC):
 
     def prepare(
         self, round: int, client: Update, position: int, layout: Layout, reference: Update | None
-    ) -> tuple[StateDict, list[Tensor] | None]:
+    ) -> tuple[StateDict, list[Rotations] | None]:
         """Make of one client what enters the mean: the step of ``add``, which keeps no update.
 
         Args:
@@ -109,6 +109,6 @@ class Method(ABC):
             reference: what clients are aligned to, or None.
 
         Returns:
-            The client's tensors, and for every group of the layout the client's rotations (G, r, r), or None.
+            The client's tensors, and for every group of the layout the client's rotations, R (G, r, r), or None.
         """
         return client, None

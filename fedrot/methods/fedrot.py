@@ -1,6 +1,6 @@
 """FedRot-LoRA (arXiv 2602.23638): rotate every client's factors towards a common reference, then average."""
 
-from torch import Tensor
+from fedrot_kernels import Rotations
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
@@ -50,7 +50,7 @@ class FedRot(Method):
 
     def prepare(
         self, round: int, client: Update, position: int, layout: Layout, reference: Update | None
-    ) -> tuple[StateDict, list[Tensor] | None]:
+    ) -> tuple[StateDict, list[Rotations] | None]:
         """See ``Method.prepare``."""
         on = self._on(round)
         if not on:

@@ -9,7 +9,7 @@ import fedrot_kernels as fk
 
 from .averaging import average_round, matrices
 from .base import Method
-from .rotation import LARGEST_RESIDUAL
+from .rotation import LARGEST_RESIDUAL, trained_references
 from .round import Averages, Round
 
 
@@ -41,7 +41,12 @@ class GroupwiseMethod(Method):
         A, B = (
             [matrices([client[key] for client in clients]) for key in keys] for keys in zip(*layout.factor_keys, strict=True)
         )
-        A_ref, B_ref = (matrices([round.reference[key] for key in keys]) for keys in zip(*layout.factor_keys, strict=True))
+        if self.minimises == "reference":
+            A_ref, B_ref = trained_references(layout.adapters, round.reference)
+        else:  # which fixes only the basis of the result
+            A_ref, B_ref = (
+                matrices([round.reference[key] for key in keys]) for keys in zip(*layout.factor_keys, strict=True)
+            )
         aligned = fk.align_together(
             A,
             B,
@@ -73,4 +78,5 @@ class GroupwiseMethod(Method):
             bool(torch.stack(checks).all()),
             errors=errors if self.options.report_error else [(None, None)] * len(errors),
             strengths=aligned.strengths.tolist() if self.chooses_strength else None,
+            undetermined=aligned.undetermined,
         )

@@ -1,9 +1,8 @@
 """Ablation: rotate every client by a random rotation instead of the one that aligns it."""
 
 import torch
-from torch import Tensor
 
-from fedrot_kernels import procrustes, working_dtype
+from fedrot_kernels import Rotations, procrustes, working_dtype
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
@@ -34,13 +33,13 @@ class RandomRotation(Method):
 
     def prepare(
         self, round: int, client: Update, position: int, layout: Layout, reference: Update | None
-    ) -> tuple[StateDict, list[Tensor] | None]:
+    ) -> tuple[StateDict, list[Rotations] | None]:
         """See ``Method.prepare``."""
         numbers = generator(self.options.seed, round, position)
         rotations = []
         for group in layout.groups:
             a = group.adapters[0]
             M = torch.randn(len(group.adapters), a.rank, a.rank, generator=numbers, dtype=torch.float64)
-            R, _ = procrustes(M, strength=self.strength, reflections=self.options.reflections)
-            rotations.append(R.to(client.device, working_dtype(a.dtype)))
+            drawn = procrustes(M, strength=self.strength, reflections=self.options.reflections)
+            rotations.append(drawn._replace(R=drawn.R.to(client.device, working_dtype(a.dtype))))
         return client, rotations

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import ROUNDING_FLOOR, cross_covariance, partial_isometries, procrustes
+from fedrot_kernels import Rotations, frame_rotations
 
 from ..adapters.layout import Adapter, AdapterGroup
 from ..adapters.update import StateDict, Update
@@ -29,30 +29,50 @@ def aligned_factors(align_on: AlignOn, round: int) -> tuple[Factor, ...]:
 
 def rotations(
     group: AdapterGroup, client: Update, reference: StateDict, on: tuple[Factor, ...], strength: float, *, reflections: bool
-) -> Tensor:
+) -> Rotations:
     """The rotations R (G, r, r) of one client's adapters of a group, softened by λ.
 
-    The cross-covariance M is A A_refᵀ, BᵀB_ref or, aligned on both, A A_refᵀ/‖A_ref‖² + BᵀB_ref/‖B_ref‖².
+    The cross-covariance M is A A_refᵀ, BᵀB_ref or, aligned on both, A A_refᵀ/‖A_ref‖² + BᵀB_ref/‖B_ref‖². Adapters that
+    are untrained in the reference do not rotate; see ``trained_references``.
 
     Raises:
         UpdateError: the products of the client's factors overflow.
     """
     frames = []
+    A_ref, B_ref = trained_references(group.adapters, reference)
     if "A" in on:
-        frames.append((group.A(client), group.A(reference)))
+        frames.append((group.A(client), torch.stack(A_ref)))
     if "B" in on:
-        frames.append((group.B(client).mT, group.B(reference).mT))
-    products = [cross_covariance(F, F_ref) for F, F_ref in frames]
-    if len(on) > 1:
-        products = [_relative(M, F_ref) for M, (_, F_ref) in zip(products, frames, strict=True)]
-    M = products[0] if len(on) == 1 else products[0] + products[1]
-    R, residual = procrustes(M, strength=strength, reflections=reflections, floor=ROUNDING_FLOOR[M.dtype])
+        frames.append((group.B(client).mT, torch.stack(B_ref).mT))
+    rows = None
     if client.ranks is not None:
-        rows = torch.stack([rank_mask(a, [client])[0] for a in group.adapters]).to(R.device)
-        padded = ~rows.all(1).squeeze(-1)
-        R[padded], residual[padded] = partial_isometries(M[padded], rows[padded], strength)
-    check_rotations(residual[:, None], group.adapters, [client.name])
-    return R
+        rows = torch.stack([rank_mask(a, [client])[0] for a in group.adapters]).to(client.device)
+    found = frame_rotations(frames, strength=strength, reflections=reflections, rank_mask=rows)
+    check_rotations(found.residual[:, None], group.adapters, [client.name])
+    return found
+
+
+def trained_references(adapters: Sequence[Adapter], reference: StateDict) -> tuple[list[Tensor], list[Tensor]]:
+    """A_ref (r, d_in) and B_ref (d_out, r) of every adapter, as matrices; both zero where the reference is untrained.
+
+    An adapter is untrained if one of its factors is zero, as B is in PEFT's start, and A in that of an embedding. Its other
+    factor is only where training began: it tells nothing of the basis of the clients' updates, so towards it nothing
+    rotates. In FedRot-LoRA's paper the first round is not aligned for that reason.
+    """
+    A_ref = [reference[a.key_A].detach().flatten(1) for a in adapters]
+    B_ref = [reference[a.key_B].detach().flatten(1) for a in adapters]
+    zero = zip(are_zero(A_ref), are_zero(B_ref), strict=True)
+    for i, untrained in enumerate(map(any, zero)):
+        if untrained:
+            A_ref[i], B_ref[i] = torch.zeros_like(A_ref[i]), torch.zeros_like(B_ref[i])
+    return A_ref, B_ref
+
+
+def are_zero(factors: Sequence[Tensor]) -> list[bool]:
+    """Whether factors are zero in every entry; at most one synchronisation with a device."""
+    if factors[0].device.type == "cpu":  # few are, and then their first rows are
+        return [not bool(x[0].any()) and not bool(x.any()) for x in factors]
+    return (torch.stack([norm.float() for norm in torch._foreach_norm(list(factors), math.inf)]) == 0).tolist()
 
 
 def check_rotations(residual: Tensor, adapters: Sequence[Adapter], clients: Sequence[str]) -> None:
@@ -64,9 +84,3 @@ def check_rotations(residual: Tensor, adapters: Sequence[Adapter], clients: Sequ
         if math.isfinite(far):
             raise UpdateError(f"{where}: its rotation did not converge, ‖RᵀR − I‖_max is {far:.1e}; leave this client out")
         raise UpdateError(f"{where}: the products of its factors overflow; send float64, or scale them")
-
-
-def _relative(M: Tensor, factor_ref: Tensor) -> Tensor:
-    """M / ‖F_ref‖²; 0 where the reference is zero, which gives no direction."""
-    squared = torch.linalg.matrix_norm(factor_ref.to(M.dtype), keepdim=True).square()
-    return M / torch.where(squared == 0, 1, squared)

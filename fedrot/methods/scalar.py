@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedrot_kernels import widen
+from fedrot_kernels import Rotations, widen
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
@@ -36,7 +36,7 @@ class Scalar(Method):
 
     def prepare(
         self, round: int, client: Update, position: int, layout: Layout, reference: Update | None
-    ) -> tuple[StateDict, list[Tensor] | None]:
+    ) -> tuple[StateDict, list[Rotations] | None]:
         """See ``Method.prepare``."""
         assert reference is not None
         on = aligned_factors(self.options.align_on, round)

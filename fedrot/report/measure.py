@@ -33,16 +33,21 @@ def adapter_reports(
         if averages.R is not None:
             angles = torch.stack([rotation_angle(R).double() for R in averages.R]).tolist()
         strengths: Sequence[float | None] = averages.strengths or [None] * len(errors)
+        undetermined: Sequence[int | None] = [None] * len(errors)
+        if averages.undetermined is not None:
+            undetermined = averages.undetermined.sum(1).tolist()
         return tuple(
-            AdapterReport(a.module, a.rank, *pair, tuple(per_client), strength)
-            for a, pair, per_client, strength in zip(layout.adapters, errors, angles, strengths, strict=True)
+            AdapterReport(a.module, a.rank, *pair, tuple(per_client), strength, undetermined=count)
+            for a, pair, per_client, strength, count in zip(
+                layout.adapters, errors, angles, strengths, undetermined, strict=True
+            )
         )
     device = averages.A[0][0].device
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, a in enumerate(layout.adapters):
         groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(i)
     indices: list[int] = []
-    columns: list[Tensor] = []  # per adapter: error, norm, and the angle of every client
+    columns: list[Tensor] = []  # per adapter: error, norm, undetermined directions, and the angle of every client
     w = torch.tensor(shares, dtype=torch.float64, device=device)
     for group in groups.values():
         a = layout.adapters[group[0]]
@@ -51,9 +56,11 @@ def adapter_reports(
             part = group[start : start + size]
             indices += part
             R = None if averages.R is None else torch.stack([averages.R[i] for i in part])
-            values = torch.zeros(2 + len(shares), len(part), dtype=torch.float64, device=device)
+            values = torch.zeros(3 + len(shares), len(part), dtype=torch.float64, device=device)
             if R is not None:
-                values[2:] = rotation_angle(R).T
+                values[3:] = rotation_angle(R).T
+            if averages.undetermined is not None:
+                values[2] = averages.undetermined[part].sum(1)
             if with_error:
                 A, B = (_stacked([factors[i] for i in part]) for factors in (averages.A, averages.B))
                 if R is not None:
@@ -62,10 +69,11 @@ def adapter_reports(
             columns.append(values)
     rows = torch.cat(columns, dim=1).T.tolist()
     reports = {}
-    for i, (error, norm, *angles) in zip(indices, rows, strict=True):
+    for i, (error, norm, count, *angles) in zip(indices, rows, strict=True):
         a = layout.adapters[i]
         measured = (error, norm) if with_error else (None, None)
-        reports[i] = AdapterReport(a.module, a.rank, measured[0], measured[1], tuple(angles))
+        left = None if averages.undetermined is None else int(count)
+        reports[i] = AdapterReport(a.module, a.rank, measured[0], measured[1], tuple(angles), undetermined=left)
     return tuple(reports[i] for i in range(len(layout.adapters)))
 
 

@@ -20,6 +20,8 @@ class AdapterReport:
         update_norm: ‖Σ wᵢBᵢAᵢ‖_F, without the scaling s; None without ``report_error``.
         angles: the rotation angle of each client used, in degrees.
         strength: the λ that the method chose, as fedrot-adaptive does; None for other methods.
+        undetermined: in how many directions nothing determined the rotation, over all clients, each of which has ``rank``;
+            there R is completed by what is nearest the identity. None for methods that do not count them.
         deviations: the standard deviations of ``error`` and ``update_norm`` in a stream, which keeps no factors and
             estimates both; None where they are exact.
     """
@@ -31,6 +33,7 @@ class AdapterReport:
     angles: tuple[float, ...]
     strength: float | None = None
     deviations: tuple[float, float] | None = None
+    undetermined: int | None = None
 
     @property
     def relative_error(self) -> float | None:
@@ -49,7 +52,7 @@ class Report:
         weights: their weights, summing to 1.
         dropped: client → the reason why it was left out.
         adapters: one report per adapter.
-        target: what clients were rotated towards, in words; None if they were not rotated.
+        target: what clients were rotated towards, in words; None if they were not rotated, as towards an untrained reference.
         deviation: the standard deviation of ``error`` where it is estimated; None where it is exact.
     """
 
@@ -76,6 +79,11 @@ class Report:
         return None if self.error is None else _ratio(self.error, math.hypot(*(a.update_norm or 0 for a in self.adapters)))
 
     @property
+    def undetermined(self) -> int:
+        """The number of directions, over all adapters and clients, in which nothing determined the rotation."""
+        return sum(a.undetermined or 0 for a in self.adapters)
+
+    @property
     def angle(self) -> float:
         """The mean rotation angle over adapters and clients, in degrees."""
         angles = [angle for a in self.adapters for angle in a.angles]
@@ -84,6 +92,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The report as plain Python data for JSON, with None for infinities, which JSON lacks."""
         values = asdict(self) | {"error": self.error, "relative_error": self.relative_error, "angle": self.angle}
+        values["undetermined"] = self.undetermined
         plain: dict[str, Any] = _without_infinities(values)
         return plain
 
@@ -112,8 +121,20 @@ class Report:
         if self.deviation is not None:
             lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} for all adapters")
         lines += [f"dropped {client}: {why}" for client, why in self.dropped.items()]
-        lines.append("nothing was rotated" if self.target is None else f"rotated towards {self.target}")
+        if self.target is None:
+            why = ": the reference is untrained" if is_unrotated(self.adapters, len(self.clients)) else ""
+            lines.append(f"nothing was rotated{why}")
+        else:
+            lines.append(f"rotated towards {self.target}")
+        if self.target is not None and self.undetermined:
+            every = sum(a.rank for a in self.adapters if a.undetermined is not None) * len(self.clients)
+            lines.append(f"undetermined, so as near to unrotated as can be: {self.undetermined} of {every} directions")
         return "\n".join(lines)
+
+
+def is_unrotated(adapters: Iterable[AdapterReport], clients: int) -> bool:
+    """Whether nothing determined the rotation of any adapter in any direction, because its reference is zero."""
+    return all(a.undetermined == a.rank * clients for a in adapters)
 
 
 def _group_experts(adapters: Iterable[AdapterReport]) -> list[tuple[str, list[AdapterReport]]]:

@@ -27,7 +27,7 @@ from ..errors import UpdateError
 from ..report.sketch import part_shapes
 from .stream import StreamedRound
 
-_HEADER, _VERSION = "fedrot-partial", 3
+_HEADER, _VERSION = "fedrot-partial", 4
 _NAMES = {dtype: name for name, dtype in SAVED_DTYPES.items()}
 _LONGEST = 200  # characters of a file's own words in an error
 
@@ -60,7 +60,9 @@ def write_stream(path: str | os.PathLike[str], stream: StreamedRound, options: M
     # Copies: the format refuses tensors that share memory.
     tensors = {name: x.detach().cpu().clone().contiguous() for name, x in _tensors(stream).items()}
     tensors["weights"] = torch.tensor([*stream.weights.values()], dtype=torch.float64)
-    tensors["angles"] = stream.angle_table([key_A for key_A, _ in stream.layout.factor_keys]).contiguous()
+    keys = [key_A for key_A, _ in stream.layout.factor_keys]
+    tensors["angles"] = stream.angle_table(keys).contiguous()
+    tensors["undetermined"] = torch.tensor([stream.undetermined[key] for key in keys], dtype=torch.float64)
     with replace_file(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
@@ -102,7 +104,7 @@ def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound
     }
     stream.dropped = header["dropped"]
     stream.mean.unit, stream.mean.total_weight = header["unit"], header["total_weight"]
-    tables = {key: file.get_tensor(key) for key in ("weights", "angles")}
+    tables = {key: file.get_tensor(key) for key in ("weights", "angles", "undetermined")}
     for key, x in (tables | _tensors(stream)).items():
         if not is_finite([x if key in tables else x.copy_(file.get_tensor(key))]):
             raise UpdateError(f"{name}, {key} {tuple(x.shape)} holds NaN or Inf")
@@ -116,6 +118,8 @@ def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound
     columns = {key_A: i for i, (key_A, _) in enumerate(layout.factor_keys)}
     in_groups = tables["angles"][:, [columns[a.key_A] for group in layout.groups for a in group.adapters]]
     stream.angles = array("d", in_groups.contiguous().numpy().tobytes())
+    counts = (int(x) for x in tables["undetermined"].tolist())
+    stream.undetermined.update(dict(zip(columns, counts, strict=True)))
     return stream
 
 
@@ -132,7 +136,9 @@ def _tensors(stream: StreamedRound) -> dict[str, Tensor]:
 def _expected(name: str, layout: Layout, header: Mapping[str, Any]) -> dict[str, TensorSpec]:
     """The specs of all tensors that a file with this header holds."""
     N, double = len(header["clients"]), torch.float64
-    found = {"weights": TensorSpec((N,), double), "angles": TensorSpec((N, len(layout.adapters)), double)}
+    L = len(layout.adapters)
+    found = {"weights": TensorSpec((N,), double), "angles": TensorSpec((N, L), double)}
+    found["undetermined"] = TensorSpec((L,), double)
     for a in layout.adapters:
         found[f"sum/{a.key_A}"] = TensorSpec((a.rank, a.d_in), working_dtype(a.dtype))
         found[f"sum/{a.key_B}"] = TensorSpec((a.d_out, a.rank), working_dtype(a.dtype))

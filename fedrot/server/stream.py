@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from collections import Counter
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
@@ -9,7 +10,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from fedrot_kernels import product_norm, rotation_angle
+from fedrot_kernels import Rotations, product_norm, rotation_angle
 
 from ..adapters.checks import carry
 from ..adapters.layout import Layout
@@ -34,6 +35,7 @@ class StreamedRound:
         frozen: key → the factor that no client trained.
         counters: key → the integers that the result has.
         angles: in degrees, every client's rotation angles of all adapters, in the order of the layout's groups.
+        undetermined: key of A → in how many directions nothing determined the rotations of that adapter, over all clients.
     """
 
     def __init__(self, first: Update, layout: Layout, reference: Update | None, seed: int | None):
@@ -43,6 +45,7 @@ class StreamedRound:
         self.dropped: dict[str, str] = {}
         self.weights: dict[str, float] = {}
         self.angles = array("d")
+        self.undetermined: Counter[str] = Counter()
         self.mean = RunningMean(layout, first.device)
         self.sketch = None if seed is None else Sketch(layout, first.device, seed)
 
@@ -62,14 +65,19 @@ class StreamedRound:
             digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def add(self, name: str, weight: float, tensors: StateDict, rotations: list[Tensor] | None) -> None:
+    def add(self, name: str, weight: float, tensors: StateDict, rotations: list[Rotations] | None) -> None:
         """Add a client that has been checked, in the form that ``Method.prepare`` gave it."""
-        self.mean.add(tensors, weight, rotations, None if self.sketch is None else self.sketch.add)
+        R = None if rotations is None else [found.R for found in rotations]
+        self.mean.add(tensors, weight, R, None if self.sketch is None else self.sketch.add)
         self.weights[name] = weight
         if rotations is None:
             self.angles.extend([0.0] * len(self.layout.adapters))
-        for R in rotations or ():
-            self.angles.extend(rotation_angle(R).tolist())
+            return
+        for found in rotations:
+            self.angles.extend(rotation_angle(found.R).tolist())
+        keys = (a.key_A for group in self.layout.groups for a in group.adapters)
+        counts = (count for found in rotations for count in found.undetermined.tolist())
+        self.undetermined.update(dict(zip(keys, counts, strict=True)))
 
     def merge(self, other: "StreamedRound") -> None:
         """Add another stream's clients, which have been checked. The other stays as it is."""
@@ -86,6 +94,7 @@ class StreamedRound:
             self.counters = carry(self.counters, theirs, self.layout)
         table = other.angle_table([a.key_A for group in self.layout.groups for a in group.adapters])
         self.angles.frombytes(table.numpy().tobytes())
+        self.undetermined.update(other.undetermined)
 
     def angle_table(self, keys: list[str]) -> Tensor:
         """The rotation angles (N, L) in float64: a row per client, a column per adapter in the order of these keys of A."""
@@ -100,7 +109,10 @@ class StreamedRound:
         angles = self.angle_table([key_A for key_A, _ in self.layout.factor_keys]).T.tolist()
         pairs = list(zip(self.layout.adapters, map(tuple, angles), strict=True))
         if self.sketch is None:
-            return tuple(AdapterReport(a.module, a.rank, None, None, per_client) for a, per_client in pairs), None
+            return tuple(
+                AdapterReport(a.module, a.rank, None, None, per_client, undetermined=self.undetermined[a.key_A])
+                for a, per_client in pairs
+            ), None
         mean_norms: dict[str, float] = {}
         for group, sums in zip(self.layout.groups, self.mean.groups, strict=True):
             A, B = (x.double() / self.mean.total_weight for x in sums)
@@ -111,8 +123,9 @@ class StreamedRound:
             lost, added = (mean_and_deviation(x) for x in squares[a.key_A])
             error, error_deviation = _root(*lost)
             norm, norm_deviation = _root(mean_norms[a.key_A] ** 2 + added[0], added[1])
+            deviations, undetermined = (error_deviation, norm_deviation), self.undetermined[a.key_A]
             reports.append(
-                AdapterReport(a.module, a.rank, error, norm, per_client, deviations=(error_deviation, norm_deviation))
+                AdapterReport(a.module, a.rank, error, norm, per_client, deviations=deviations, undetermined=undetermined)
             )
         whole = torch.stack([lost for lost, _ in squares.values()]).sum(0)
         return tuple(reports), _root(*mean_and_deviation(whole))[1]

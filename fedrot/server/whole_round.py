@@ -13,7 +13,7 @@ from ..methods.running_mean import shares_of
 from ..ranks.padding import widest_client
 from ..ranks.prepare import PreparedRound, prepare_round
 from ..report.measure import adapter_reports
-from ..report.report import Report
+from ..report.report import Report, is_unrotated
 from .finish import AveragedRound, factors_except
 
 
@@ -56,7 +56,7 @@ def average_whole(
     shares = shares_of(prepared.weights)
     adapters = adapter_reports(layout, averages, shares, options.report_error)
     names = tuple(client.name for client in given)
-    target = averaging.target(index, _name_reference(prepared))
+    target = None if is_unrotated(adapters, len(given)) else averaging.target(index, _name_reference(prepared))
     report = Report(method.name, index, names, shares, prepared.dropped, adapters, target)
     own_config = prepared.scalings.config if prepared.scalings else first.config
     counters: dict[str, Tensor] = {}

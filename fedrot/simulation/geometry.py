@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import ROUNDING_FLOOR, cross_covariance, error_bound, full_precision, procrustes, working_dtype
+from fedrot_kernels import error_bound, frame_rotations, full_precision
 
 from ..adapters.checks import check_updates, open_reference
 from ..adapters.layout import AdapterGroup, Layout
@@ -69,11 +69,8 @@ def alignment_geometry(
 @full_precision
 def _distances(F: Tensor, F_ref: Tensor, method: Method) -> Tensor:
     """‖F − F_ref‖, ‖RᵀF − F_ref‖, ‖R − I‖ and ‖F_ref‖, (4, N, G), for F (N, G, r, d) and F_ref (G, r, d)."""
-    # Directions that the clients' own precision leaves undetermined are not rotated, as in the run itself.
-    floor = ROUNDING_FLOOR[working_dtype(F)]
+    R = frame_rotations([(F, F_ref)], reflections=method.options.reflections).R.double()
     F, F_ref = F.double(), F_ref.double()
-    M = cross_covariance(F, F_ref)
-    R, _ = procrustes(M, reflections=method.options.reflections, floor=floor)
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     size = torch.linalg.matrix_norm(F_ref).expand(F.shape[:2])
     return torch.stack([*(torch.linalg.matrix_norm(D) for D in (F - F_ref, R.mT @ F - F_ref, R - eye)), size])
@@ -104,7 +101,8 @@ def _bound(layout: Layout, clients: Sequence[Update], w: Tensor, target: Update,
             A = torch.stack([part.A(tensors) for tensors, _ in prepared], dim=1).double()
             B = torch.stack([part.B(tensors) for tensors, _ in prepared], dim=1).double()
             if prepared[0][1] is not None:
-                R = torch.stack([rotations[number][rows] for _, rotations in prepared if rotations is not None], dim=1)
+                found = [rotations[number][rows] for _, rotations in prepared if rotations is not None]
+                R = torch.stack(found, dim=1)
                 A, B = R.mT.double() @ A, B @ R.double()
             bounds += error_bound(A, B, w).tolist()
     return math.hypot(*bounds)
@@ -115,7 +113,8 @@ def _prepare(
 ) -> list[tuple[StateDict, list[Tensor] | None]]:
     """Each client's tensors as they enter the mean and, per group of the layout, its rotations (G, r, r), or None."""
     if not isinstance(method, GroupwiseMethod):
-        return [method.prepare(round, client, i, layout, target) for i, client in enumerate(clients)]
+        given = [method.prepare(round, client, i, layout, target) for i, client in enumerate(clients)]
+        return [(tensors, None if found is None else [x.R for x in found]) for tensors, found in given]
     averages = method.aggregate(Round(round, layout, clients, range(len(clients)), w.tolist(), target, None))
     if averages.R is None:
         return [(client, None) for client in clients]

@@ -29,5 +29,5 @@ def consensus(grams: Grams, R: Tensor, *, reflections: bool, floor: float, on: s
     for _ in range(steps):
         W = grams.w * R
         M = torch.stack([getattr(grams, factor)(W) for factor in on]).sum(0)  # FᵢF̄ᵀ
-        R, _ = procrustes(M, reflections=reflections, floor=floor)
+        R = procrustes(M, reflections=reflections, floor=floor).R
     return R

@@ -9,11 +9,11 @@ from torch import Tensor
 from ..checks import check_adapters, check_strength, normalize_weights
 from ..grouping import group_indices
 from ..precision import full_precision, working_dtype
-from ..tolerances import EQUAL_ERRORS, ERROR_ROUNDING, PREFERRED_STRENGTH, ROUNDING_FLOOR
-from ..torch_backend.procrustes import procrustes, soften
+from ..tolerances import EQUAL_ERRORS, ERROR_ROUNDING, FACTOR_FLOOR, PREFERRED_STRENGTH
+from ..torch_backend.procrustes import rotations, soften
 from ..torch_backend.products import relative_to_reference
 from ..torch_backend.whole_model import weighted_average
-from ..types import Clients, Target, Together
+from ..types import Clients, Rotations, Target, Together
 from . import consensus, least_error
 from .gram import Grams, select
 
@@ -67,20 +67,23 @@ def align_together(
         check_strength(strength)
     shares = normalize_weights(weights, n, A[0][0].device)
     R, measured = list(A_ref), torch.zeros(3, len(A), dtype=torch.float64, device=shares.device)
+    undetermined = torch.zeros(len(A), n, dtype=torch.int64, device=shares.device)
     aligner = _Aligner(target, on, reflections, strength)
     for part in _parts(A, B, n + 1):
         frames = [[*A[i], A_ref[i].to(A[i][0].device)] for i in part], [[*B[i], B_ref[i].to(B[i][0].device)] for i in part]
         grams = Grams(*frames, torch.cat([shares, shares.new_zeros(1)]), aligner.uses)
-        dtype = working_dtype(A[part[0]][0])
-        rotations, *results = aligner(grams, ROUNDING_FLOOR[dtype])
-        measured[:, part] = torch.stack(results)
-        for i, x in zip(part, rotations, strict=True):
+        given = A[part[0]][0].dtype
+        dtype = working_dtype(given)
+        found, left, *results = aligner(grams, FACTOR_FLOOR[given])
+        measured[:, part], undetermined[part] = torch.stack(results), left[:, :-1]
+        for i, x in zip(part, found, strict=True):
             R[i] = x[:-1].to(dtype)
     eyes = [torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for x in R]
     residual = torch.stack([(x.mT @ x - eye).abs().amax((1, 2)) for x, eye in zip(R, eyes, strict=True)])
     mean_A, mean_B, finite = weighted_average(A, B, [shares.to(x.dtype)[:, None, None] * x for x in R])
     strengths, error, update_norm = measured
-    return Together(mean_A, mean_B, R, residual, finite, strengths, error, update_norm)
+    counts = undetermined if target == "reference" else None
+    return Together(mean_A, mean_B, R, residual, finite, strengths, error, update_norm, counts)
 
 
 class _Aligner:
@@ -97,10 +100,15 @@ class _Aligner:
         self.uses += 2 * least_error.STEPS if target == "error" else 0
         self.uses += len(STRENGTHS) if strength is None else 0
 
-    def __call__(self, grams: Grams, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """R (G, n, r, r), and λ, error and update norm, each (G,). The last of the n clients is the reference."""
+    def __call__(self, grams: Grams, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Align; the last of the n clients is the reference.
+
+        Returns:
+            R (G, n, r, r); how many directions the rotation towards the reference leaves undetermined, (G, n); and λ, error
+            and update norm, each (G,).
+        """
         eye = torch.eye(grams.A.r, dtype=torch.float64, device=grams.w.device).expand(len(grams.size), grams.A.n, -1, -1)
-        R = self._procrustes(self._towards_reference(grams, eye), floor)
+        R, _, undetermined = self._procrustes(self._towards_reference(grams, eye), floor)
         if self.target != "reference":
             on = "AB" if self.target == "error" else self.on
             R = consensus.consensus(grams, R, reflections=self.reflections, floor=floor, on=on)
@@ -108,13 +116,13 @@ class _Aligner:
             R = select(grams.at(R).error < grams.at(eye).error, R, eye)
             R = least_error.least_error_rotations(grams, R)
         if self.target != "reference":
-            R = R @ self._procrustes(_mean_towards_reference(grams, R), floor)[:, None]
+            R = R @ self._procrustes(_mean_towards_reference(grams, R), floor).R[:, None]
         R, strength = self._soften(grams, R)
         error = grams.at(R).error.clamp(min=0) * grams.size
-        return R, strength, error.sqrt(), (grams.update.clamp(min=0) * grams.size).sqrt()
+        return R, undetermined, strength, error.sqrt(), (grams.update.clamp(min=0) * grams.size).sqrt()
 
-    def _procrustes(self, M: Tensor, floor: float) -> Tensor:
-        return procrustes(M, reflections=self.reflections, floor=floor)[0]
+    def _procrustes(self, M: Tensor, floor: float) -> Rotations:
+        return rotations(M, reflections=self.reflections, floor=floor)
 
     def _towards_reference(self, grams: Grams, eye: Tensor) -> Tensor:
         """FᵢF_refᵀ, (G, n, r, r).

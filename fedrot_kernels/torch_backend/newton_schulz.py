@@ -1,70 +1,30 @@
-"""The Newton–Schulz iteration on batches of small matrices.
-
-All matrices take the same steps, whatever the others hold. Those that have converged at the end of a stage of the schedule
-leave; the others take the next stage.
-"""
+"""The Newton–Schulz iteration on batches of small matrices: the same few steps for all, whatever the others hold."""
 
 import torch
 from torch import Tensor
 
-from ..schedule import CLASSIC, LONG, LONG_STAGES, PERTURB_AFTER, SHORT, Step
-from ..tolerances import CONVERGED, PERTURBATION, PERTURBATION_BITS, PERTURBATION_MULTIPLIER
+from ..schedule import CLASSIC, SHORT, Step
+from ..tolerances import CONVERGED
 
 # On a CPU, large batches of matrices up to this rank are quicker as sums over the whole batch than with torch.bmm: half
 # the time at r = 4.
 _ELEMENTWISE_RANK, _ELEMENTWISE_BATCH = 4, 256
 
 
-def newton_schulz(X: Tensor) -> Tensor:
-    """Drive every singular value of X (n, r, r), all at most 1, to 1. Matrices with NaN or Inf have no defined result."""
-    result, remaining = fast_pass(X)
-    for stage in range(LONG_STAGES):
-        if not len(remaining):
-            break
-        X = result[remaining]
-        if stage == PERTURB_AFTER:
-            X = X + perturbation(X)
-        X, still = _take(LONG, X)
-        result, remaining = result.index_copy(0, remaining, X), remaining[still]
-    return result
-
-
-def fast_pass(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the short stage of the schedule, on X (n, r, r), σ ≤ 1.
+def newton_schulz(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Drive every singular value of X (n, r, r), all at most 1, to 1 by the short stage of the schedule.
 
     Returns:
         (n, r, r), and the indices of the matrices that have not converged. Condition numbers up to about 100 always
-        converge; finite matrices of condition numbers over 1000 never do.
+        converge; finite matrices of condition numbers over 1000 never do. NaN counts as converged, because no further step
+        mends it.
     """
-    return _take(SHORT, X)
-
-
-def perturbation(like: Tensor) -> Tensor:
-    """The fixed matrix (r, r) without structure that is added to singular ones; see ``tolerances``.
-
-    Args:
-        like: (..., r, r), whose dtype and device the result has.
-    """
-    odd = 2 * torch.arange(like.shape[-1], device=like.device) + 1
-    modulus = 1 << PERTURBATION_BITS
-    numerators = odd[:, None] * odd * PERTURBATION_MULTIPLIER % modulus
-    return PERTURBATION * (numerators.to(like.dtype) / modulus - 0.5)
-
-
-def _take(steps: tuple[Step, ...], X: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the steps on X (n, r, r).
-
-    Returns:
-        (n, r, r), and the indices of the matrices that have not converged.
-    """
-    if X.dtype == torch.float64:
-        steps = (*steps, CLASSIC)
+    steps = (*SHORT, CLASSIC) if X.dtype == torch.float64 else SHORT
     if X.shape[-1] <= _ELEMENTWISE_RANK and len(X) >= _ELEMENTWISE_BATCH and X.device.type == "cpu":
         X, squares = _batch_last(steps, X.permute(1, 2, 0).contiguous())
         X = X.permute(2, 0, 1).contiguous()
     else:
         X, squares = _batch_first(steps, X)
-    # Not ``<=`` negated: NaN counts as converged, because no further step mends it.
     return X, (squares > CONVERGED[X.dtype] ** 2).nonzero().squeeze(-1)
 
 

@@ -1,12 +1,71 @@
-"""Procrustes rotations of batches of cross-covariances: polar factors, made rotations and softened."""
+"""Procrustes rotations of batches of cross-covariances, without an SVD of those that are well-conditioned.
+
+Newton–Schulz in the working dtype (float32, or float64 for float64) converges for condition numbers up to about 100, which
+covers nearly all client updates. All other matrices are computed again in float64, by SVD on the CPU. Each matrix of a batch
+has the same result whatever the others hold. ``reference.py`` states the same mathematics plainly.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..checks import check_square, check_strength
-from ..precision import full_precision
-from ..tolerances import ROUNDING_FLOOR, SQUARINGS, WEAKEST_SHIFT
-from .polar import orthogonalize, polar, polar_of_normalized
+from ..precision import full_precision, working_dtype
+from ..tolerances import PRODUCT_FLOOR
+from ..types import Rotations
+from .newton_schulz import newton_schulz
+from .polar import exact_polar, normalize
+
+Exact = Callable[[Tensor], Tensor]
+"""Indices (k,) on the CPU → these matrices (k, r, r) in float64 on the CPU, as exact as their source allows."""
+
+
+@full_precision
+def rotations(
+    M: Tensor, exact: Exact | None = None, *, strength: float = 1.0, reflections: bool = False, floor: float = 0.0
+) -> Rotations:
+    """Rotations of cross-covariances, softened by λ.
+
+    Args:
+        M: (..., r, r), any floating dtype.
+        exact: the ill-conditioned ones of the M, flattened to (n, r, r), in float64; by default those given are exact.
+        strength: λ in [0, 1].
+        reflections: False for SO(r), True for O(r).
+        floor: relative to ‖M‖_F, the size below which a direction of M says nothing; see ``exact_polar``.
+    """
+    r, shape, dtype = M.shape[-1], M.shape, working_dtype(M)
+    M = M.to(dtype).reshape(-1, r, r)
+    undetermined = torch.zeros(len(M), dtype=torch.int64, device=M.device)
+    if M.numel() == 0 or strength == 0:
+        R = torch.where(M.isfinite().all(-1, True).all(-2, True), _eye(M), torch.nan)
+        return _shaped(R, undetermined, shape)
+    X = normalize(M)
+    R, remaining = newton_schulz(X)
+    doubtful = torch.zeros(len(M), dtype=torch.bool, device=M.device).index_fill_(0, remaining, True)
+    if not reflections:
+        R = _flip(R, X, ~doubtful)
+    if strength < 1:
+        R, remaining = newton_schulz((1 - strength) * _eye(R) + strength * R)
+        doubtful.index_fill_(0, remaining, True)
+    zero = (M == 0).all(-1).all(-1)
+    if bool(doubtful.any()):
+        indices = doubtful.nonzero().squeeze(-1).cpu()
+        found = normalize(M[indices].double().cpu() if exact is None else exact(indices))
+        careful, left = exact_polar(found, floor, reflections=reflections)
+        if strength < 1:
+            careful = exact_softened(careful, strength, floor)
+        indices = indices.to(M.device)
+        R = R.index_copy(0, indices, careful.to(R))
+        undetermined = undetermined.index_copy(0, indices, left.to(M.device))
+    R = torch.where(zero[:, None, None], _eye(R), R)  # exactly I, which the iteration misses by its rounding
+    return _shaped(R, undetermined.masked_fill(zero, r), shape)
+
+
+def exact_softened(R: Tensor, strength: float, floor: float) -> Tensor:
+    """polar((1−λ) I + λ R) of R (n, r, r) in float64, on the CPU; planes where that is zero do not rotate."""
+    blend = (1 - strength) * _eye(R) + strength * R
+    return exact_polar(blend, floor, reflections=True)[0]
 
 
 @full_precision
@@ -18,7 +77,7 @@ def special_orthogonal(R: Tensor, M: Tensor) -> Tensor:
         M: (..., r, r), the cross-covariance.
 
     Returns:
-        (..., r, r): R (I − 2 v vᵀ) where det(R) < 0, v the weakest eigenvector of H = RᵀM; R elsewhere.
+        (..., r, r): R (I − 2 v vᵀ) where det(R) < 0, v the eigenvector of the smallest eigenvalue of H = RᵀM; R elsewhere.
 
     Raises:
         ValueError: not square.
@@ -26,23 +85,20 @@ def special_orthogonal(R: Tensor, M: Tensor) -> Tensor:
     check_square(R=R, M=M)
     if R.numel() == 0:
         return R
-    shape, r = R.shape, R.shape[-1]
-    R, M = R.reshape(-1, r, r), M.to(R.dtype).reshape(-1, r, r)
-    reflected = (torch.linalg.det(R) < 0).nonzero().squeeze(-1)
+    r = R.shape[-1]
+    flat, X = R.reshape(-1, r, r), normalize(M.to(R.dtype).reshape(-1, r, r))
+    return _flip(flat, X, torch.ones(len(flat), dtype=torch.bool, device=R.device)).reshape(R.shape)
+
+
+def _flip(R: Tensor, X: Tensor, where: Tensor) -> Tensor:
+    """``special_orthogonal`` of R (n, r, r), orthogonal, and X (n, r, r), ‖X‖_F = 1, for those R where (n,) is true."""
+    reflected = (where & (torch.linalg.det(R) < 0)).nonzero().squeeze(-1)
     if not len(reflected):
-        return R.reshape(shape)
-    Q, M = R[reflected], M[reflected]
-    tiny = torch.finfo(M.dtype).tiny
-    H = Q.mT @ (M / M.abs().amax((-1, -2), keepdim=True).clamp_min(tiny))
-    H = H / torch.linalg.matrix_norm(H, keepdim=True).clamp_min(tiny)
-    P = WEAKEST_SHIFT * torch.eye(r, dtype=R.dtype, device=R.device) - H
-    for _ in range(SQUARINGS):
-        P = P @ P
-        P = P / P.abs().amax((-1, -2), keepdim=True)
-    column = torch.linalg.vector_norm(P, dim=-2).argmax(-1)
-    v = P.gather(-1, column[:, None, None].expand(-1, r, 1))
-    v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-    return R.index_copy(0, reflected, orthogonalize(Q - 2 * (Q @ v) @ v.mT)).reshape(shape)
+        return R
+    Q = R[reflected].double()
+    H = Q.mT @ X[reflected].double()
+    v = torch.linalg.eigh(H + H.mT).eigenvectors[..., :1]
+    return R.index_copy(0, reflected, (Q - 2 * (Q @ v) @ v.mT).to(R.dtype))
 
 
 @full_precision
@@ -65,23 +121,22 @@ def soften(R: Tensor, strength: float) -> Tensor:
     check_strength(strength)
     if strength == 1 or R.numel() == 0:
         return R
-    r = R.shape[-1]
-    eye = torch.eye(r, dtype=R.dtype, device=R.device)
     if strength == 0:
-        return torch.where(R.isfinite().all(-1, True).all(-2, True), eye, torch.nan)
-    X = ((1 - strength) * eye + strength * R).reshape(-1, r, r)
-    return polar_of_normalized(X, ROUNDING_FLOOR[R.dtype]).reshape(R.shape)
+        return torch.where(R.isfinite().all(-1, True).all(-2, True), _eye(R), torch.nan)
+    flat = R.reshape(-1, *R.shape[-2:])
+    soft, remaining = newton_schulz((1 - strength) * _eye(flat) + strength * flat)
+    if len(remaining):
+        # R is orthogonal to the rounding of its dtype, and −1 an eigenvalue to that.
+        floor = PRODUCT_FLOOR[R.dtype]
+        careful = exact_softened(flat[remaining].double().cpu(), strength, floor)
+        soft = soft.index_copy(0, remaining, careful.to(soft))
+    return soft.reshape(R.shape)
 
 
-@full_precision
-def procrustes(M: Tensor, *, strength: float = 1.0, reflections: bool = False, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Compute rotations and how far from orthogonal they are; see ``ops.procrustes``."""
-    R = polar(M, floor=floor)
-    if not reflections:
-        R = special_orthogonal(R, M)
-    R = soften(R, strength)
-    r = R.shape[-1]
-    if R.numel() == 0:
-        return R, R.new_zeros(R.shape[:-2])
-    flat = R.reshape(-1, r, r)
-    return R, (flat.mT @ flat - torch.eye(r, dtype=R.dtype, device=R.device)).abs().amax((-1, -2)).reshape(R.shape[:-2])
+def _shaped(R: Tensor, undetermined: Tensor, shape: torch.Size) -> Rotations:
+    residual = R.new_zeros(len(R)) if not R.numel() else (R.mT @ R - _eye(R)).abs().amax((-1, -2))
+    return Rotations(R.reshape(shape), residual.reshape(shape[:-2]), undetermined.reshape(shape[:-2]))
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)

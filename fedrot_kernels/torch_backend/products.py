@@ -1,5 +1,7 @@
 """Products of frames and rotations on batches: cross-covariances and rotated averages."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,20 @@ def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
     """Compute M = F F_refᵀ; see ``ops.cross_covariance``."""
     dtype = working_dtype(F, F_ref)
     return F.to(dtype) @ F_ref.to(dtype).mT
+
+
+def exact_cross_covariance(frames: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """M = F F_refᵀ in float64, on the CPU; of several frames the sum of F F_refᵀ/‖F_ref‖².
+
+    Args:
+        frames: pairs F (..., r, d) and F_ref (..., r, d).
+    """
+    wide = [(F.double(), F_ref.to(F.device).double()) for F, F_ref in frames]
+    if len(wide) == 1:
+        return (wide[0][0] @ wide[0][1].mT).cpu()
+    norms = [F_ref.square().sum((-1, -2), keepdim=True) for _, F_ref in wide]
+    terms = [relative_to_reference(F @ F_ref.mT, norm) for (F, F_ref), norm in zip(wide, norms, strict=True)]
+    return torch.stack(terms).sum(0).cpu()
 
 
 def relative_to_reference(M: Tensor, squared_norm: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ def cross_covariance(F: Tensor, F_ref: Tensor) -> Tensor:
     return M.transpose(0, 1).reshape(*F.shape[:-1], r)
 
 
-def procrustes(M: Tensor, *, strength: float, reflections: bool, floor: float) -> tuple[Tensor, Tensor]:
+def procrustes(M: Tensor, *, strength: float, reflections: bool, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``ops.procrustes`` of M (..., r, r), float32 or lower, not empty."""
     r = M.shape[-1]
     flat = M.float().reshape(1, -1, r, r).contiguous()
     if flat.data_ptr() % ALIGNMENT:
         flat = flat.clone()  # so that the kernel specialised for alignment runs, which is the one in the compile matrix
-    R, residual = rotations(
+    R, residual, undetermined = rotations(
         flat,
         one_adapter(r, M.device),
         RP=padded_rank(r),
@@ -42,7 +42,7 @@ def procrustes(M: Tensor, *, strength: float, reflections: bool, floor: float) -
     )
     if strength == 0:  # exactly I, which the iteration misses by its rounding
         R = torch.where(R.isfinite(), torch.eye(r, dtype=R.dtype, device=R.device), R)
-    return R.reshape(M.shape), residual.reshape(M.shape[:-2])
+    return R.reshape(M.shape), residual.reshape(M.shape[:-2]), undetermined.reshape(M.shape[:-2])
 
 
 def rotate_average(F: Tensor, R: Tensor, weights: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 
 from .. import tolerances
+from ..schedule import SHORT
 
 # Kernels read globals only if they are constexpr.
 CONVERGED = tl.constexpr(tolerances.CONVERGED[torch.float32])
 CLASSIC_BELOW = tl.constexpr(tolerances.CLASSIC_BELOW)
-ROUNDING_FLOOR = tl.constexpr(tolerances.ROUNDING_FLOOR[torch.float32])
+SOFTENING_FLOOR = tl.constexpr(tolerances.SOFTENING_FLOOR)
+QUICK_STEPS = tl.constexpr(len(SHORT) + 2)  # steps within which matrices converge that have no σ near the floor
 SQUARINGS = tl.constexpr(tolerances.SQUARINGS)
 WEAKEST_SHIFT = tl.constexpr(tolerances.WEAKEST_SHIFT)
 SMALLEST_DIVISOR = tl.constexpr(tolerances.SMALLEST_DIVISOR)

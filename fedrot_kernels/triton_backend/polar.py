@@ -7,7 +7,8 @@ from .launch import LaunchOptions
 from .orthogonal import (
     CLASSIC_BELOW,
     CONVERGED,
-    ROUNDING_FLOOR,
+    QUICK_STEPS,
+    SOFTENING_FLOOR,
     SQUARINGS,
     WEAKEST_SHIFT,
     determinant_sign,
@@ -24,7 +25,10 @@ from .orthogonal import (
 def _newton_schulz(
     b_X, b_eye, b_perturbation, b_same, p_schedule, RP: tl.constexpr, STEPS: tl.constexpr, PERTURB_AT: tl.constexpr
 ):
-    """Drive every singular value to 1. A matrix that has converged stays as it is while the others go on."""
+    """Drive every singular value to 1. A matrix that has converged stays as it is while the others go on.
+
+    Returns the result and the number of steps.
+    """
     SIZE: tl.constexpr = b_X.shape[0]
     ONE: tl.constexpr = SIZE == RP
     b_going = sum_per_matrix(tl.sum(b_eye, 0), b_same, ONE) > 0  # all, of the type that a loop's variable keeps
@@ -46,7 +50,7 @@ def _newton_schulz(
         b_going = b_going & (b_deviation > CONVERGED)
         step += 1
         going = tl.where(step < STEPS, tl.max(b_going.to(tl.int32)), 0)
-    return b_X
+    return b_X, step
 
 
 @triton.jit
@@ -57,13 +61,12 @@ def _orthogonalize(b_R, b_eye):
 
 
 @triton.jit
-def _flip_weakest(b_R, b_X, b_eye, b_k, b_entry, b_same, RP: tl.constexpr):
-    """R (I − 2 v vᵀ) where det R < 0, v the weakest eigenvector of H = RᵀX, from powers of I − H; elsewhere R."""
-    SIZE: tl.constexpr = b_X.shape[0]
+def _flip_weakest(b_R, b_H, b_eye, b_k, b_entry, b_same, RP: tl.constexpr):
+    """R (I − 2 v vᵀ) where det R < 0, v the weakest eigenvector of H = RᵀM, from powers of I − H; elsewhere R."""
+    SIZE: tl.constexpr = b_H.shape[0]
     ONE: tl.constexpr = SIZE == RP
     b_flip = determinant_sign(b_R, b_k, b_same, RP, SIZE) < 0
     if tl.max(b_flip.to(tl.int32)) > 0:
-        b_H = tl.dot(tl.trans(b_R), b_X, input_precision="ieee")
         b_P = tl.where(b_entry, WEAKEST_SHIFT * b_eye - b_H, 0.0)  # zero in the padding, whose eigenvalues would compete
         for _ in range(SQUARINGS):
             b_P = tl.dot(b_P, b_P, input_precision="ieee")
@@ -81,6 +84,7 @@ def polar_kernel(
     p_M,
     p_R,
     p_residual,
+    p_undetermined,
     p_adapters,
     p_schedule,
     n_matrices,
@@ -102,9 +106,12 @@ def polar_kernel(
     An adapter is (rank, first, last, first_B, last_B). The sum of its slices is M. Where both factors are aligned, the last
     two are the slices of B, and each sum is divided by the squared norm of its reference, which is client ``n_rows - 1``.
 
-    The iteration is that of ``torch_backend.polar``, in at most four phases: two passes for the polar factor, of which the
-    first runs only with a floor, and two for the softened rotation, whose blend may be singular. The constants and their
-    reasons are in ``tolerances``.
+    There are at most five phases, because Newton–Schulz needs a full-rank start. First floor · I is added to M / ‖M‖_F, so
+    that directions of zero map to the identity; this biases R by about the floor. The second phase, on RᵀM, which is nearly
+    symmetric and positive definite, removes the bias, because adding a multiple of I does not change the polar factor of
+    such a matrix. Without a floor it is the first one. The third counts eigenvalues of H = RᵀM below the floor, as those of
+    −1 of the polar factor of H − floor · I, and flips. The last two soften, as the first two, because the blend may be
+    singular. The constants and their reasons are in ``tolerances``.
     """
     ONE: tl.constexpr = SIZE == RP
     i = tl.arange(0, SIZE)
@@ -142,26 +149,37 @@ def polar_kernel(
     b_perturbation = tl.where(b_entry, perturbation(b_k, b_k), 0.0)
 
     b_R = b_eye
-    for phase in range(tl.where(floor > 0, 0, 1), tl.where(strength < 1, 4, 2)):
-        phase_floor = tl.where(phase < 2, floor, ROUNDING_FLOOR)
-        if phase == 2:
+    b_undetermined = tl.where(b_inside, 0.0, 0.0)  # 0, of the type that a loop's variable keeps
+    steps = 0
+    for phase in range(tl.where(floor > 0, 0, 1), tl.where(strength < 1, 5, 3)):
+        phase_floor = tl.where(phase < 2, floor, SOFTENING_FLOOR)
+        if phase == 3:
             b_X = (1.0 - strength) * b_eye + strength * b_R
             b_R = b_eye
-        b_start = tl.dot(tl.trans(b_R), b_X, input_precision="ieee") + tl.where(phase_floor > 0, phase_floor, shift) * b_eye
-        b_start = b_start / (1.0 + 2.0 * phase_floor)
-        b_turn = _newton_schulz(b_start, b_eye, b_perturbation, b_same, p_schedule, RP, STEPS, PERTURB_AT)
-        b_R = tl.dot(b_R, b_turn, input_precision="ieee")
-        if (phase == 3) | ((phase == 1) & (floor > 0)):
-            b_R = _orthogonalize(b_R, b_eye)
-        if phase == 1:
+        b_H = tl.dot(tl.trans(b_R), b_X, input_precision="ieee")
+        if phase == 2:
+            counts = (floor > 0) & (steps > QUICK_STEPS)
+            b_start = tl.where(counts, (b_H - floor * b_eye) / (1.0 + floor), b_eye)
+        else:
+            b_start = (b_H + tl.where(phase_floor > 0, phase_floor, shift) * b_eye) / (1.0 + 2.0 * phase_floor)
+        b_turn, steps = _newton_schulz(b_start, b_eye, b_perturbation, b_same, p_schedule, RP, STEPS, PERTURB_AT)
+        if phase == 2:
+            b_trace = sum_per_matrix(tl.sum(tl.where(b_inside[None, :], b_turn * b_eye, 0.0), 0), b_same, ONE)
+            b_undetermined = (rank - b_trace) / 2.0
             b_R = tl.where(b_zero[None, :], b_eye, b_R)  # exactly I, which the iteration misses by its rounding
             if reflections == 0:
-                b_R = _flip_weakest(b_R, b_X, b_eye, b_k, b_entry, b_same, RP)
+                b_R = _flip_weakest(b_R, b_H, b_eye, b_k, b_entry, b_same, RP)
+        else:
+            b_R = tl.dot(b_R, b_turn, input_precision="ieee")
+            if (phase == 4) | ((phase == 1) & (floor > 0)):
+                b_R = _orthogonalize(b_R, b_eye)
 
     b_D = tl.abs(tl.dot(tl.trans(b_R), b_R, input_precision="ieee") - b_eye)
     b_residual = max_per_matrix(tl.max(b_D, 0), b_same, ONE)
     at = p_R + (matrix.to(tl.int64) * entries + b_k * LD)[:, None] + b_k[None, :]
     tl.store(at, tl.where(b_finite[None, :], b_R, float("nan")), mask=b_entry)
+    b_undetermined = tl.where(b_zero & b_finite, rank, b_undetermined)
+    tl.store(p_undetermined + matrix, (b_undetermined + 0.5).to(tl.int64), mask=exists & (b_k == 0))
     tl.store(p_residual + matrix, tl.where(b_finite, b_residual, float("nan")), mask=exists & (b_k == 0))
 
 

@@ -10,8 +10,9 @@ from .launch import LaunchOptions, precision
 from .orthogonal import (
     CLASSIC_BELOW,
     CONVERGED,
-    ROUNDING_FLOOR,
+    QUICK_STEPS,
     SMALLEST_DIVISOR,
+    SOFTENING_FLOOR,
     SQUARINGS,
     WEAKEST_SHIFT,
     perturbation,
@@ -142,7 +143,7 @@ def _newton_schulz(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Drive every singular value of X to 1, in place."""
+    """Drive every singular value of X to 1, in place. Returns the number of steps."""
     step = 0
     going = 1
     while going > 0:
@@ -158,6 +159,14 @@ def _newton_schulz(
         _blend(p_X, p_next, 1.0, 0.0, RP)
         step += 1
         going = tl.where((squares > CONVERGED * CONVERGED) & (step < STEPS), 1, 0)
+    return step
+
+
+@triton.jit
+def _trace(p_X, rank, RP: tl.constexpr):
+    """The sum of the first ``rank`` entries of X's diagonal."""
+    k = tl.arange(0, RP)
+    return tl.sum(tl.load(p_X + k * (RP + 1), mask=k < rank, other=0.0))
 
 
 @triton.jit
@@ -244,6 +253,7 @@ def polar_blocked_kernel(
     p_M,
     p_R,
     p_residual,
+    p_undetermined,
     p_adapters,
     p_schedule,
     p_scratch,
@@ -276,25 +286,32 @@ def polar_blocked_kernel(
         rank = tl.load(adapter)
         largest, finite = _normalize(p_X, p_M, adapter, matrix % n_clients, n_rows, LD, joint, RP)
         _pad(p_here, 0, 1.0, RP)
+        undetermined = 0.0
+        steps = 0
         # The phases of ``polar_kernel``.
-        for phase in tl.range(tl.where(floor > 0, 0, 1), tl.where(strength < 1, 4, 2), disable_licm=True):
-            phase_floor = tl.where(phase < 2, floor, ROUNDING_FLOOR)
-            if phase == 2:
+        for phase in tl.range(tl.where(floor > 0, 0, 1), tl.where(strength < 1, 5, 3), disable_licm=True):
+            phase_floor = tl.where(phase < 2, floor, SOFTENING_FLOOR)
+            if phase == 3:
                 _blend(p_X, p_here, strength, 1.0 - strength, RP)
                 _pad(p_here, 0, 1.0, RP)
-            scale = 1.0 / (1.0 + 2.0 * phase_floor)
-            identity = tl.where(phase_floor > 0, phase_floor, shift) * scale
-            _product(p_turn, p_here, p_X, p_X, scale, 0.0, identity, RP, True, False, BLOCK, BLOCK_K, PRECISION)
-            _newton_schulz(p_turn, p_D, p_Y, p_next, p_schedule, RP, STEPS, PERTURB_AT, BLOCK, BLOCK_K, PRECISION)
+            shifted = tl.where(phase == 2, -floor, tl.where(phase_floor > 0, phase_floor, shift))
+            scale = 1.0 / (1.0 + tl.where(phase == 2, floor, 2.0 * phase_floor))
+            _product(p_turn, p_here, p_X, p_X, scale, 0.0, shifted * scale, RP, True, False, BLOCK, BLOCK_K, PRECISION)
+            if (phase == 2) & ((floor == 0) | (steps <= QUICK_STEPS)):
+                _pad(p_turn, 0, 1.0, RP)
+            steps = _newton_schulz(p_turn, p_D, p_Y, p_next, p_schedule, RP, STEPS, PERTURB_AT, BLOCK, BLOCK_K, PRECISION)
+            if phase == 2:
+                undetermined = (rank - _trace(p_turn, rank, RP)) / 2.0
+                _pad(p_turn, 0, 1.0, RP)
             _product(p_next, p_here, p_turn, p_X, 1.0, 0.0, 0.0, RP, False, False, BLOCK, BLOCK_K, PRECISION)
-            if (phase == 1) & (reflections == 0):
+            if (phase == 2) & (reflections == 0):
                 _blend(p_Y, p_next, 1.0, 0.0, RP)
                 if _determinant_sign(p_Y, p_turn, RP) < 0:
                     _flip_weakest(p_next, p_X, p_Y, p_turn, rank, RP, BLOCK, BLOCK_K, PRECISION)
             # One Newton step to orthogonality, because products of orthogonal matrices have been rounded.
             _product(p_D, p_next, p_next, p_X, 1.0, 0.0, -1.0, RP, True, False, BLOCK, BLOCK_K, PRECISION)
             _product(p_here, p_next, p_D, p_next, -0.5, 1.0, 0.0, RP, False, True, BLOCK, BLOCK_K, PRECISION)
-            if (phase == 1) & (largest == 0):
+            if (phase == 2) & (largest == 0):
                 _pad(p_here, 0, 1.0, RP)  # exactly I, which the iteration misses by its rounding
         _product(p_D, p_here, p_here, p_X, 1.0, 0.0, -1.0, RP, True, False, BLOCK, BLOCK_K, PRECISION)
         residual = 0.0
@@ -305,6 +322,8 @@ def polar_blocked_kernel(
             p_out = p_R + tl.cast(matrix, tl.int64) * LD * LD + i[:, None] * LD + k[None, :]
             b_R = tl.where(finite, tl.load(p_here + at), float("nan"))
             tl.store(p_out, b_R, mask=(i < rank)[:, None] & (k < rank)[None, :])
+        undetermined = tl.where((largest == 0) & finite, rank, undetermined)
+        tl.store(p_undetermined + matrix, (undetermined + 0.5).to(tl.int64))
         tl.store(p_residual + matrix, tl.where(finite, residual, float("nan")))
         tl.debug_barrier()
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..schedule import PERTURB_AT, SCHEDULE
 from ..tolerances import COMPLETION_SHIFT
+from ..types import Rotations
 from . import polar, polar_blocked
 from .launch import LaunchOptions, current_backend, interpreted, on_device_of
 from .tables import schedule_table
@@ -31,7 +32,7 @@ def rotations(
     strength: float,
     reflections: bool,
     floor: float,
-) -> tuple[Tensor, Tensor]:
+) -> Rotations:
     """Compute R of L adapters and N clients, from sums of slices of M.
 
     Args:
@@ -46,28 +47,30 @@ def rotations(
         floor: as in ``ops.procrustes``.
 
     Returns:
-        R (L, N, leading, leading), of which rows and columns beyond an adapter's rank are undefined, and ‖RᵀR − I‖_max
-        (L, N), NaN where M is not finite.
+        R (L, N, leading, leading), of which rows and columns beyond an adapter's rank are undefined; ‖RᵀR − I‖_max (L, N),
+        NaN where M is not finite; and the number of directions in which M is below the floor, (L, N).
     """
     L, device = len(adapters), M.device
     n = L * n_clients
     R = torch.empty(L, n_clients, leading, leading, dtype=torch.float32, device=device)
     residual = torch.empty(L, n_clients, dtype=torch.float32, device=device)
+    undetermined = torch.empty(L, n_clients, dtype=torch.int64, device=device)
     schedule = schedule_table(device)
     launch = options(RP, current_backend())
     counts = (n, n_clients, M.shape[1], leading, int(joint), int(reflections))
-    scalars = (float(floor), COMPLETION_SHIFT[torch.float32], float(strength))
+    scalars = (float(floor), COMPLETION_SHIFT, float(strength))
+    outputs = (R, residual, undetermined)
     with on_device_of(M):
         if RP <= 32:
             grid = (triton.cdiv(n, launch.constants["SIZE"] // RP),)
-            polar.polar_kernel[grid](M, R, residual, adapters, schedule, *counts, *scalars, **launch.arguments())
+            polar.polar_kernel[grid](M, *outputs, adapters, schedule, *counts, *scalars, **launch.arguments())
         else:
             programs = min(n, _resident_programs(device))
             scratch = torch.empty(programs, polar_blocked.BUFFERS, RP, RP, dtype=torch.float32, device=device)
             polar_blocked.polar_blocked_kernel[(programs,)](
-                M, R, residual, adapters, schedule, scratch, *counts, *scalars, **launch.arguments()
+                M, *outputs, adapters, schedule, scratch, *counts, *scalars, **launch.arguments()
             )
-    return R, residual
+    return Rotations(*outputs)
 
 
 def _resident_programs(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import normalize_weights
 from ..grouping import group_indices
-from ..tolerances import ROUNDING_FLOOR
+from ..tolerances import PRODUCT_FLOOR
 from ..types import Aligned, Clients
 from . import cross_covariance, plain_average, rotate_average
 from .launch import current_backend, interpreted, on_device_of, padded_rank, rank_multiple
@@ -32,7 +32,7 @@ def align_average(
     """
     shares = normalize_weights(weights, len(A[0]), A[0][0].device).float()
     A_mean, B_mean, R = [A[0][0]] * len(A), [A[0][0]] * len(A), [A[0][0]] * len(A)
-    residual, finite = [shares] * len(A), []
+    residual, undetermined, finite = [shares] * len(A), [shares] * len(A), []
     for indices in group_indices(clients[0].dtype for clients in A):
         model = Model(
             [A[i] for i in indices],
@@ -41,7 +41,7 @@ def align_average(
             None if B_ref is None else [B_ref[i] for i in indices],
         )
         M = model.cross_covariance()
-        model_R, deviation = rotations(
+        model_R, deviation, left = rotations(
             M,
             model.tables.adapters,
             RP=model.RP,
@@ -50,15 +50,15 @@ def align_average(
             joint=len(model.on) == 2,
             strength=strength,
             reflections=reflections,
-            floor=ROUNDING_FLOOR[torch.float32],
+            floor=PRODUCT_FLOOR[torch.float32],
         )
         means, is_finite = model.rotate_average(model_R, shares, model.dtype)
         finite.append(is_finite)
         for at, i in enumerate(indices):
             rank = model.shapes[at][0]
             A_mean[i], B_mean[i], R[i] = means[2 * at], means[2 * at + 1], model_R[at, :, :rank, :rank]
-            residual[i] = deviation[at]
-    return Aligned(A_mean, B_mean, R, torch.stack(residual), torch.stack(finite).all())
+            residual[i], undetermined[i] = deviation[at], left[at]
+    return Aligned(A_mean, B_mean, R, torch.stack(residual), torch.stack(undetermined), torch.stack(finite).all())
 
 
 def average(tensors: Sequence[Clients], weights: Sequence[float] | Tensor) -> tuple[list[Tensor], Tensor]:

@@ -47,8 +47,8 @@ def test_a_product_of_low_rank_rotates_only_where_it_says_something(r, rank):
     for seed in range(10):
         B, B_ref = random(rank, r, seed=seed), random(rank, r, seed=seed + 100)
         expected = reference.polar(B.double().T @ B_ref.double())
-        R = fk.polar(fk.cross_covariance(B.T, B_ref.T), floor=fk.ROUNDING_FLOOR[torch.float32])
-        assert (R - expected).abs().max() <= r * torch.finfo(torch.float32).eps / fk.ROUNDING_FLOOR[torch.float32]
+        R = fk.polar(fk.cross_covariance(B.T, B_ref.T), floor=fk.PRODUCT_FLOOR[torch.float32])
+        assert (R - expected).abs().max() <= r * torch.finfo(torch.float32).eps / fk.PRODUCT_FLOOR[torch.float32]
         assert (R.T @ R - torch.eye(r)).abs().max() <= 1e-6
 
 

@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 
 from fedrot_kernels import reference
-from fedrot_kernels.tolerances import ROUNDING_FLOOR
-from fedrot_kernels.torch_backend import newton_schulz
+from fedrot_kernels.tolerances import PERTURBATION, PERTURBATION_BITS, PERTURBATION_MULTIPLIER, PRODUCT_FLOOR
 from fedrot_kernels.triton_backend.launch import padded_rank
 from fedrot_kernels.triton_backend.orthogonal import perturbation
 from fedrot_kernels.triton_backend.rotations import rotations
@@ -17,6 +16,7 @@ from ..spectra import CONDITION_NUMBERS, orthogonal, orthogonality, procrustes_g
 from ..spectra import RANKS as ALL_RANKS
 from .cases import DEVICE, EPS, GPU
 
+FLOOR = PRODUCT_FLOOR[torch.float32]
 RANKS = ALL_RANKS if GPU else (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 33)
 SHARING = [r for r in RANKS if r <= 8]
 
@@ -34,7 +34,7 @@ def grid(r, most=12):
 def procrustes(M, *, strength=1.0, reflections=True, floor=0.0):
     """R and residual of M (n, r, r), on the CPU; M[:, :r, :r] inside leading dimensions as large as r."""
     n, r, _ = M.shape
-    R, residual = rotations(
+    R, residual, _ = rotations(
         M.float().to(DEVICE)[None].contiguous(),
         one_adapter(r, torch.device(DEVICE)),
         RP=padded_rank(r),
@@ -53,7 +53,7 @@ def procrustes(M, *, strength=1.0, reflections=True, floor=0.0):
     return R, residual
 
 
-@pytest.mark.parametrize("floor", [0.0, ROUNDING_FLOOR[torch.float32]])
+@pytest.mark.parametrize("floor", [0.0, FLOOR])
 @pytest.mark.parametrize("r", RANKS)
 def test_polar_is_orthogonal_and_optimal(r, floor):
     M = with_singular_values(grid(r, most=6 if floor else 12), seed=r).float()
@@ -68,9 +68,9 @@ def test_polar_is_orthogonal_and_optimal(r, floor):
 @pytest.mark.parametrize("n", [1000])
 def test_more_large_matrices_than_programs(n, r):
     M = torch.randn(n, r, r, generator=torch.Generator().manual_seed(0))
-    R, _ = procrustes(M, strength=1.0, reflections=False, floor=ROUNDING_FLOOR[torch.float32])
+    R, _ = procrustes(M, strength=1.0, reflections=False, floor=FLOOR)
     assert orthogonality(R) <= 1e-6 and (torch.linalg.det(R.double()) > 0).all()
-    assert torch.equal(R[-3:], procrustes(M[-3:], reflections=False, floor=ROUNDING_FLOOR[torch.float32])[0])
+    assert torch.equal(R[-3:], procrustes(M[-3:], reflections=False, floor=FLOOR)[0])
 
 
 def test_more_matrices_than_programs_on_scratch_memory():
@@ -117,17 +117,27 @@ def perturbation_kernel(p_out, R: tl.constexpr):
     tl.store(p_out + i[:, None] * R + i[None, :], perturbation(i, i))
 
 
+def exact_perturbation(r):
+    odd = 2 * torch.arange(r) + 1
+    numerators = odd[:, None] * odd * PERTURBATION_MULTIPLIER % (1 << PERTURBATION_BITS)
+    return PERTURBATION * (numerators.double() / (1 << PERTURBATION_BITS) - 0.5)
+
+
 @pytest.mark.parametrize("r", [4, 16, 128])
-def test_pytorch_perturbs_with_the_same_matrix(r):
+def test_the_perturbation_of_singular_matrices_is_the_one_of_its_definition(r):
     out = torch.empty(r, r, device=DEVICE)
     perturbation_kernel[(1,)](out, r)
-    assert torch.equal(out.cpu(), newton_schulz.perturbation(torch.eye(r)))
-    exact = newton_schulz.perturbation(torch.eye(r, dtype=torch.float64))
+    exact = exact_perturbation(r)
     assert ((out.cpu() - exact).abs() <= EPS * exact.abs()).all()  # its factor and its product are rounded
 
 
+def test_the_perturbation_of_singular_matrices_is_regular_at_every_rank():
+    smallest = [torch.linalg.svdvals(exact_perturbation(r))[-1] for r in range(1, 129)]
+    assert min(smallest) >= 1.3e-3 * PERTURBATION
+
+
 @pytest.mark.parametrize("reflections", [False, True])
-@pytest.mark.parametrize("floor", [0.0, ROUNDING_FLOOR[torch.float32]])
+@pytest.mark.parametrize("floor", [0.0, FLOOR])
 @pytest.mark.parametrize("r", [1, 4, 5, 16, 33])
 def test_directions_without_information_do_not_rotate(r, floor, reflections):
     M = torch.zeros(2, r, r)
@@ -164,6 +174,51 @@ def test_special_orthogonal_is_a_rotation_close_to_the_best(r):
 
 
 @pytest.mark.parametrize("reflections", [False, True])
+@pytest.mark.parametrize("r", [2, 4, 8, 16, 32, *([64, 128] if GPU else [33])])
+def test_rotations_are_the_exact_ones_up_to_the_bound_of_the_floor(r, reflections):
+    """With two close weak directions, of which a flip must find the weaker; see ``tests/kernels/test_exactness.py``."""
+    rows = []
+    for scale, gap in [(1.0, 0.1), (3e-2, 1.0), (3e-2, 0.1), (3e-3, 1.0), (1e-3, 1.0), (3e-4, 1.0)][
+        : None if r <= 16 else 3
+    ]:
+        S = torch.linspace(2, 1, r, dtype=torch.float64)
+        S[-2:] = scale * torch.tensor([1 + gap, 1.0])
+        rows += [S, S]
+    M = with_singular_values(torch.stack(rows), seed=r + 7)
+    M[::2, 0] *= torch.linalg.det(M[::2]).sign()[:, None]
+    M[1::2, 0] *= -torch.linalg.det(M[1::2]).sign()[:, None]
+    M = M.float()
+    R, _ = procrustes(M, reflections=reflections, floor=FLOOR)
+    for m, found in zip(M.double(), R.double(), strict=True):
+        S = torch.linalg.svdvals(m)
+        weakest = S[-1] * (1 if reflections else torch.linalg.det(m).sign())
+        exact = reference.polar(m) if reflections else reference.special_orthogonal(m)
+        assert torch.linalg.matrix_norm(found - exact) <= 4 * EPS * S.norm() / (S[-2] + weakest), S
+
+
+@pytest.mark.parametrize("r", [1, 4, 5, 16, 33])
+def test_directions_below_the_floor_are_counted(r):
+    S = torch.linspace(2, 1, r, dtype=torch.float64).repeat(4, 1)
+    for i, left in enumerate((0, 1, r // 2, r)):
+        S[i, r - left :] = 0
+    M = with_singular_values(S, seed=3).float()
+    M[0] *= 1e-9
+    M[3] = 0
+    found = rotations(
+        M.to(DEVICE)[None].contiguous(),
+        one_adapter(r, torch.device(DEVICE)),
+        RP=padded_rank(r),
+        leading=r,
+        n_clients=4,
+        joint=False,
+        strength=0.5,
+        reflections=False,
+        floor=FLOOR,
+    )
+    assert found.undetermined.tolist() == [[0, 1 if r > 1 else r, r // 2, r]]
+
+
+@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.5, *([0.9] if GPU else [])])
 @pytest.mark.parametrize("r", [1, 2, 4, 7, 32, *([64, 128] if GPU else [33])])
 def test_soften_goes_from_the_identity_to_the_rotation(r, strength, reflections):
@@ -194,7 +249,7 @@ def test_soften_where_the_blend_is_singular(half_turns):
 @pytest.mark.parametrize("r", [1, 4, 8, 12, 33])
 def test_one_bad_matrix_leaves_the_others_untouched(r, bad):
     M = with_singular_values(grid(r, most=5), seed=1).float()[: 5 if r < 12 else 2]
-    settings = {"strength": 0.5, "reflections": False, "floor": ROUNDING_FLOOR[torch.float32]} if r < 32 else {}
+    settings = {"strength": 0.5, "reflections": False, "floor": FLOOR} if r < 32 else {}
     alone, residual_alone = procrustes(M, **settings)
     M[1, r // 2, r - 1] = bad
     R, residual = procrustes(M, **settings)
@@ -209,7 +264,7 @@ def test_matrices_that_share_a_program_are_as_alone(r):
     with a matrix's place in the tile, so it gets matrices whose rotation is well determined: σ of 1 and one of 1/3."""
     S = singular_values(r)[4 * CONDITION_NUMBERS.index(3.0) + 1].expand(5, r)
     M = with_singular_values(grid(r, most=5) if GPU else S, seed=5).float()
-    settings = {"strength": 0.9, "reflections": False, "floor": ROUNDING_FLOOR[torch.float32]}
+    settings = {"strength": 0.9, "reflections": False, "floor": FLOOR}
     together, residual = procrustes(M, **settings)
     alone, far = map(torch.cat, zip(*(procrustes(m[None], **settings) for m in M), strict=True))
     if GPU:
@@ -226,7 +281,7 @@ def test_ranks_of_one_launch_may_differ():
         M[first:last, :, :rank, :rank] = torch.randn(last - first, n, rank, rank, generator=torch.Generator().manual_seed(i))
         adapters.append((rank, first, last, 0, 0))
         sums.append(M[first:last, :, :rank, :rank].cumsum(0)[-1])
-    R, residual = rotations(
+    R, residual, _ = rotations(
         M.to(DEVICE),
         torch.tensor(adapters, dtype=torch.int32, device=DEVICE),
         RP=RP,

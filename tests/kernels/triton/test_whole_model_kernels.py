@@ -5,7 +5,7 @@ import torch
 
 import fedrot_kernels as fk
 from fedrot_kernels import reference
-from fedrot_kernels.tolerances import ROUNDING_FLOOR
+from fedrot_kernels.tolerances import PRODUCT_FLOOR
 
 from ..spectra import procrustes_gap
 from ..test_whole_model import by_definition, model, refs
@@ -98,7 +98,7 @@ def test_one_column_adapters(on, reflections):
         problem = (a, b, A_ref[i], B_ref[i], [1, 2, 3], on, 1.0, reflections)
         R, truth = result.R[i].cpu(), by_definition(*problem, torch.float64)[2]
         # Rounding of M, one eps, turns the directions that the floor keeps still.
-        assert (R - truth).abs().max() <= (plain.R[i] - truth).abs().max() + EPS / ROUNDING_FLOOR[torch.float32]
+        assert (R - truth).abs().max() <= (plain.R[i] - truth).abs().max() + EPS / PRODUCT_FLOOR[torch.float32]
         if len(R[0]) > 1:  # in one dimension SO(r) leaves no choice
             M = a @ A_ref[i].T if on == "A" else b.mT @ B_ref[i]
             assert procrustes_gap(M, R) <= 2e-6
@@ -134,7 +134,7 @@ def test_joint_with_a_reference_of_which_one_factor_is_zero():
     alone, _ = align(A, B, [1, 2, 3], A_ref, B_ref, "A")
     assert len(joint.R) == 3
     for x, y in zip(joint.R, alone.R, strict=True):
-        assert (x - y).abs().max() <= 1e-5  # ROUNDING_FLOOR: rounding of M, whose scale differs
+        assert (x - y).abs().max() <= 1e-5  # rounding of M, whose scale differs
 
 
 @pytest.mark.parametrize("on", ["A", "B", "joint"])

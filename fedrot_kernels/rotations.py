@@ -1,0 +1,97 @@
+"""Rotations of frames towards reference frames: of one client's adapters, or of any batch of frames."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import use_triton
+from .ops import cross_covariance, procrustes
+from .precision import full_precision, working_dtype
+from .tolerances import FACTOR_FLOOR, PRODUCT_FLOOR
+from .torch_backend import procrustes as torch_procrustes
+from .torch_backend.products import exact_cross_covariance, relative_to_reference
+from .types import Rotations
+
+Frames = tuple[Tensor, Tensor]
+"""F (..., r, d) and F_ref, which is broadcast against it."""
+
+
+@full_precision
+def frame_rotations(
+    frames: Sequence[Frames], *, strength: float = 1.0, reflections: bool = False, rank_mask: Tensor | None = None
+) -> Rotations:
+    """The rotations that bring frames F nearest to the reference F_ref, softened by λ.
+
+    Args:
+        frames: one pair, of which M is F F_refᵀ; or several, of which M is the sum of F F_refᵀ/‖F_ref‖² (0 for F_ref = 0).
+        strength: λ in [0, 1].
+        reflections: False for SO(r), True for O(r).
+        rank_mask: (..., r, 1), bool: which rows are a client's own, where others are padded with zeros; None if all are.
+
+    Returns:
+        R (..., r, r), float32 (float64 for float64). Directions in which M is below a floor do not rotate and are counted:
+        ``FACTOR_FLOOR`` of the frames' dtype times ‖M‖_F, or ``PRODUCT_FLOOR`` in the Triton kernels. All others are exact
+        to the rounding of the result; in the kernels, to PRODUCT_FLOOR/2 ‖M‖_F over the sum of the two smallest singular
+        values of M.
+    """
+    products = [cross_covariance(F, F_ref) for F, F_ref in frames]
+    if len(frames) > 1:
+        products = [relative_to_reference(M, _square(F_ref)) for M, (_, F_ref) in zip(products, frames, strict=True)]
+    M = sum(products[1:], products[0])
+    inputs = [x for pair in frames for x in pair]
+    floor = max(FACTOR_FLOOR[x.dtype] for x in inputs)
+    if use_triton("auto", inputs, M.shape[-1]):
+        found = procrustes(M, strength=strength, reflections=reflections, floor=PRODUCT_FLOOR[M.dtype])
+    else:
+
+        def exact(indices: Tensor) -> Tensor:
+            return exact_cross_covariance(_select(frames, M.shape[:-2], indices))
+
+        found = torch_procrustes.rotations(M, exact, strength=strength, reflections=reflections, floor=floor)
+    if rank_mask is None or bool(rank_mask.all()):
+        return found
+    padded = (~rank_mask.all(-2).squeeze(-1)).nonzero()
+    M = exact_cross_covariance([(F[*padded.T], F_ref.expand(F.shape)[*padded.T]) for F, F_ref in frames])
+    own = partial_isometries(M, rank_mask[*padded.T].cpu(), strength, floor)
+    for of_all, of_padded in zip(found, own, strict=True):
+        of_all[*padded.T] = of_padded.to(of_all)
+    return found
+
+
+def partial_isometries(M: Tensor, rank_mask: Tensor, strength: float, floor: float) -> Rotations:
+    """Compute the softened rotations of padded clients.
+
+    The rotation of a padded client is a partial isometry: only its first rᵢ rows are used, and the other rows are set to
+    zero. With J = [I 0] of rᵢ rows it is polar((1−λ) J + λ polar(Mᵢ)). It is the same in SO(r) and O(r), because the unused
+    rows can complete it to either determinant.
+
+    Args:
+        M: (G, r, r), cross-covariances; rows of zero where a client is padded. float64.
+        rank_mask: (G, r, 1), bool: which rows are the client's own.
+        strength: λ in [0, 1].
+        floor: as in ``polar``.
+
+    Returns:
+        R (G, r, r); ‖RᵀR − I‖_max (G,) before the other rows are set to zero; and how many of the client's own directions
+        are undetermined.
+    """
+    R, residual, undetermined = procrustes(M, reflections=True, floor=floor)
+    undetermined = undetermined - (~rank_mask).sum((-2, -1)).to(undetermined)
+    if strength < 1:
+        eye = torch.eye(M.shape[-1], dtype=R.dtype, device=R.device)
+        blend = torch.where(rank_mask, (1 - strength) * eye + strength * R, 0)
+        R, residual, _ = procrustes(blend, reflections=True, floor=floor)
+    return Rotations(R * rank_mask, residual, undetermined)
+
+
+def _square(F_ref: Tensor) -> Tensor:
+    wide = F_ref.to(working_dtype(F_ref))
+    return wide.square().sum((-1, -2), keepdim=True)
+
+
+def _select(frames: Sequence[Frames], batch: torch.Size, indices: Tensor) -> list[Frames]:
+    """The frames of some places of the flattened batch, (k, r, d) each."""
+    places = torch.unravel_index(indices, batch or torch.Size([1]))
+    expanded = [[x.expand(*(batch or [1]), *x.shape[-2:]) for x in pair] for pair in frames]
+    return [(F[places], F_ref[places]) for F, F_ref in expanded]
