@@ -81,7 +81,8 @@ class AggregationOptions:
         default="alternate",
         metadata=_option(
             """The factor that a rotation brings close to the reference: A, B, alternate (B in even rounds and A in odd ones,
-            counted from 0, as in the paper), or joint (both, each distance relative to the reference's norm).
+            counted from 0, as in the paper), or joint (both, each distance relative to the reference's norm). Towards an
+            untrained reference, one of whose factors is zero, nothing rotates.
             fedrot-consensus takes both factors unless this is A or B.""",
             _one_of(get_args(AlignOn)),
         ),

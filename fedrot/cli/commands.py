@@ -144,10 +144,10 @@ def _record(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _explain_no_rotation(result: AggregationResult, args: argparse.Namespace) -> None:
     rotates = "reflections" in METHODS[result.report.method].uses
     if rotates and args.strength != 0 and result.report.angle == 0 and len(args.folders) > 1:
-        print(
-            "no client was rotated: the factor to align is zero in the reference (B is in a fresh adapter), or the clients "
-            "agree with it; odd rounds align A (--round 1, or --align-on A)"
-        )
+        untrained = "the reference is untrained, because a factor of each of its adapters is zero"
+        agree = "the clients agree with the reference in the factor that is aligned"
+        why = untrained if result.report.target is None else agree
+        print(f"no client was rotated: {why}; without --reference clients are rotated towards each other")
 
 
 def _load_simulator() -> Callable[[str, list[str]], int]:

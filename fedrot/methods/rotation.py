@@ -70,9 +70,16 @@ def trained_references(adapters: Sequence[Adapter], reference: StateDict) -> tup
 
 def are_zero(factors: Sequence[Tensor]) -> list[bool]:
     """Whether factors are zero in every entry; at most one synchronisation with a device."""
-    if factors[0].device.type == "cpu":  # few are, and then their first rows are
-        return [not bool(x[0].any()) and not bool(x.any()) for x in factors]
-    return (torch.stack([norm.float() for norm in torch._foreach_norm(list(factors), math.inf)]) == 0).tolist()
+    if factors[0].device.type != "cpu":
+        return have_zero_norm(factors)
+    return [not bool(x[0].any()) and not bool(x.any()) for x in factors]  # the first row is enough for nearly all
+
+
+def have_zero_norm(factors: Sequence[Tensor]) -> list[bool]:
+    """``are_zero`` in a few launches, for factors on a GPU."""
+    norms = torch._foreach_norm(list(factors), math.inf)
+    zero: list[bool] = (torch.stack([norm.double() for norm in norms]) == 0).tolist()
+    return zero
 
 
 def check_rotations(residual: Tensor, adapters: Sequence[Adapter], clients: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ class Report:
         weights: their weights, summing to 1.
         dropped: client → the reason why it was left out.
         adapters: one report per adapter.
-        target: what clients were rotated towards, in words; None if they were not rotated, as towards an untrained reference.
+        target: what clients were rotated towards, in words; None if they were not, as towards an untrained reference.
         deviation: the standard deviation of ``error`` where it is estimated; None where it is exact.
     """
 
