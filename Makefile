@@ -9,17 +9,20 @@ MKDOCS = $(BIN)/mkdocs build --strict --quiet
 # The core: what one edit of fedrot or of the kernels' PyTorch path breaks first.
 CORE := tests/adapters tests/ranks tests/methods tests/report tests/server tests/kernels --ignore=tests/kernels/triton
 
-.PHONY: simulate test test-fast lint docs clean
+.PHONY: simulate test test-fast test-exhaustive lint docs clean
 
 simulate: .venv/simulate
 	$(BIN)/fedrot compare
 
 test: .venv/test .venv/docs
-	$(PYTEST)
+	$(PYTEST) -m "not exhaustive"
 	$(MKDOCS)
 
 test-fast: .venv/test
 	$(PYTEST) -m "not slow" $(CORE)
+
+test-exhaustive: .venv/test
+	$(BIN)/pytest -m exhaustive tests/kernels
 
 lint: .venv/test
 	$(BIN)/ruff check .

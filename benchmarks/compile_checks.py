@@ -19,7 +19,6 @@ STACK_EXCEPTIONS = {
     ("rotate_average", "RP [48], float16, average float16, unaligned", "sm_80"): 56,
     ("rotate_average", "RP 16, float16, average float16, unaligned", "sm_80"): 56,
     # A few numbers of the whole iteration.
-    ("polar", "RP 16", "sm_80"): 8,
     ("polar_blocked", "RP 64", "sm_80"): 56,
     ("polar_blocked", "RP 128", "sm_80"): 96,
     # With 56 registers in use: not for want of them.

@@ -2,6 +2,8 @@
 benchmarks.compile_matrix``. Writes a table of registers, shared memory and stack, which depends on nothing but Triton."""
 
 import argparse
+import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 import triton
 from tqdm import tqdm
 
+import fedrot_kernels
 from fedrot_kernels.triton_backend.launch import interpreted
 
 from .compile_checks import failures
@@ -36,13 +39,13 @@ def main() -> None:
     results = compile_all(configurations())
     output.mkdir(parents=True, exist_ok=True)
     output.joinpath("compile_matrix.md").write_text(table(results), "utf-8")
-    output.joinpath("compile_matrix.json").write_text(record(results), "utf-8")
+    found = failures(results)
+    output.joinpath("compile_matrix.json").write_text(record(results, None if found else sources_digest()), "utf-8")
     slowest = sorted(results, key=lambda result: result.seconds, reverse=True)[:3]
     print(f"{len(results)} compilations, {sum(result.seconds for result in results):.0f} s of one core; the slowest:")
     for result in slowest:
         c = result.configuration
         print(f"  {result.seconds:.1f} s: {c.kernel}, {c.title}, {c.architecture}")
-    found = failures(results)
     sys.exit("\n".join([f"{len(found)} failures:", *found]) if found else 0)
 
 
@@ -75,8 +78,13 @@ def table(results: Sequence[Compiled]) -> str:
     return "\n".join(["# Compile matrix", "", _LEGEND.format(version=triton.__version__), text[0], rule, *text[1:], ""])
 
 
-def record(results: Sequence[Compiled]) -> str:
-    """The same as JSON, with all that was read, one compilation per line."""
+def record(results: Sequence[Compiled], digest: str | None) -> str:
+    """The same as JSON, with all that was read, one compilation per line.
+
+    Args:
+        results: the compilations.
+        digest: of the sources, if everything is within its limits.
+    """
     rows = []
     for result in results:
         c = result.configuration
@@ -84,7 +92,22 @@ def record(results: Sequence[Compiled]) -> str:
         row |= {"num_warps": c.options.num_warps, "num_stages": c.options.num_stages}
         row |= asdict(result.resources) if result.resources else {"error": result.error}
         rows.append("  " + json.dumps(row))
-    return f'{{\n "triton": {json.dumps(triton.__version__)},\n "compiled": [\n' + ",\n".join(rows) + "\n ]\n}\n"
+    head = f' "triton": {json.dumps(triton.__version__)},\n "sources": {json.dumps(digest)},\n'
+    return "{\n" + head + ' "compiled": [\n' + ",\n".join(rows) + "\n ]\n}\n"
+
+
+def sources_digest() -> str:
+    """A hash of the code that determines the matrix and its limits; comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    kernels, here = Path(fedrot_kernels.__file__).parent, Path(__file__).parent
+    paths = [kernels / "schedule.py", kernels / "tolerances.py", *kernels.joinpath("triton_backend").glob("*.py")]
+    for path in sorted([*paths, *here.glob("compile*.py")], key=lambda path: path.name):
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""
+        digest.update(f"{path.name}: {ast.dump(tree)}\n".encode())
+    return digest.hexdigest()
 
 
 def _cell(result: Compiled) -> str:
