@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import SimulationConfig
 from .partition import partition
@@ -67,6 +67,7 @@ class Clients:
                 f"an independent start needs adapters that can be drawn anew, init_lora_weights true or gaussian, "
                 f"not {self.lora.init_lora_weights!r}"
             )
+        _check_targets(task.base_model, self.lora)
         self.model = get_peft_model(copy.deepcopy(task.base_model), self.lora).to(self.device)
         self._round()
         self.parameters = trainable_parameters(self.model)
@@ -202,6 +203,21 @@ def _lora_config(options: dict[str, Any]) -> LoraConfig:
         return LoraConfig(**checked)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: {error}; see peft.LoraConfig for its options") from error
+
+
+def _check_targets(base: nn.Module, lora: LoraConfig) -> None:
+    """Refuse target modules that the model lacks: PEFT leaves them out without a word if it has another one of the list."""
+    if not isinstance(lora.target_modules, list | set | tuple):
+        return  # a pattern, or all linear layers
+    modules = [f".{name}" for name, _ in base.named_modules()]
+    for target in sorted(lora.target_modules):
+        if not any(module.endswith(f".{target}") for module in modules):
+            linear = {
+                name.rsplit(".", 1)[-1] for name, m in base.named_modules() if type(m).__name__ in ("Linear", "Conv1D")
+            }
+            raise ValueError(
+                f"lora.target_modules: the model has no module {target!r}; its linear layers are {', '.join(sorted(linear))}"
+            )
 
 
 def _open_device(name: str) -> torch.device:

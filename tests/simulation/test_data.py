@@ -72,6 +72,11 @@ def test_a_test_file_without_the_text_is_refused(text, tmp_path):
     [
         ({"lora": {"r": 2, "kasa_config": {}, "target_modules": ["q_proj"]}}, (UpdateError, ValueError), "lora_diag|kasa"),
         ({"lora": {"r": 2, "init_lora_weights": "olora"}, "start": "independent"}, ValueError, "not 'olora'"),
+        (
+            {"lora": {"target_modules": ["fc1", "query"]}},
+            ValueError,
+            "no module 'query'; its linear layers are .*fc2.* q_proj",
+        ),
         ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be positive"),
         ({"momentum": -1, "optimizer": "sgd"}, ValueError, "momentum must not be negative"),
         ({"seed": -1}, ValueError, "seed must be a whole number from 0, got -1"),
