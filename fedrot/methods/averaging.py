@@ -44,7 +44,7 @@ def average_round(
         checks.append(finite)
     R = residual = undetermined = None
     if on:
-        A_ref, B_ref = trained_references(layout.adapters, round.reference)
+        A_ref, B_ref = trained_references(layout.adapters, round.reference, on)
         aligned = fk.align_average(
             A,
             B,

@@ -42,7 +42,7 @@ class GroupwiseMethod(Method):
             [matrices([client[key] for client in clients]) for key in keys] for keys in zip(*layout.factor_keys, strict=True)
         )
         if self.minimises == "reference":
-            A_ref, B_ref = trained_references(layout.adapters, round.reference)
+            A_ref, B_ref = trained_references(layout.adapters, round.reference, self.on(round.index))
         else:  # which fixes only the basis of the result
             A_ref, B_ref = (
                 matrices([round.reference[key] for key in keys]) for keys in zip(*layout.factor_keys, strict=True)

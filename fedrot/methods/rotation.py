@@ -39,7 +39,7 @@ def rotations(
         UpdateError: the products of the client's factors overflow.
     """
     frames = []
-    A_ref, B_ref = trained_references(group.adapters, reference)
+    A_ref, B_ref = trained_references(group.adapters, reference, on)
     if "A" in on:
         frames.append((group.A(client), torch.stack(A_ref)))
     if "B" in on:
@@ -52,34 +52,38 @@ def rotations(
     return found
 
 
-def trained_references(adapters: Sequence[Adapter], reference: StateDict) -> tuple[list[Tensor], list[Tensor]]:
+def trained_references(
+    adapters: Sequence[Adapter], reference: StateDict, on: tuple[Factor, ...] | str
+) -> tuple[list[Tensor], list[Tensor]]:
     """A_ref (r, d_in) and B_ref (d_out, r) of every adapter, as matrices; both zero where the reference is untrained.
 
     An adapter is untrained if one of its factors is zero, as B is in PEFT's start, and A in that of an embedding. Its other
     factor is only where training began: it tells nothing of the basis of the clients' updates, so towards it nothing
     rotates. In FedRot-LoRA's paper the first round is not aligned for that reason.
+
+    Args:
+        adapters: the adapters.
+        reference: the reference.
+        on: the factors that are aligned. One that is zero rotates nothing anyway, so only the other one is looked at.
     """
     A_ref = [reference[a.key_A].detach().flatten(1) for a in adapters]
     B_ref = [reference[a.key_B].detach().flatten(1) for a in adapters]
-    zero = zip(are_zero(A_ref), are_zero(B_ref), strict=True)
-    for i, untrained in enumerate(map(any, zero)):
-        if untrained:
+    for factors in [A_ref] * ("B" in on) + [B_ref] * ("A" in on):
+        for i in _zero(factors):
             A_ref[i], B_ref[i] = torch.zeros_like(A_ref[i]), torch.zeros_like(B_ref[i])
     return A_ref, B_ref
 
 
-def are_zero(factors: Sequence[Tensor]) -> list[bool]:
-    """Whether factors are zero in every entry; at most one synchronisation with a device."""
-    if factors[0].device.type != "cpu":
-        return have_zero_norm(factors)
-    return [not bool(x[0].any()) and not bool(x.any()) for x in factors]  # the first row is enough for nearly all
-
-
-def have_zero_norm(factors: Sequence[Tensor]) -> list[bool]:
-    """``are_zero`` in a few launches, for factors on a GPU."""
-    norms = torch._foreach_norm(list(factors), math.inf)
-    zero: list[bool] = (torch.stack([norm.double() for norm in norms]) == 0).tolist()
-    return zero
+def _zero(factors: Sequence[Tensor]) -> list[int]:
+    """The places of the factors that are zero in every entry: those whose first row is are looked at as a whole."""
+    places, rows = list(range(len(factors))), [x[0] for x in factors]
+    for looked_at in (rows, factors):
+        norms = torch._foreach_norm([looked_at[i] for i in places], math.inf)
+        zero = (torch.stack([norm.double() for norm in norms]) == 0).tolist()
+        places = [i for i, is_zero in zip(places, zero, strict=True) if is_zero]
+        if not places:
+            break
+    return places
 
 
 def check_rotations(residual: Tensor, adapters: Sequence[Adapter], clients: Sequence[str]) -> None:
