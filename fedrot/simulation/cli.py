@@ -4,23 +4,21 @@ import dataclasses
 import logging
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pandas as pd
 import torch
-import transformers
 from jsonargparse import ArgumentError, Namespace
 
 from ..methods.registry import METHODS
 from .config import SimulationConfig
 from .metrics import SCORES, shown_score
 from .parser import parse
+from .quiet import quiet_libraries
 from .run import CURVES, FOLDED_MODEL, simulate
 from .sweep.compare import compare
 from .sweep.comparison import Comparison
@@ -56,7 +54,7 @@ def main(command: str, argv: list[str]) -> int:
         message = " ".join(str(error).split())
         print(f"fedrot {command}: error: {message}; see fedrot {command} --help", file=sys.stderr)
         return 2
-    _quiet_libraries()
+    quiet_libraries()
     if args.model == "digits" and "model" not in args.get("vary", {}):
         # So small a model gains little from a second thread, which on a busy machine costs a multiple.
         torch.set_num_threads(1)
@@ -66,7 +64,8 @@ def main(command: str, argv: list[str]) -> int:
             (_simulate if command == "simulate" else _compare)(args, folder)
     except KeyboardInterrupt:
         if folder.exists():
-            print(f"\ninterrupted; go on with: fedrot {command} --resume {folder}", file=sys.stderr)
+            workers = f" --workers {args.workers}" if args.get("workers", 1) > 1 else ""
+            print(f"\ninterrupted; go on with: fedrot {command} --resume {folder}{workers}", file=sys.stderr)
         return 130
     return 0
 
@@ -91,16 +90,6 @@ def _log_to_stderr() -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
-
-
-def _quiet_libraries() -> None:
-    """Keep the progress bar readable: no shard bars, no notes on heads that are new or on hub look-ups."""
-    transformers_log: Any = transformers.utils.logging
-    transformers_log.disable_progress_bar()
-    transformers_log.set_verbosity_error()
-    datasets.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="Could not find a config file in", module="peft")
 
 
 def _simulate(args: Namespace, folder: Path) -> None:
@@ -132,7 +121,7 @@ def _compare(args: Namespace, folder: Path) -> None:
         if has_field(fields, name):  # a default, which the varied values replace
             fields = drop_field(fields, name)
     own = {name: args[name] for name in (*LISTS.values(), "vary", "per_method", "variants")}
-    table = compare(Comparison.of({**fields, **own}), folder, resume=args.resume is not None)
+    table = compare(Comparison.of({**fields, **own}), folder, resume=args.resume is not None, workers=args.workers)
     print(f"\n{table}\n")
     for start in args.starts:
         print(f"{start} start: {_SITUATIONS[start]}")

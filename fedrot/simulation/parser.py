@@ -13,6 +13,10 @@ from .sweep.fields import LISTS, refuse_old_options
 from .sweep.layers import option_groups, overlay, split_options, without
 from .sweep.presets import describe_presets, load_preset
 
+_RESUME = {
+    "simulate": "The folder of an interrupted run to finish; give no other option.",
+    "compare": "The folder of an interrupted comparison to finish; give no other option than --workers.",
+}
 _METHODS = "The methods to run; all stands for all of them."
 _STRENGTHS = "The values of λ (strength). Methods that use λ are run with each of them."
 _STARTS = "What clients start from: shared, one adapter for all, or independent, an adapter of each client's own."
@@ -23,6 +27,10 @@ _VARY = (
 _PER_METHOD = (
     "Fields whose values differ for one method: --per_method.rolora.lr 0.001. In YAML, per_method: {rolora: {lr: 0.001}}. "
     "Of a field that is varied, a list of as many values: --vary.lr 0.005 0.02 --per_method.rolora.lr '[0.0005, 0.001]'."
+)
+_WORKERS = (
+    "The number of processes. Each has its share of PyTorch's threads and takes one run at a time. With --resume it may "
+    "differ from what it was before."
 )
 _VARIANTS = (
     "Settings to run beside the methods, under names of your own. The method of a setting is fedrot unless it sets another: "
@@ -44,18 +52,20 @@ def parse(command: str, argv: list[str]) -> Namespace | None:
         ArgumentError: an option that there is not, or a value that it does not take.
         ValueError: options that do not go together, or a spelling of fedrot 0.1.
     """
-    for name, values, _ in option_groups(argv):
+    groups = option_groups(argv)
+    for name, values, _ in groups:
         for value in values or [""]:
             refuse_old_options({name: value})
     parser = make_parser(command)
-    if resume := [a for a in argv if a.startswith("--resume")]:
+    if any(name == "resume" for name, _, _ in groups):
         folder = parser.parse_args(argv).resume
-        if len(resume) < len([a for a in argv if a.startswith("--")]):
+        if {name for name, _, _ in groups} - {"resume", "workers"}:
             raise ValueError("--resume takes its configuration from the run; give no other option")
         _check_resumable(Path(folder), command)
-        return parser.parse_args(["--config", str(Path(folder) / CONFIG), "--resume", folder])
+        workers = [token for name, _, tokens in groups if name == "workers" for token in tokens]
+        return parser.parse_args(["--config", str(Path(folder) / CONFIG), "--resume", folder, *workers])
     if command == "simulate":
-        for name, values, _ in option_groups(argv):
+        for name, values, _ in groups:
             if name == "config" and values and Path(values[0]).is_file():
                 _read(values[0])
         return parser.parse_args(argv)
@@ -101,8 +111,9 @@ def make_parser(command: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"fedrot {command}", description=text, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file of the options below.")
     parser.add_argument("--output", type=str, help="A new folder for the results (default: one below runs/).")
-    parser.add_argument("--resume", type=str, help="The folder of an interrupted run to finish; give no other option.")
+    parser.add_argument("--resume", type=str, help=_RESUME[command])
     if not simulating:
+        parser.add_argument("--workers", type=int, default=1, help=_WORKERS)
         parser.add_argument(
             "--preset", type=str, help="A ready-made comparison, which other options override; help lists them."
         )

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def simulate(
     resume: bool = False,
     progress: bool = True,
     title: str | None = None,
+    on_round: Callable[[int], object] | None = None,
 ) -> SimulationResult:
     """Run a simulation, or what is left of it.
 
@@ -69,6 +71,8 @@ def simulate(
         resume: go on from the folder's last checkpoint. The result is that of an uninterrupted run, bit for bit.
         progress: show a progress bar.
         title: the progress bar's title; by default method, start and seed.
+        on_round: called with the number of rounds done after each, whose metrics and checkpoint are written by then. What
+            it raises ends the run, which can be resumed.
 
     Raises:
         FileExistsError: the folder exists.
@@ -88,8 +92,8 @@ def simulate(
     if resume:
         _check_same(config, folder)
     else:
-        folder.mkdir(parents=True)
-        config.save(folder / CONFIG)
+        with new_folder(folder) as temporary:  # whenever it is interrupted, it can be resumed
+            config.save(temporary / CONFIG)
     table = histograms(clients.examples, task.labels, task.classes, clients.column)
     if said := small_clients(table, config.batch_size):
         _log.warning("%s", said)
@@ -117,6 +121,8 @@ def simulate(
             write_metrics(folder / METRICS, metrics)
             save_checkpoint(folder, server.checkpoint(), round + 1)
             bar.set_postfix(_shown(metrics[-1], config.rounds))
+            if on_round is not None:
+                on_round(round + 1)
 
     plot_run(metrics, config, folder / CURVES)
     if config.geometry:

@@ -15,10 +15,10 @@ from fedrot.methods.registry import METHODS
 from fedrot.simulation import SimulationConfig
 from fedrot.simulation.parser import make_parser
 from fedrot.simulation.sweep import presets
-from fedrot.simulation.sweep.compare import _NOT_OF_THE_TASK, _by_task, _task_fields
 from fedrot.simulation.sweep.comparison import Comparison
 from fedrot.simulation.sweep.layers import overlay, split_options, without
 from fedrot.simulation.sweep.presets import describe_presets, load_preset
+from fedrot.simulation.sweep.shared_tasks import NOT_OF_THE_TASK, by_task, task_fields
 from fedrot.simulation.sweep.tables import as_markdown, comparison_tables
 
 SHORT = ["--rounds=1", "--local-steps=2", "--clients=3", "--batch-size=4"]
@@ -376,8 +376,8 @@ def test_options_of_the_command_line():
 
 def test_runs_share_data_and_model_where_they_can():
     fields = {f.name for f in dataclasses.fields(SimulationConfig)}
-    assert fields >= _NOT_OF_THE_TASK
-    assert not _NOT_OF_THE_TASK & {
+    assert fields >= NOT_OF_THE_TASK
+    assert not NOT_OF_THE_TASK & {
         "model",
         "dataset",
         "max_length",
@@ -386,9 +386,9 @@ def test_runs_share_data_and_model_where_they_can():
         "partition_column",
     }
     runs, _ = Comparison(methods=["fedit"], vary={"clients": [3, 5], "max_length": [8, 9]}, seeds=[0]).runs()
-    ordered = _by_task(runs)
+    ordered = by_task(runs)
     assert [run.config.max_length for run in ordered] == [8, 8, 8, 8, 9, 9, 9, 9]
-    assert len({_task_fields(run.config) for run in ordered}) == 2
+    assert len({task_fields(run.config) for run in ordered}) == 2
     assert sorted(run.name for run in ordered) == sorted(run.name for run in runs)
 
 

@@ -1,5 +1,6 @@
 """Runs methods side by side, over seeds and whatever else varies, and leaves their tables and plots."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,60 +9,58 @@ import pandas as pd
 import yaml
 
 from ...adapters.files import check_new
-from ...options import OPTION_NAMES
-from ..config import SimulationConfig
+from ..metrics import read_metrics
 from ..plots import plot_geometry
-from ..run import BASE_MODEL, CONFIG, CURVES, simulate
-from ..tasks import Task, load_task
+from ..run import CONFIG, CURVES, METRICS, simulate
+from ..tasks import Task
 from .comparison import Comparison, Run
 from .plots import plot_comparison, plot_sweep
+from .shared_tasks import by_task, cache_models, load_run_task, saved_models, task_fields
 from .tables import as_markdown, as_text, comparison_tables, repeat_unvaried, rounds_tables, with_labels
+from .workers import run_in_processes
 
 RESULTS, TABLE, MARKDOWN, ROUNDS = "results.csv", "table.txt", "table.md", "rounds.md"
 SWEEP, GEOMETRY = "sweep.png", "geometry.png"
 
-# Runs that differ in these alone share the data and the base model.
-_NOT_OF_THE_TASK = {
-    *("lora", "lora_scaling", "partition", "dirichlet_alpha", "clients", "clients_per_round", "clients_per_pass"),
-    *("rounds", "local_steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "max_grad_norm"),
-    *(*OPTION_NAMES, "client_weights", "server_optimizer", "server_lr", "start", "seed", "device"),
-    *("eval_every", "eval_batch_size"),
-}
 
-
-def compare(comparison: Comparison, folder: Path, *, resume: bool = False, progress: bool = True) -> str:
+def compare(comparison: Comparison, folder: Path, *, resume: bool = False, progress: bool = True, workers: int = 1) -> str:
     """Run everything that is compared, and write tables, plots and all rows as CSV.
 
     Args:
         comparison: the runs.
         folder: for all files, a folder per run below it; must not exist, unless resuming.
         resume: finish the runs that are not finished.
-        progress: show a progress bar per run.
+        progress: show a progress bar per run, or one for all runs with several workers.
+        workers: the number of processes, each of which has its share of PyTorch's threads and takes one run at a time. A run
+            does not depend on the others. Its bits are those of a single process that has as many threads. A script that
+            calls this with several workers needs ``if __name__ == "__main__":``, as these processes import it.
 
     Returns:
         The tables, and a line for each method or variant that was not run from every start.
 
     Raises:
         FileExistsError: the folder exists.
-        ValueError: see ``Comparison.runs``, before anything is run, and ``simulate``.
+        ValueError: see ``Comparison.runs``, before anything is run, and ``simulate``; or no worker.
+        OSError, RuntimeError: with several workers, see ``run_in_processes``.
     """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     runs, notes = comparison.runs()
     if not resume:
         check_new(folder)
-    runs = _by_task(runs)
-    task = _load_task(runs[0], runs, folder)
+    runs = by_task(runs)
+    saved = saved_models(runs, folder)
+    task = load_run_task(runs[0], saved)
     if not resume:
         folder.mkdir(parents=True)
         save_comparison(comparison, folder / CONFIG)
-    tables = []
-    for number, run in enumerate(runs):
-        if number and _task_fields(run.config) != _task_fields(runs[number - 1].config):
-            task = _load_task(run, runs, folder)
-        path, title = folder / run.name, f"{number + 1}/{len(runs)} {run.name}"
-        result = simulate(run.config, path, task=task, resume=path.exists(), progress=progress, title=title)
-        metrics = pd.DataFrame(result.metrics).drop(columns=["clients", "dropped"])  # that took part
-        tables.append(metrics.assign(**run.columns))
-    rows = pd.concat(tables, ignore_index=True)
+    if (workers := min(workers, len(runs))) == 1:
+        _run_in_turn(runs, folder, task, saved, progress)
+    else:
+        del task  # every process loads its own
+        cache_models(runs, saved)
+        run_in_processes(runs, folder, saved, workers=workers, progress=progress)
+    rows = _read_rows(runs, folder)
     first = [*runs[0].columns, *comparison.vary]
     rows = rows[[*dict.fromkeys(first), *(name for name in rows if name not in first)]]
     rows.to_csv(folder / RESULTS, index=False)
@@ -87,21 +86,22 @@ def _plain(value: Any) -> Any:
     return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
-def _task_fields(config: SimulationConfig) -> str:
-    """A key that configurations have in common whose runs share data and base model."""
-    return repr({name: value for name, value in vars(config).items() if name not in _NOT_OF_THE_TASK})
+def _run_in_turn(runs: list[Run], folder: Path, task: Task, saved: Mapping[str, Path], progress: bool) -> None:
+    """Run everything in this process, the first run with the task that is loaded."""
+    for number, run in enumerate(runs):
+        if number and task_fields(run.config) != task_fields(runs[number - 1].config):
+            task = load_run_task(run, saved)
+        path, title = folder / run.name, f"{number + 1}/{len(runs)} {run.name}"
+        simulate(run.config, path, task=task, resume=path.exists(), progress=progress, title=title)
 
 
-def _by_task(runs: list[Run]) -> list[Run]:
-    """Order the runs so that every task is loaded once."""
-    order = {fields: number for number, fields in reversed(list(enumerate(_task_fields(run.config) for run in runs)))}
-    return sorted(runs, key=lambda run: order[_task_fields(run.config)])
-
-
-def _load_task(run: Run, runs: list[Run], folder: Path) -> Task:
-    """Load the run's task, with the weights of an embedded model if an earlier run of the task saved them."""
-    same = [other.name for other in runs if _task_fields(other.config) == _task_fields(run.config)]
-    return load_task(run.config, next((path for name in same if (path := folder / name / BASE_MODEL).exists()), None))
+def _read_rows(runs: list[Run], folder: Path) -> pd.DataFrame:
+    """Read a row per run and round, the columns that tell the runs apart beside the metrics."""
+    tables = []
+    for run in runs:
+        metrics = pd.DataFrame(read_metrics(folder / run.name / METRICS, run.config.rounds))
+        tables.append(metrics.drop(columns=["clients", "dropped"]).assign(**run.columns))  # clients that took part
+    return pd.concat(tables, ignore_index=True)
 
 
 def _plot(rows: pd.DataFrame, comparison: Comparison, folder: Path) -> None:

@@ -10,6 +10,14 @@ from torch import Tensor, nn
 MARGIN = 0.6
 """The part of the free memory that is used. Other batches may be longer, and operations need memory of their own."""
 
+_processes = 1
+
+
+def share_memory(processes: int) -> None:
+    """Leave the free memory in equal parts to as many processes, of which this is one."""
+    global _processes
+    _processes = processes
+
 
 @contextmanager
 def pass_memory(model: nn.Module, device: torch.device) -> Iterator[list[int]]:
@@ -57,4 +65,4 @@ def clients_that_fit(per_client: int, device: torch.device) -> int:
         per_client: the number of bytes that one client needs.
         device: where they train.
     """
-    return max(1, int(free_memory(device) * MARGIN / per_client))
+    return max(1, int(free_memory(device) / _processes * MARGIN / per_client))
