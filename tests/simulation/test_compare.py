@@ -395,7 +395,7 @@ def test_runs_share_data_and_model_where_they_can():
 @pytest.mark.parametrize("name", describe_presets())
 def test_every_preset_is_runs(name):
     options = load_preset(name)
-    if name.startswith(("text-", "beyond-text")):
+    if name.startswith(("text-", "beyond-text", "plateau-")):
         options |= {"model": "encoder", "dataset": "train.tsv"}
     if name == "table5-code":
         options["execute_generated_code"] = True
@@ -425,6 +425,28 @@ def test_presets_follow_the_paper():
     assert {c.strength for c in configs("figure8-sst2")} == {0, 0.2, 0.4, 0.6, 0.8, 1}
     gsm8k = configs("table5-gsm8k")
     assert {(c.clients, c.rounds, c.local_steps, c.batch_size, c.max_length) for c in gsm8k} == {(3, 100, 30, 1, 650)}
+
+
+def test_presets_of_the_plateau():
+    own = {"model": "encoder", "dataset": "train.tsv"}
+    sst2, pairs = (Comparison.of(load_preset(name) | own).runs()[0] for name in ("plateau-sst2", "plateau-pairs"))
+    methods = {"fedit", "fedrot", "ffa-lora", "rolora", "fedrot O hard"}
+    places = {(dtype, n) for dtype in ("float32", "float16") for n in (10, 50)}
+    for runs, found, length in ((sst2, places, 16), (pairs, {("float32", 10)}, 40)):
+        assert {(r.columns["method"], r.config.seed, r.config.dtype, r.config.clients) for r in runs} == {
+            (method, seed, *place) for method in methods for seed in (11, 12, 13) for place in found
+        }
+        assert len(runs) == 15 * len(found) and {r.config.max_length for r in runs} == {length}
+        for c in (run.config for run in runs):
+            assert (c.rounds, c.local_steps, c.batch_size, c.optimizer, c.lr) == (100, 20, 2, "sgd", 0.1)
+            assert (c.client_weights, c.eval_every, c.max_test_examples, c.start) == ("equal", 1, 300, "shared")
+            assert (c.lora["r"], c.lora["lora_alpha"], c.lora["lora_dropout"]) == (4, 8, 0.05)
+            assert c.lora["target_modules"] == ["query", "value"] and (c.partition, c.dirichlet_alpha) == ("dirichlet", 0.5)
+    hard = [run.config for run in (*sst2, *pairs) if run.columns["method"] == "fedrot O hard"]
+    assert {(c.method, c.reflections, c.strength) for c in hard} == {("fedrot", True, 1.0)}
+    assert {(r.config.text_column, r.config.text_pair_column, r.config.label_column) for r in pairs} == {
+        ("first", "second", "label")
+    }
 
 
 RELEASED = [name for name in describe_presets() if name.startswith("released-")]
