@@ -9,7 +9,7 @@ MKDOCS = $(BIN)/mkdocs build --strict --quiet
 # The core: what one edit of fedrot or of the kernels' PyTorch path breaks first.
 CORE := tests/adapters tests/ranks tests/methods tests/report tests/server tests/kernels --ignore=tests/kernels/triton
 
-.PHONY: simulate test test-fast test-exhaustive lint docs clean
+.PHONY: simulate test test-fast test-exhaustive sanitize lint docs clean
 
 simulate: .venv/simulate
 	$(BIN)/fedrot compare
@@ -23,6 +23,16 @@ test-fast: .venv/test
 
 test-exhaustive: .venv/test
 	$(BIN)/pytest -m exhaustive tests/kernels
+
+# The compiled library with the address and undefined-behaviour sanitizers, over its tests.
+SANITIZED = build/sanitized/_native.so
+sanitize: .venv/test
+	mkdir -p $(dir $(SANITIZED))
+	g++ -O1 -g -std=c++17 -fPIC -shared -pthread -fsanitize=address,undefined -fno-sanitize-recover=all \
+		fedrot_kernels/native_backend/native.cpp -o $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		OMP_NUM_THREADS=1 FEDROT_NATIVE=$(abspath $(SANITIZED)) $(BIN)/pytest -q tests/kernels/test_native.py \
+		tests/kernels/test_whole_model.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

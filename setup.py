@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 SIMULATE = [
     "transformers>=5.0",
@@ -22,6 +22,17 @@ SIMULATE = [
 FLOWER = ["flwr[simulation]>=1.41,<2", "numpy>=1.26"]
 NVFLARE = ["nvflare>=2.9,<3", "numpy>=1.26"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+
+# A plain library without Python's or PyTorch's ABI, loaded by ctypes. Where it cannot be built, PyTorch does its work.
+NATIVE = Extension(
+    "fedrot_kernels.native_backend._native",
+    sources=["fedrot_kernels/native_backend/native.cpp"],
+    depends=["fedrot_kernels/native_backend/kernels.inc"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17", "-pthread"],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
 
 setup(
     name="fedrot",
@@ -49,7 +60,8 @@ setup(
     # the modules of fedrot that NVFlare copies into a job, without the __init__.py of their packages, come first.
     package_dir={"": "."},
     packages=find_packages(include=["fedrot", "fedrot.*", "fedrot_kernels", "fedrot_kernels.*"]),
-    package_data={"": ["py.typed", "*.yaml"]},
+    package_data={"": ["py.typed", "*.yaml"], "fedrot_kernels.native_backend": ["native.cpp", "kernels.inc"]},
+    ext_modules=[NATIVE],
     include_package_data=False,
     python_requires=">=3.11",
     install_requires=[

@@ -1,6 +1,6 @@
 """Aligning and averaging the factors of LoRA adapters: tensors in, tensors out."""
 
-from .dispatch import align_average, average
+from .dispatch import align_average, average, backends
 from .groupwise.together import align_together
 from .measures import aggregation_error, error_bound, product_norm, rotation_angle
 from .ops import cross_covariance, polar, procrustes, rotate_average
@@ -24,6 +24,7 @@ __all__ = [
     "align_average",
     "align_together",
     "average",
+    "backends",
     "cross_covariance",
     "error_bound",
     "frame_rotations",

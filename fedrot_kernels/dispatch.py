@@ -9,11 +9,12 @@ from torch import Tensor
 
 from . import torch_backend
 from .checks import check_adapters, check_clients, check_strength
+from .native_backend.library import instruction_set
 from .precision import full_precision
 from .tolerances import LARGEST_TRITON_RANK
 from .types import Aligned, Backend, Clients
 
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_COMPILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @full_precision
@@ -42,7 +43,8 @@ def align_average(
         B_ref: per adapter (d_out, r), any floating dtype; None to align A alone.
         strength: λ in [0, 1], see ``soften``.
         reflections: False for rotations, SO(r), see ``special_orthogonal``; True for O(r).
-        backend: "triton", "torch", or "auto": Triton for float16, bfloat16 and float32 of rank up to 128 on a GPU.
+        backend: "triton", "native", "torch", or "auto": for float16, bfloat16 and float32 of rank up to 128 Triton on a GPU
+            and the compiled library, if it was built, on a CPU.
 
     Raises:
         ValueError: shapes or weights that do not fit, by the adapter's index.
@@ -50,7 +52,12 @@ def align_average(
     """
     check_adapters(A, B, A_ref, B_ref)
     check_strength(strength)
-    chosen = _implementation(backend, [clients[0] for clients in A], max(clients[0].shape[0] for clients in A))
+    samples, rank = [clients[0] for clients in A], max(clients[0].shape[0] for clients in A)
+    if use_native(backend, samples, rank):
+        from .native_backend.whole_model import align_average as native  # not at the top: it imports the torch backend
+
+        return native(A, B, weights, A_ref=A_ref, B_ref=B_ref, strength=strength, reflections=reflections)
+    chosen = _implementation(backend, samples, rank)
     return chosen.align_average(A, B, weights, A_ref=A_ref, B_ref=B_ref, strength=strength, reflections=reflections)
 
 
@@ -94,8 +101,8 @@ def use_triton(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
         ValueError: a backend that does not exist, or "triton" for inputs that its kernels do not take.
     """
     if backend not in get_args(Backend):
-        raise ValueError(f"backend must be auto, torch or triton, got {backend!r}")
-    fits = all(x.dtype in _TRITON_DTYPES for x in samples) and rank <= LARGEST_TRITON_RANK
+        raise ValueError(f"backend must be auto, native, torch or triton, got {backend!r}")
+    fits = _are_compiled(samples, rank)
     if backend == "triton" and not fits:
         raise ValueError(
             f"the Triton kernels take float16, bfloat16 and float32 of rank up to {LARGEST_TRITON_RANK}; use torch"
@@ -103,6 +110,38 @@ def use_triton(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
     if backend == "auto":
         return fits and samples[0].device.type == "cuda" and find_spec("triton") is not None
     return backend == "triton"
+
+
+def use_native(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
+    """Whether the compiled library is to be used, for tensors of these dtypes and devices, and of at most this rank.
+
+    Raises:
+        ValueError: "native" for inputs that the library does not take, or where it was not built.
+    """
+    fits = _are_compiled(samples, rank) and all(x.device.type == "cpu" for x in samples)
+    if backend == "native" and instruction_set() is None:
+        raise ValueError("the compiled library is not there: install fedrot where there is a C++ compiler; or use torch")
+    if backend == "native" and not fits:
+        raise ValueError(
+            "the compiled library takes float16, bfloat16 and float32 tensors on a CPU, of rank up to "
+            f"{LARGEST_TRITON_RANK}; use torch"
+        )
+    return fits and backend in ("auto", "native") and instruction_set() is not None
+
+
+def backends() -> dict[str, str]:
+    """What this installation has of every backend: name → a few words."""
+    triton = "on a GPU" if torch.cuda.is_available() else "no GPU"
+    return {
+        "native": instruction_set() or "not built, or switched off",
+        "torch": torch.__version__,
+        "triton": triton if find_spec("triton") is not None else "not installed",
+    }
+
+
+def _are_compiled(samples: Sequence[Tensor], rank: int) -> bool:
+    """Whether there are compiled kernels for tensors of these dtypes and this rank."""
+    return all(x.dtype in _COMPILED_DTYPES for x in samples) and rank <= LARGEST_TRITON_RANK
 
 
 class _Implementation(Protocol):

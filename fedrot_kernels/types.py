@@ -9,8 +9,9 @@ from torch import Tensor
 Clients = Tensor | Sequence[Tensor]
 """One tensor from each of N clients: stacked, (N, …), or N tensors (…)."""
 
-Backend = Literal["auto", "torch", "triton"]
-"""The implementation: Triton kernels, PyTorch, or ("auto") Triton on a GPU wherever it has kernels for the inputs."""
+Backend = Literal["auto", "native", "torch", "triton"]
+"""The implementation: Triton kernels, the compiled library on a CPU ("native"), PyTorch, or ("auto") the first of these
+that is there and takes the inputs."""
 
 Target = Literal["reference", "consensus", "error"]
 """The quantity that ``align_together`` minimises: distance to a reference, spread of the clients, or aggregation error."""

@@ -6,6 +6,8 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
+from fedrot_kernels import backends
+
 from ..merging.merge import MergeMethod
 from ..merging.saved import ModulesToSave
 from ..methods.registry import METHODS
@@ -21,7 +23,8 @@ ROTATING = tuple(name for name, method in METHODS.items() if "reflections" in me
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of everything but the simulator's options; ``command`` of what it parses names the command."""
     parser = argparse.ArgumentParser(prog="fedrot", description="Federated averaging of LoRA adapters in a common basis.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    kernels = ", ".join(f"{name} {state}" for name, state in backends().items())
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__} ({kernels})")
     commands = parser.add_subparsers(required=True, dest="command", metavar="command")
     for name, text in SIMULATOR.items():
         commands.add_parser(name, help=text)

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..checks import all_finite, normalize_weights, read_weights
 from ..grouping import group_indices
 from ..precision import working_dtype
-from ..tolerances import FACTOR_FLOOR, WEIGHT_RANGE
+from ..tolerances import WEIGHT_RANGE
 from ..types import Aligned, Clients
+from .exact import ExactProducts
 from .procrustes import rotations
-from .products import exact_cross_covariance, relative_to_reference
+from .products import relative_to_reference
 from .stacking import Columns, Rows, parts
 
 
@@ -39,15 +40,8 @@ def align_average(
     if B_ref is not None:
         M_B = _cross_covariances(B, B_ref, columns, relative=A_ref is not None)
         M = [x + y for x, y in zip(M, M_B, strict=True)] if M else M_B
-
-    def exact(adapter: int, client: int) -> Tensor:
-        frames = [] if A_ref is None else [(A[adapter][client], A_ref[adapter])]
-        frames += [] if B_ref is None else [(B[adapter][client].mT, B_ref[adapter].mT)]
-        return exact_cross_covariance(frames)
-
-    refs = [x for factor_refs in (A_ref, B_ref) if factor_refs is not None for x in factor_refs[:1]]
-    floors = [max(FACTOR_FLOOR[x.dtype] for x in (clients[0], *refs)) for clients in A]
-    R, W, residual, undetermined = _rotations(M, exact, floors, shares, strength, reflections)
+    exact = ExactProducts(A, B, A_ref, B_ref)
+    R, W, residual, undetermined = _rotations(M, exact, shares, strength, reflections)
     mean_A, mean_B, finite = weighted_average(A, B, W, rows, columns)
     return Aligned(mean_A, mean_B, R, residual, undetermined, finite)
 
@@ -110,24 +104,23 @@ def _cross_covariances(
 
 def _rotations(
     M: Sequence[Tensor],
-    exact: Callable[[int, int], Tensor],
-    floors: Sequence[float],
+    exact: ExactProducts,
     shares: Tensor,
     strength: float,
     reflections: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """R and wᵢRᵢ (N, r, r) of every adapter, the residuals and the numbers of undetermined directions (L, N).
 
-    ``exact`` computes M of an adapter and a client in float64, where that matters; the floors are the adapters'.
+    ``exact`` computes M in float64 where that matters.
     """
     R, W, residual, undetermined = list(M), list(M), list(M), list(M)
-    for indices in group_indices((x.shape, x.dtype, floor) for x, floor in zip(M, floors, strict=True)):
+    for indices in group_indices((x.shape, x.dtype, floor) for x, floor in zip(M, exact.floors, strict=True)):
         stacked, n = torch.stack([M[i] for i in indices]), len(shares)
 
         def exact_ones(flat: Tensor, indices: list[int] = indices, n: int = n) -> Tensor:
             return torch.stack([exact(indices[i // n], i % n) for i in flat.tolist()])
 
-        floor = floors[indices[0]]
+        floor = exact.floors[indices[0]]
         found = rotations(stacked, exact_ones, strength=strength, reflections=reflections, floor=floor)
         weighted = found.R * shares.to(found.R.dtype)[:, None, None]
         for i, *results in zip(indices, *found, weighted, strict=True):

@@ -13,6 +13,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import fedrot
+import fedrot_kernels
 from fedrot.cli.commands import main
 from fedrot.simulation import SimulationConfig
 
@@ -61,7 +62,8 @@ def test_methods_lists_ablations_last_and_apart(capsys):
 
 def test_the_module_is_the_command():
     run = subprocess.run([sys.executable, "-m", "fedrot.cli", "--version"], capture_output=True, text=True, check=True)
-    assert run.stdout == f"fedrot {fedrot.__version__}\n"
+    states = ", ".join(f"{name} {state}" for name, state in fedrot_kernels.backends().items())
+    assert run.stdout == f"fedrot {fedrot.__version__} ({states})\n"
     run = subprocess.run([sys.executable, "-m", "fedrot.cli", "inspect", "nowhere"], capture_output=True, text=True)
     said = "fedrot: error: client 0 (nowhere): there is no folder nowhere; pass a folder that save_pretrained wrote\n"
     assert (run.returncode, run.stderr) == (1, said)

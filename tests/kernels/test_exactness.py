@@ -87,6 +87,7 @@ def test_ill_conditioned_rotations_are_the_exact_ones_too(r, reflections):
     assert (error <= 4e-6 * r**0.5)[unreflected].all()
 
 
+@pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("on", ["A", "B", "joint"])
 def test_whole_models_have_the_exact_rotations(on, dtype):

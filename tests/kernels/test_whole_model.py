@@ -10,6 +10,8 @@ from fedrot_kernels import reference
 
 from .spectra import orthogonal
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 # Ranks and widths that differ between adapters, odd ones, one column, and of a size that is not stacked.
 RAGGED = [(4, 33, 20), (4, 33, 20), (1, 7, 1), (3, 64, 48), (16, 40, 40), (4, 4096, 8), (8, 24, 4096), (8, 2051, 2049)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -226,7 +228,7 @@ WRONG = {
     "weights zero": (lambda a: a.update(weights=torch.zeros(2)), "not all zero"),
     "weights NaN": (lambda a: a.update(weights=[math.nan, 1]), "finite"),
     "strength": (lambda a: a.update(strength=1.5), "between 0 and 1, got 1.5"),
-    "backend": (lambda a: a.update(backend="cuda"), "auto, torch or triton, got 'cuda'"),
+    "backend": (lambda a: a.update(backend="cuda"), "auto, native, torch or triton, got 'cuda'"),
 }
 
 

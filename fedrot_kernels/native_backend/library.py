@@ -1,0 +1,58 @@
+"""The compiled library: where it is, what this machine can run of it, and the structure that it is called with."""
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+SWITCH = "FEDROT_NATIVE"
+_NAME = "_native"
+
+Careful = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32)
+
+_NUMBERS = [(name, ctypes.c_int32) for name in ("adapters", "clients", "reflections", "threads", "n_steps")]
+_INPUTS = [(name, ctypes.c_void_p) for name in ("shapes", "dtypes", "A", "B", "A_ref", "B_ref", "shares", "steps")]
+_OUTPUTS = [(name, ctypes.c_void_p) for name in ("R", "residual", "undetermined", "doubtful", "A_out", "B_out", "finite")]
+
+
+class Problem(ctypes.Structure):
+    """``fedrot::Problem`` of native.cpp."""
+
+    _fields_ = (
+        *_NUMBERS,
+        ("strength", ctypes.c_float),
+        ("converged", ctypes.c_float),
+        *_INPUTS,
+        *_OUTPUTS,
+        ("careful", Careful),
+        ("failed", ctypes.c_void_p),
+    )
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """Load the library; None where it was not built or cannot be loaded.
+
+    The environment variable ``FEDROT_NATIVE`` set to 0 keeps it off; a path names another library.
+    """
+    switch, here = os.environ.get(SWITCH, ""), Path(__file__).parent
+    if switch == "0":
+        return None
+    built = [here / f"{_NAME}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    for path in [Path(switch)] if os.sep in switch else built:
+        if path.exists():
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:  # of another machine
+                continue
+            library.fedrot_align_average.argtypes = [ctypes.POINTER(Problem), ctypes.c_int32]
+            return library
+    return None
+
+
+def instruction_set() -> str | None:
+    """The instructions that the library runs here, "baseline", "avx2" or "avx512"; None without the library."""
+    library = load()
+    return None if library is None else INSTRUCTION_SETS[library.fedrot_level()]

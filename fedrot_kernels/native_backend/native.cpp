@@ -1,0 +1,288 @@
+// Alignment and averaging of LoRA factors on a CPU: cross-covariance, rotation and rotated average of one adapter while its
+// factors are in the cache, for the instruction set of the machine. Called through ctypes; see library.py.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace fedrot {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+struct Step {
+  float a, b, c;
+};
+
+inline float widen(float x) { return x; }
+
+inline float widen(BFloat16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline float widen(Float16 x) {
+  uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  float f;
+  if (magnitude < 0x0400) {  // zero or subnormal
+    f = magnitude * 0x1p-24f;
+    return sign ? -f : f;
+  }
+  uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) + 0x70000000u : (magnitude << 13) + 0x38000000u;
+  bits |= sign;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// Rounds to the nearest, ties to even.
+inline Float16 to_half(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  uint16_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {(uint16_t)(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {(uint16_t)(sign | 0x7c00)};
+  if (bits < 0x38800000) {  // subnormal: the sum's own rounding is the right one
+    float magic;
+    uint32_t magic_bits = 0x3f000000;
+    memcpy(&magic, &magic_bits, sizeof magic);
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    f += magic;
+    memcpy(&bits, &f, sizeof bits);
+    return {(uint16_t)(sign | (bits - magic_bits))};
+  }
+  bits += 0xc8000fff + ((bits >> 13) & 1);
+  return {(uint16_t)(sign | (bits >> 13))};
+}
+
+// The least magnitude that rounds to Inf.
+template <class T>
+inline float largest() {
+  if (std::is_same<T, Float16>::value) return 65520.0f;
+  if (std::is_same<T, BFloat16>::value) return 0x1.ffp127f;
+  return INFINITY;
+}
+
+struct Problem {
+  int32_t adapters, clients, reflections, threads, n_steps;
+  float strength, converged;
+  const int64_t* shapes;        // per adapter r, d_in, d_out
+  const int32_t* dtypes;        // per adapter 0 float32, 1 bfloat16, 2 float16
+  const void* const* A;         // per adapter and client (r, d_in)
+  const void* const* B;         // per adapter and client (d_out, r)
+  const float* const* A_ref;    // per adapter, or null
+  const float* const* B_ref;    // per adapter, or null
+  const float* shares;          // per client
+  const Step* steps;
+  float* const* R;              // per adapter (N, r, r)
+  float* residual;              // (L, N)
+  int64_t* undetermined;        // (L, N)
+  uint8_t* doubtful;            // (L, N)
+  void* const* A_out;           // per adapter
+  void* const* B_out;           // per adapter
+  uint8_t* finite;              // per adapter
+  int32_t (*careful)(int32_t);  // finds the doubtful rotations of an adapter; not 0 if it could not
+  std::atomic<bool>* failed;
+};
+
+struct Scratch {
+  std::vector<double> doubles, more;
+  std::vector<float> floats;
+
+  void reserve(long r, long n, long lanes) {
+    size_t ld = (r + lanes - 1) / lanes * lanes + lanes;
+    doubles.resize(2 * r * r);
+    more.resize(4 * r * r);
+    floats.resize(5 * r * ld + n * r * ld + 2 * lanes);
+  }
+};
+
+enum class Kind { regular, zero, wrong };
+
+// M <- M / |M|_F, of any scale.
+inline Kind normalize(double* M, int r) {
+  double largest = 0, squares = 0;
+  for (int e = 0; e < r * r; e++) {
+    if (!std::isfinite(M[e])) return Kind::wrong;
+    largest = std::fmax(largest, std::fabs(M[e]));
+  }
+  if (largest == 0) return Kind::zero;
+  for (int e = 0; e < r * r; e++) {
+    M[e] /= largest;
+    squares += M[e] * M[e];
+  }
+  for (int e = 0; e < r * r; e++) M[e] /= std::sqrt(squares);
+  return Kind::regular;
+}
+
+inline double inverse_square(const float* x, long n) {
+  double total = 0;
+  for (long i = 0; i < n; i++) total += (double)x[i] * x[i];
+  return total == 0 ? 1 : 1 / total;
+}
+
+// Whether det A < 0, by elimination with row pivots; destroys A (r × r).
+inline bool is_reflected(double* A, int r) {
+  bool negative = false;
+  for (int c = 0; c < r; c++) {
+    int pivot = c;
+    for (int j = c + 1; j < r; j++)
+      if (std::fabs(A[j * r + c]) > std::fabs(A[pivot * r + c])) pivot = j;
+    if (pivot != c) {
+      negative = !negative;
+      for (int k = c; k < r; k++) std::swap(A[c * r + k], A[pivot * r + k]);
+    }
+    if (A[c * r + c] < 0) negative = !negative;
+    if (A[c * r + c] == 0) return false;
+    for (int j = c + 1; j < r; j++) {
+      double factor = A[j * r + c] / A[c * r + c];
+      for (int k = c; k < r; k++) A[j * r + k] -= factor * A[c * r + k];
+    }
+  }
+  return negative;
+}
+
+// The eigenvector of the smallest eigenvalue of the symmetric H (r × r), by cyclic Jacobi rotations; destroys H.
+inline const double* weakest_eigenvector(double* H, double* V, int r) {
+  for (int e = 0; e < r * r; e++) V[e] = e % (r + 1) == 0;
+  for (int sweep = 0; sweep < 60; sweep++) {
+    double off = 0, all = 0;
+    for (int j = 0; j < r; j++)
+      for (int k = 0; k < r; k++) (j == k ? all : off) += H[j * r + k] * H[j * r + k];
+    if (off <= 1e-31 * (all + off)) break;
+    for (int p = 0; p < r - 1; p++) {
+      for (int q = p + 1; q < r; q++) {
+        double h = H[p * r + q];
+        if (h == 0) continue;
+        double theta = (H[q * r + q] - H[p * r + p]) / (2 * h);
+        double t = (theta < 0 ? -1 : 1) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
+        double c = 1 / std::sqrt(t * t + 1), s = t * c;
+        for (int k = 0; k < r; k++) {
+          double x = H[p * r + k], y = H[q * r + k];
+          H[p * r + k] = c * x - s * y;
+          H[q * r + k] = s * x + c * y;
+        }
+        for (int k = 0; k < r; k++) {
+          double x = H[k * r + p], y = H[k * r + q];
+          H[k * r + p] = c * x - s * y;
+          H[k * r + q] = s * x + c * y;
+        }
+        for (int k = 0; k < r; k++) {
+          double x = V[p * r + k], y = V[q * r + k];
+          V[p * r + k] = c * x - s * y;
+          V[q * r + k] = s * x + c * y;
+        }
+      }
+    }
+  }
+  int weakest = 0;
+  for (int j = 1; j < r; j++)
+    if (H[j * r + j] < H[weakest * r + weakest]) weakest = j;
+  return V + weakest * r;
+}
+
+// R <- R (I - 2 v v^T) where det R < 0, v the weakest eigenvector of H = R^T M.
+inline void flip_if_reflected(float* R, const double* M, int r, int ld, double* scratch) {
+  double *H = scratch, *V = scratch + r * r;
+  for (int j = 0; j < r; j++)
+    for (int k = 0; k < r; k++) H[j * r + k] = R[j * ld + k];
+  if (!is_reflected(H, r)) return;
+  for (int j = 0; j < r; j++) {
+    for (int k = 0; k < r; k++) {
+      double sum = 0;
+      for (int i = 0; i < r; i++) sum += R[i * ld + j] * M[i * r + k];
+      V[j * r + k] = sum;
+    }
+  }
+  for (int j = 0; j < r; j++)
+    for (int k = 0; k < r; k++) H[j * r + k] = (V[j * r + k] + V[k * r + j]) / 2;
+  const double* v = weakest_eigenvector(H, V, r);
+  for (int j = 0; j < r; j++) {
+    double along = 0;
+    for (int k = 0; k < r; k++) along += R[j * ld + k] * v[k];
+    for (int k = 0; k < r; k++) R[j * ld + k] -= (float)(2 * along * v[k]);
+  }
+}
+
+#define LANES 4
+namespace baseline {
+#include "kernels.inc"
+}
+#undef LANES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_X86 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+namespace avx2 {
+#include "kernels.inc"
+}
+#undef LANES
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#define LANES 16
+namespace avx512 {
+#include "kernels.inc"
+}
+#undef LANES
+#pragma GCC pop_options
+#endif
+
+using Align = void (*)(const Problem&, int, Scratch&);
+
+inline Align implementation(int32_t level) {
+#ifdef HAS_X86
+  if (level >= 2) return avx512::align;
+  if (level == 1) return avx2::align;
+#endif
+  (void)level;
+  return baseline::align;
+}
+
+}  // namespace fedrot
+
+extern "C" {
+
+// 0 for the least instructions of the architecture, 1 for AVX2 with FMA, 2 for AVX-512.
+int32_t fedrot_level() {
+#ifdef HAS_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+int32_t fedrot_align_average(fedrot::Problem* problem, int32_t level) {
+  std::atomic<bool> failed{false};
+  std::atomic<int32_t> next{0};
+  problem->failed = &failed;
+  fedrot::Align align = fedrot::implementation(level);
+  auto work = [&] {
+    fedrot::Scratch scratch;
+    for (int32_t i; !failed && (i = next++) < problem->adapters;) align(*problem, i, scratch);
+  };
+  std::vector<std::thread> threads;
+  int32_t wanted = problem->threads < problem->adapters ? problem->threads : problem->adapters;
+  for (int32_t t = 1; t < wanted; t++) threads.emplace_back(work);
+  work();
+  for (auto& thread : threads) thread.join();
+  return failed;
+}
+}

@@ -1,0 +1,143 @@
+"""The compiled library alone: every instruction set, every rank, any place in memory, threads, and what goes wrong."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fedrot_kernels as fk
+from fedrot_kernels import reference
+from fedrot_kernels.native_backend import library
+from fedrot_kernels.torch_backend import whole_model as torch_backend
+
+from .test_whole_model import model
+
+HERE = library.instruction_set()
+pytestmark = pytest.mark.skipif(HERE is None, reason="the compiled library is not built, or switched off")
+SETS = library.INSTRUCTION_SETS[: library.INSTRUCTION_SETS.index(HERE or "baseline") + 1]
+EPS = torch.finfo(torch.float32).eps
+
+
+def native(*args, **kwargs):
+    from fedrot_kernels.native_backend.whole_model import align_average
+
+    with torch.no_grad():
+        return align_average(*args, **{"A_ref": None, "B_ref": None, "strength": 1.0, "reflections": False} | kwargs)
+
+
+def inside(x, offset):
+    """The same values, ``offset`` entries into memory whose other entries are NaN."""
+    memory = torch.full((x.numel() + 2 * offset + 64,), torch.nan, dtype=x.dtype)
+    view = memory[offset : offset + x.numel()].view(x.shape)
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("r", [*range(1, 18), 24, 31, 32, 33, 48, 63, 64, 65, 128])
+def test_every_rank_and_width_on_every_instruction_set(r, dtype, instructions):
+    """Odd widths, unaligned memory between NaNs: means to rounding of the exact ones by R, R as close as PyTorch's."""
+    shapes = [(r, 1, 7), (r, 37, 130), (r, 520, 1)] if r <= 16 else [(r, 2 * r + 3, 3 * r + 1)]
+    weights = [1.0, 0.0, 2.5]
+    A, B, A_ref, B_ref = model(shapes, 3, dtype, seed=r)
+    placed = [[[inside(x, i + 1) for i, x in enumerate(clients)] for clients in of_factor] for of_factor in (A, B)]
+    refs = {"A_ref": [inside(x, 1) for x in A_ref], "B_ref": [inside(x, 3) for x in B_ref]}
+    found = native(*placed, weights, **refs, strength=0.6, instructions=instructions)
+    plain = torch_backend.align_average(A, B, weights, A_ref=A_ref, B_ref=B_ref, strength=0.6, reflections=False)
+    assert bool(found.finite) and found.residual.max() <= 1e-6
+    assert torch.equal(found.undetermined, plain.undetermined)
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        assert (found.R[i] - plain.R[i]).abs().max() <= 3e-6
+        R = list(found.R[i].double())
+        exact_A = reference.rotate_average(list(a.double()), R, weights)
+        exact_B = reference.rotate_average(list(b.double().mT), R, weights).mT
+        for mean, exact, F in ((found.A[i], exact_A, a), (found.B[i], exact_B, b)):
+            assert mean.dtype == dtype and mean.shape == exact.shape
+            own = torch.finfo(dtype).eps if dtype != torch.float32 else 0
+            assert ((mean - exact).abs() <= own * exact.abs() + 2 * r * EPS * F.double().abs().max() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("instructions", SETS)
+def test_every_half_precision_number_is_read_and_written_as_torch_does(instructions, dtype):
+    """All 65,536 of them, by one client whose rotation is I, and again where the average lies between two of them."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()].clone()
+    one = [finite[None, None]], [torch.ones(1, 1, 1, dtype=dtype)]
+    A_ref = [torch.zeros(1, len(finite))]
+    assert torch.equal(native(*one, [1.0], A_ref=A_ref, instructions=instructions).A[0], finite[None])
+    two = torch.stack([finite, finite.roll(1)])[:, None]
+    found = native([two], [torch.ones(2, 1, 1, dtype=dtype)], [1.0, 1.0], A_ref=A_ref, instructions=instructions)
+    expected = (two.float() * 0.5).sum(0).to(dtype)
+    assert torch.equal(found.A[0], expected) and bool(found.finite) == bool(expected.isfinite().all())
+
+
+@pytest.mark.parametrize("instructions", SETS)
+def test_the_number_of_threads_changes_no_bit(instructions, monkeypatch):
+    A, B, A_ref, _ = model([(4, 33, 20)] * 5 + [(16, 300, 70), (3, 8, 9)] * 4, 4)
+    results = []
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(native(A, B, [1, 2, 3, 4], A_ref=A_ref, strength=0.5, instructions=instructions))
+    for other in results[1:]:
+        for x, y in zip(results[0].A + results[0].B + results[0].R, other.A + other.B + other.R, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_many_clients():
+    A, B, A_ref, _ = model([(2, 5, 3)], 1000)
+    w = torch.rand(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    found = native(A, B, w, A_ref=A_ref)
+    plain = torch_backend.align_average(A, B, w, A_ref=A_ref, B_ref=None, strength=1.0, reflections=False)
+    for x, y in zip(found.A + found.B, plain.A + plain.B, strict=True):
+        assert (x - y).abs().max() <= 3e-6
+
+
+def test_clients_that_share_memory_or_want_gradients():
+    A, B, A_ref, B_ref = model([(4, 33, 20)], 3)
+    expected = native(A, B, [1, 1, 1], B_ref=B_ref)
+    wanting = [[torch.nn.Parameter(x) for x in A[0]]], [[torch.nn.Parameter(x) for x in B[0]]]
+    found = native(*wanting, [1, 1, 1], B_ref=[torch.nn.Parameter(B_ref[0])])
+    assert torch.equal(found.A[0], expected.A[0]) and not found.A[0].requires_grad
+    same = native([[A[0][0]] * 3], [[B[0][0]] * 3], [1, 2, 3], A_ref=A_ref)
+    alone = native([[A[0][0]]], [[B[0][0]]], [1], A_ref=A_ref)
+    assert (same.A[0] - alone.A[0]).abs().max() <= 1e-6
+
+
+def test_an_error_in_a_careful_rotation_is_raised(monkeypatch):
+    from fedrot_kernels.native_backend import whole_model
+
+    A, B, A_ref, _ = model([(4, 33, 20)] * 3, 2)
+    A[1][0, 3] = 1e-4 * A[1][0, 2]
+    native(A, B, [1, 1], A_ref=A_ref)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no rotation today")
+
+    monkeypatch.setattr(whole_model, "rotations", broken)
+    with pytest.raises(RuntimeError, match="no rotation today"):
+        native(A, B, [1, 1], A_ref=A_ref)
+
+
+def test_what_the_library_does_not_take_is_said(monkeypatch):
+    A, B, A_ref, _ = model([(4, 33, 20)], 2, torch.float64)
+    with pytest.raises(ValueError, match="float16, bfloat16 and float32 tensors on a CPU, of rank up to 128; use torch"):
+        fk.align_average(A, B, [1, 1], A_ref=A_ref, backend="native")
+    from fedrot_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "instruction_set", lambda: None)
+    assert fk.backends()["native"] == "not built, or switched off"
+    with pytest.raises(
+        ValueError, match="the compiled library is not there: install fedrot where there is a C\\+\\+ compiler"
+    ):
+        fk.align_average([x.float() for x in A], [x.float() for x in B], [1, 1], A_ref=A_ref, backend="native")
+
+
+def test_the_switch_keeps_it_off():
+    command = "import fedrot_kernels; print(fedrot_kernels.backends()['native'])"
+    for value, expected in (("0", "not built, or switched off"), ("1", HERE)):
+        said = subprocess.run(
+            [sys.executable, "-c", command], capture_output=True, text=True, env={"FEDROT_NATIVE": value, "PATH": ""}
+        )
+        assert said.stdout.strip() == expected, said.stderr
