@@ -55,18 +55,32 @@ def draw_line(axis: Axes, group: pd.DataFrame, measure: str, style: Style) -> No
         axis.plot(values.index, values["mean"], markersize=3.5, **style)
         low, high = values["mean"] - values["std"], values["mean"] + values["std"]
         axis.fill_between(values.index, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    axis.xaxis.set_major_locator(_Rounds())
+    axis.xaxis.set_major_locator(RoundLocator())
 
 
-class _Rounds(MaxNLocator):
+class RoundLocator(MaxNLocator):
     """Ticks at whole numbers of rounds, the first at round 1, where other locators put 0."""
 
     def __init__(self) -> None:
         super().__init__(integer=True)
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        """See ``matplotlib.ticker.Locator.tick_values``."""
         whole = [float(x) for x in super().tick_values(max(vmin, 1), max(vmax, 1)) if x > 1 and x == round(x)]
         return [1.0, *whole] if vmin <= 1 <= vmax else whole
+
+
+def fit_magnitudes(axis: Axes) -> None:
+    """Begin the y axis at 0 or, where a decade does not hold what is drawn, make it logarithmic and leave out zeros."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines] or [np.ones(1)])
+    positive = drawn[drawn > 0]
+    if len(positive) and positive.max() > 10 * positive.min():
+        for line in axis.lines:
+            y = np.asarray(line.get_ydata(), dtype=float)
+            line.set_ydata(np.where(y > 0, y, np.nan))
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
 
 
 def finish_figure(figure: Figure, axes: np.ndarray, x: str, path: Path) -> Figure:

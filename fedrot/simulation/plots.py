@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .config import SimulationConfig
 from .metrics import shown_measures
-from .panels import Y_LABELS, draw_line, finish_figure, line_styles, make_panels
+from .panels import Y_LABELS, draw_line, finish_figure, fit_magnitudes, line_styles, make_panels
 
 _GEOMETRY = {  # a row of panels each, for A and for B
     "removed": "part of squared distance\nthat rotation removes",
@@ -69,23 +67,10 @@ def plot_geometry(rows: pd.DataFrame, path: Path) -> Figure:
         draw_line(axes[-1, 0], group, "error_bound", thin)
         draw_line(axes[-1, 1], group, "ratio", style)
     for axis in axes.flat:
-        _fit_magnitudes(axis)
+        fit_magnitudes(axis)
     for axis, label in zip(axes[:, 0], [*_GEOMETRY.values(), "aggregation error;\nits bound (thin)"], strict=True):
         axis.set_ylabel(label)
     axes[-1, 1].set(ylabel="error / bound", yscale="linear", ylim=(0, 1))
     axes[0, 0].set_title("F = A")
     axes[0, 1].set_title("F = Bᵀ")
     return finish_figure(figure, axes, "round", path)
-
-
-def _fit_magnitudes(axis: Axes) -> None:
-    """Begin the y axis at 0 or, where a decade does not hold what is drawn, make it logarithmic and leave out zeros."""
-    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines] or [np.ones(1)])
-    positive = drawn[drawn > 0]
-    if len(positive) and positive.max() > 10 * positive.min():
-        for line in axis.lines:
-            y = np.asarray(line.get_ydata(), dtype=float)
-            line.set_ydata(np.where(y > 0, y, np.nan))
-        axis.set_yscale("log")
-    else:
-        axis.set_ylim(bottom=0)
