@@ -35,7 +35,7 @@ def inside(x, offset):
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("r", [*range(1, 18), 24, 31, 32, 33, 48, 63, 64, 65, 128])
+@pytest.mark.parametrize("r", [*range(1, 10), 12, 15, 16, 17, 24, 31, 33, 48, 64, 65, 128])
 def test_every_rank_and_width_on_every_instruction_set(r, dtype, instructions):
     """Odd widths, unaligned memory between NaNs: means to rounding of the exact ones by R, R as close as PyTorch's."""
     shapes = [(r, 1, 7), (r, 37, 130), (r, 520, 1)] if r <= 16 else [(r, 2 * r + 3, 3 * r + 1)]
