@@ -19,7 +19,12 @@ Frames = tuple[Tensor, Tensor]
 
 @full_precision
 def frame_rotations(
-    frames: Sequence[Frames], *, strength: float = 1.0, reflections: bool = False, rank_mask: Tensor | None = None
+    frames: Sequence[Frames],
+    *,
+    strength: float = 1.0,
+    reflections: bool = False,
+    rank_mask: Tensor | None = None,
+    floor: float | Tensor | None = None,
 ) -> Rotations:
     """The rotations that bring frames F nearest to the reference F_ref, softened by λ.
 
@@ -28,34 +33,46 @@ def frame_rotations(
         strength: λ in [0, 1].
         reflections: False for SO(r), True for O(r).
         rank_mask: (..., r, 1), bool: which rows are a client's own, where others are padded with zeros; None if all are.
+        floor: relative to ‖M‖_F, the size below which a direction says nothing, also one per frame, (...); by default the
+            ``FACTOR_FLOOR`` of the frames' dtypes. In the Triton kernels it is ``PRODUCT_FLOOR``.
 
     Returns:
-        R (..., r, r), float32 (float64 for float64). Directions in which M is below a floor do not rotate and are counted:
-        ``FACTOR_FLOOR`` of the frames' dtype times ‖M‖_F, or ``PRODUCT_FLOOR`` in the Triton kernels. All others are exact
-        to the rounding of the result; in the kernels, to PRODUCT_FLOOR/2 ‖M‖_F over the sum of the two smallest singular
-        values of M.
+        R (..., r, r), float32 (float64 for float64). Directions in which M is below the floor do not rotate and are counted.
+        All others are exact to the rounding of the result; in the kernels, to PRODUCT_FLOOR/2 ‖M‖_F over the sum of the two
+        smallest singular values of M.
+
+    Raises:
+        ValueError: a ``rank_mask`` of another shape.
     """
     products = [cross_covariance(F, F_ref) for F, F_ref in frames]
     if len(frames) > 1:
         products = [relative_to_reference(M, _square(F_ref)) for M, (_, F_ref) in zip(products, frames, strict=True)]
     M = sum(products[1:], products[0])
     inputs = [x for pair in frames for x in pair]
-    floor = max(FACTOR_FLOOR[x.dtype] for x in inputs)
+    if floor is None:
+        floor = max(FACTOR_FLOOR[x.dtype] for x in inputs)
     if use_triton("auto", inputs, M.shape[-1]):
         found = procrustes(M, strength=strength, reflections=reflections, floor=PRODUCT_FLOOR[M.dtype])
     else:
 
         def exact(indices: Tensor) -> Tensor:
-            return exact_cross_covariance(_select(frames, M.shape[:-2], indices))
+            places = torch.unravel_index(indices, M.shape[:-2] or torch.Size([1]))
+            # One by one: a batch of other size may round otherwise.
+            chosen = zip(*(x.tolist() for x in places), strict=True)
+            return torch.stack([exact_cross_covariance(_at(frames, M.shape[:-2], place)) for place in chosen])
 
         found = torch_procrustes.rotations(M, exact, strength=strength, reflections=reflections, floor=floor)
-    if rank_mask is None or bool(rank_mask.all()):
+    if rank_mask is None:
         return found
-    padded = (~rank_mask.all(-2).squeeze(-1)).nonzero()
-    M = exact_cross_covariance([(F[*padded.T], F_ref.expand(F.shape)[*padded.T]) for F, F_ref in frames])
-    own = partial_isometries(M, rank_mask[*padded.T].cpu(), strength, floor)
-    for of_all, of_padded in zip(found, own, strict=True):
-        of_all[*padded.T] = of_padded.to(of_all)
+    if rank_mask.shape != (*M.shape[:-1], 1):
+        raise ValueError(f"rank_mask must have shape {(*M.shape[:-1], 1)}, one entry per row, got {tuple(rank_mask.shape)}")
+    for place in (~rank_mask.all(-2).squeeze(-1)).nonzero().tolist():
+        here = tuple(place)
+        own_floor = floor[here] if isinstance(floor, Tensor) else floor
+        M_own = exact_cross_covariance(_at(frames, M.shape[:-2], here))
+        own = partial_isometries(M_own[None], rank_mask[here][None].cpu(), strength, float(own_floor))
+        for of_all, of_padded in zip(found, own, strict=True):
+            of_all[here] = of_padded[0].to(of_all)
     return found
 
 
@@ -77,7 +94,7 @@ def partial_isometries(M: Tensor, rank_mask: Tensor, strength: float, floor: flo
         are undetermined.
     """
     R, residual, undetermined = procrustes(M, reflections=True, floor=floor)
-    undetermined = undetermined - (~rank_mask).sum((-2, -1)).to(undetermined)
+    undetermined = (undetermined - (~rank_mask).sum((-2, -1)).to(undetermined)).clamp_min(0)  # 0 where M is not finite
     if strength < 1:
         eye = torch.eye(M.shape[-1], dtype=R.dtype, device=R.device)
         blend = torch.where(rank_mask, (1 - strength) * eye + strength * R, 0)
@@ -90,8 +107,7 @@ def _square(F_ref: Tensor) -> Tensor:
     return wide.square().sum((-1, -2), keepdim=True)
 
 
-def _select(frames: Sequence[Frames], batch: torch.Size, indices: Tensor) -> list[Frames]:
-    """The frames of some places of the flattened batch, (k, r, d) each."""
-    places = torch.unravel_index(indices, batch or torch.Size([1]))
+def _at(frames: Sequence[Frames], batch: torch.Size, place: tuple[int, ...]) -> list[Frames]:
+    """The frames (r, d) of one place of the batch."""
     expanded = [[x.expand(*(batch or [1]), *x.shape[-2:]) for x in pair] for pair in frames]
-    return [(F[places], F_ref[places]) for F, F_ref in expanded]
+    return [(F[place], F_ref[place]) for F, F_ref in expanded]

@@ -19,14 +19,13 @@ It is a third of float32's eps, which is below the singular values of a matrix o
 a shift of 1e-5 would cost a Procrustes gap of up to 5e-4; this one costs at most 1e-6.
 """
 
-FACTOR_FLOOR = {
-    dtype: max(torch.finfo(dtype).eps ** 2 / 10, 64 * torch.finfo(torch.float64).eps)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-}
+FACTOR_FLOOR = {torch.float16: 1e-7, torch.bfloat16: 6e-6, torch.float32: 1e-10, torch.float64: 1e-14}
 """The size, relative to ‖M‖_F, below which a direction of M is left alone: by the factors' dtype, for an M from float64.
 
-Frames that are rounded products of low rank leave singular values of up to eps²/30 ‖M‖_F in the null space, by the product
-of two roundings, and the float64 product leaves up to 2.3 of its own eps. Rotated, such directions would turn at random.
+A null direction of both frames, such as that of a head of few classes, is left with the product of two roundings. One
+rounding of each frame leaves up to eps²/30 ‖M‖_F, which is what the floors of half precision hold. Training in float32 adds
+one rounding per step: 1e-10 holds 28,000 of them. The float64 product leaves up to 2.3 of its own eps. Rotated, such
+directions would turn at random. A direction that only one of two frames lacks is of the size of one rounding, and rotates.
 """
 
 PRODUCT_FLOOR = {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
@@ -36,11 +35,17 @@ In the null space of products of low rank, rounding left singular values of up t
 columns, 2.3 eps for 131,072 columns, and 1.5 eps where sums run over 512 terms one by one, as in the kernels.
 """
 
-SOFTENING_FLOOR = 1e-5
+SOFTENING_FLOOR = 2e-6
 """The floor of the blend (1 − λ) I + λ R in the kernels, whose rotations are known to about 1e-6."""
 
-ILL_CONDITIONED = 1e-2
-"""Gap between the two weakest singular values, relative to ‖M‖_F, below which PyTorch flips in float64."""
+HALF_TURN = 1e-7
+"""The floor of the blend in float64: planes that R turns by 180° to within 2e-7 rad do not rotate at λ = 0.5.
+
+R itself is known to eps of float64 over the smallest relative singular value of M, which is 1e-9 for real clients.
+"""
+
+SMALLEST_PRODUCT = 1e-30
+"""The size of M's largest entry below which its float32 products may have underflowed."""
 
 PERTURBATION = 1e-4
 """Factor of the perturbation of a matrix that has not converged when a regular matrix would have.

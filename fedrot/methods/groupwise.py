@@ -1,16 +1,26 @@
 """Methods that align the clients of a round together, so that one client's rotation depends on the others."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 import fedrot_kernels as fk
 
+from ..adapters.layout import Layout
+from ..adapters.update import Update
+from ..ranks.padding import rank_mask
 from .averaging import average_round, matrices
 from .base import Method
 from .rotation import LARGEST_RESIDUAL, trained_references
 from .round import Averages, Round
+
+
+def padded_rows(layout: Layout, clients: Sequence[Update]) -> Tensor:
+    """The number of rows of each client that are padding, (L, N)."""
+    return torch.stack([(~rank_mask(a, clients)).sum((1, 2)) for a in layout.adapters])
 
 
 class GroupwiseMethod(Method):
@@ -78,5 +88,5 @@ class GroupwiseMethod(Method):
             bool(torch.stack(checks).all()),
             errors=errors if self.options.report_error else [(None, None)] * len(errors),
             strengths=aligned.strengths.tolist() if self.chooses_strength else None,
-            undetermined=aligned.undetermined,
+            undetermined=None if aligned.undetermined is None else aligned.undetermined - padded_rows(layout, clients),
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import Rotations, frame_rotations
+from fedrot_kernels import FACTOR_FLOOR, Rotations, frame_rotations
 
 from ..adapters.layout import Adapter, AdapterGroup
 from ..adapters.update import StateDict, Update
@@ -47,7 +47,10 @@ def rotations(
     rows = None
     if client.ranks is not None:
         rows = torch.stack([rank_mask(a, [client])[0] for a in group.adapters]).to(client.device)
-    found = frame_rotations(frames, strength=strength, reflections=reflections, rank_mask=rows)
+    keys = [[key for key, factor in ((a.key_A, "A"), (a.key_B, "B")) if factor in on] for a in group.adapters]
+    dtypes = [{x[key].dtype for x in (client, reference) for key in of_adapter} for of_adapter in keys]
+    floor = torch.tensor([max(FACTOR_FLOOR[d] for d in of_adapter) for of_adapter in dtypes], dtype=torch.float64)
+    found = frame_rotations(frames, strength=strength, reflections=reflections, rank_mask=rows, floor=floor)
     check_rotations(found.residual[:, None], group.adapters, [client.name])
     return found
 

@@ -48,8 +48,8 @@ class Averages:
         errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, where the method measured them itself; a pair of None
             where it was to leave them out.
         strengths: per adapter λ, where the method chose it.
-        undetermined: (L, N), in how many directions nothing determines a client's rotation; None where no client was
-            rotated, or the method does not count them.
+        undetermined: (L, N), in how many directions of its own nothing determines a client's rotation; None where no client
+            was rotated, or the method does not count them.
     """
 
     mean: dict[str, Tensor]

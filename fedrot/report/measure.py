@@ -34,20 +34,21 @@ def adapter_reports(
             angles = torch.stack([rotation_angle(R).double() for R in averages.R]).tolist()
         strengths: Sequence[float | None] = averages.strengths or [None] * len(errors)
         undetermined: Sequence[int | None] = [None] * len(errors)
-        if averages.undetermined is not None:
+        directions = undetermined
+        if averages.undetermined is not None and averages.R is not None:
             undetermined = averages.undetermined.sum(1).tolist()
+            directions = torch.stack([count_directions(R).sum() for R in averages.R]).tolist()
+        rows_of = zip(layout.adapters, errors, angles, strengths, undetermined, directions, strict=True)
         return tuple(
-            AdapterReport(a.module, a.rank, *pair, tuple(per_client), strength, undetermined=count)
-            for a, pair, per_client, strength, count in zip(
-                layout.adapters, errors, angles, strengths, undetermined, strict=True
-            )
+            AdapterReport(a.module, a.rank, error, norm, tuple(per_client), strength, None, left, every)
+            for a, (error, norm), per_client, strength, left, every in rows_of
         )
     device = averages.A[0][0].device
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, a in enumerate(layout.adapters):
         groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(i)
     indices: list[int] = []
-    columns: list[Tensor] = []  # per adapter: error, norm, undetermined directions, and the angle of every client
+    columns: list[Tensor] = []  # per adapter: error, norm, undetermined directions, all of them, the angle of every client
     w = torch.tensor(shares, dtype=torch.float64, device=device)
     for group in groups.values():
         a = layout.adapters[group[0]]
@@ -56,9 +57,10 @@ def adapter_reports(
             part = group[start : start + size]
             indices += part
             R = None if averages.R is None else torch.stack([averages.R[i] for i in part])
-            values = torch.zeros(3 + len(shares), len(part), dtype=torch.float64, device=device)
+            values = torch.zeros(4 + len(shares), len(part), dtype=torch.float64, device=device)
             if R is not None:
-                values[3:] = rotation_angle(R).T
+                values[4:] = rotation_angle(R).T
+                values[3] = count_directions(R).sum(1)
             if averages.undetermined is not None:
                 values[2] = averages.undetermined[part].sum(1)
             if with_error:
@@ -69,12 +71,19 @@ def adapter_reports(
             columns.append(values)
     rows = torch.cat(columns, dim=1).T.tolist()
     reports = {}
-    for i, (error, norm, count, *angles) in zip(indices, rows, strict=True):
+    for i, (error, norm, count, every, *angles) in zip(indices, rows, strict=True):
         a = layout.adapters[i]
         measured = (error, norm) if with_error else (None, None)
-        left = None if averages.undetermined is None else int(count)
-        reports[i] = AdapterReport(a.module, a.rank, measured[0], measured[1], tuple(angles), undetermined=left)
+        left, ranks = (None, None) if averages.undetermined is None else (int(count), int(every))
+        reports[i] = AdapterReport(
+            a.module, a.rank, measured[0], measured[1], tuple(angles), undetermined=left, directions=ranks
+        )
     return tuple(reports[i] for i in range(len(layout.adapters)))
+
+
+def count_directions(R: Tensor) -> Tensor:
+    """The number of rows (...) of rotations (..., r, r) that are a client's own; those of padding are zero."""
+    return R.any(-1).sum(-1)
 
 
 def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -20,8 +20,9 @@ class AdapterReport:
         update_norm: ‖Σ wᵢBᵢAᵢ‖_F, without the scaling s; None without ``report_error``.
         angles: the rotation angle of each client used, in degrees.
         strength: the λ that the method chose, as fedrot-adaptive does; None for other methods.
-        undetermined: in how many directions nothing determined the rotation, over all clients, each of which has ``rank``;
-            there R is completed by what is nearest the identity. None for methods that do not count them.
+        undetermined: in how many directions nothing determined the rotation, over all clients; there R is completed by what
+            is nearest the identity. None for methods that do not count them.
+        directions: the number of directions in all, which is the sum of the clients' ranks; None likewise.
         deviations: the standard deviations of ``error`` and ``update_norm`` in a stream, which keeps no factors and
             estimates both; None where they are exact.
     """
@@ -34,6 +35,7 @@ class AdapterReport:
     strength: float | None = None
     deviations: tuple[float, float] | None = None
     undetermined: int | None = None
+    directions: int | None = None
 
     @property
     def relative_error(self) -> float | None:
@@ -122,19 +124,19 @@ class Report:
             lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} for all adapters")
         lines += [f"dropped {client}: {why}" for client, why in self.dropped.items()]
         if self.target is None:
-            why = ": the reference is untrained" if is_unrotated(self.adapters, len(self.clients)) else ""
+            why = ": the reference, or every client, is untrained" if is_unrotated(self.adapters) else ""
             lines.append(f"nothing was rotated{why}")
         else:
             lines.append(f"rotated towards {self.target}")
         if self.target is not None and self.undetermined:
-            every = sum(a.rank for a in self.adapters if a.undetermined is not None) * len(self.clients)
+            every = sum(a.directions or 0 for a in self.adapters)
             lines.append(f"undetermined, so as near to unrotated as can be: {self.undetermined} of {every} directions")
         return "\n".join(lines)
 
 
-def is_unrotated(adapters: Iterable[AdapterReport], clients: int) -> bool:
-    """Whether nothing determined the rotation of any adapter in any direction, because its reference is zero."""
-    return all(a.undetermined == a.rank * clients for a in adapters)
+def is_unrotated(adapters: Iterable[AdapterReport]) -> bool:
+    """Whether nothing determined the rotation of any adapter in any direction: its references or its clients are zero."""
+    return all(a.undetermined is not None and a.undetermined == a.directions for a in adapters)
 
 
 def _group_experts(adapters: Iterable[AdapterReport]) -> list[tuple[str, list[AdapterReport]]]:

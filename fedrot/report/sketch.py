@@ -55,6 +55,7 @@ class Sketch:
         right = A.to(dtype := working_dtype(A.dtype)) @ self._projection("A", A.shape[-1], dtype, A.device)
         left = (B.to(dtype).mT @ self._projection("B", B.shape[-2], dtype, B.device)).mT
         if R is not None:
+            R = R.to(dtype)
             left, right = left @ R, R.mT @ right
         _merge(self._parts[index], {"left": left.double(), "right": right.double()}, share)
 

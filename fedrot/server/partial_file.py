@@ -62,7 +62,8 @@ def write_stream(path: str | os.PathLike[str], stream: StreamedRound, options: M
     tensors["weights"] = torch.tensor([*stream.weights.values()], dtype=torch.float64)
     keys = [key_A for key_A, _ in stream.layout.factor_keys]
     tensors["angles"] = stream.angle_table(keys).contiguous()
-    tensors["undetermined"] = torch.tensor([stream.undetermined[key] for key in keys], dtype=torch.float64)
+    counts = [(stream.undetermined[key], stream.directions[key]) for key in keys]
+    tensors["undetermined"] = torch.tensor(counts, dtype=torch.float64)
     with replace_file(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
@@ -118,8 +119,13 @@ def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound
     columns = {key_A: i for i, (key_A, _) in enumerate(layout.factor_keys)}
     in_groups = tables["angles"][:, [columns[a.key_A] for group in layout.groups for a in group.adapters]]
     stream.angles = array("d", in_groups.contiguous().numpy().tobytes())
-    counts = (int(x) for x in tables["undetermined"].tolist())
-    stream.undetermined.update(dict(zip(columns, counts, strict=True)))
+    left, every = tables["undetermined"].T
+    ranks = torch.tensor([a.rank for a in layout.adapters]) * len(weights)
+    if bool((left < 0).any() or (left > every).any() or (every > ranks).any() or (tables["undetermined"] % 1).any()):
+        raise UpdateError(f"{name}: its numbers of directions are not ones of {len(weights)} clients; send it again")
+    if bool(every.any()):  # otherwise no client was rotated
+        stream.undetermined.update(dict(zip(columns, map(int, left.tolist()), strict=True)))
+        stream.directions.update(dict(zip(columns, map(int, every.tolist()), strict=True)))
     return stream
 
 
@@ -138,7 +144,7 @@ def _expected(name: str, layout: Layout, header: Mapping[str, Any]) -> dict[str,
     N, double = len(header["clients"]), torch.float64
     L = len(layout.adapters)
     found = {"weights": TensorSpec((N,), double), "angles": TensorSpec((N, L), double)}
-    found["undetermined"] = TensorSpec((L,), double)
+    found["undetermined"] = TensorSpec((L, 2), double)
     for a in layout.adapters:
         found[f"sum/{a.key_A}"] = TensorSpec((a.rank, a.d_in), working_dtype(a.dtype))
         found[f"sum/{a.key_B}"] = TensorSpec((a.d_out, a.rank), working_dtype(a.dtype))

@@ -16,6 +16,7 @@ from ..adapters.checks import carry
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..methods.running_mean import RunningMean
+from ..report.measure import count_directions
 from ..report.report import AdapterReport
 from ..report.sketch import Sketch, mean_and_deviation
 
@@ -35,7 +36,9 @@ class StreamedRound:
         frozen: key → the factor that no client trained.
         counters: key → the integers that the result has.
         angles: in degrees, every client's rotation angles of all adapters, in the order of the layout's groups.
-        undetermined: key of A → in how many directions nothing determined the rotations of that adapter, over all clients.
+        undetermined: key of A → in how many directions nothing determined the rotations of that adapter, over all clients;
+            empty where no client was rotated.
+        directions: key of A → how many directions there were in all, likewise.
     """
 
     def __init__(self, first: Update, layout: Layout, reference: Update | None, seed: int | None):
@@ -45,7 +48,7 @@ class StreamedRound:
         self.dropped: dict[str, str] = {}
         self.weights: dict[str, float] = {}
         self.angles = array("d")
-        self.undetermined: Counter[str] = Counter()
+        self.undetermined, self.directions = Counter[str](), Counter[str]()
         self.mean = RunningMean(layout, first.device)
         self.sketch = None if seed is None else Sketch(layout, first.device, seed)
 
@@ -73,11 +76,13 @@ class StreamedRound:
         if rotations is None:
             self.angles.extend([0.0] * len(self.layout.adapters))
             return
+        keys = [a.key_A for group in self.layout.groups for a in group.adapters]
         for found in rotations:
             self.angles.extend(rotation_angle(found.R).tolist())
-        keys = (a.key_A for group in self.layout.groups for a in group.adapters)
-        counts = (count for found in rotations for count in found.undetermined.tolist())
-        self.undetermined.update(dict(zip(keys, counts, strict=True)))
+        left = [count for found in rotations for count in found.undetermined.tolist()]
+        every = [count for found in rotations for count in count_directions(found.R).tolist()]
+        self.undetermined.update(dict(zip(keys, left, strict=True)))
+        self.directions.update(dict(zip(keys, every, strict=True)))
 
     def merge(self, other: "StreamedRound") -> None:
         """Add another stream's clients, which have been checked. The other stays as it is."""
@@ -95,6 +100,7 @@ class StreamedRound:
         table = other.angle_table([a.key_A for group in self.layout.groups for a in group.adapters])
         self.angles.frombytes(table.numpy().tobytes())
         self.undetermined.update(other.undetermined)
+        self.directions.update(other.directions)
 
     def angle_table(self, keys: list[str]) -> Tensor:
         """The rotation angles (N, L) in float64: a row per client, a column per adapter in the order of these keys of A."""
@@ -110,7 +116,7 @@ class StreamedRound:
         pairs = list(zip(self.layout.adapters, map(tuple, angles), strict=True))
         if self.sketch is None:
             return tuple(
-                AdapterReport(a.module, a.rank, None, None, per_client, undetermined=self.undetermined[a.key_A])
+                AdapterReport(a.module, a.rank, None, None, per_client, None, None, *self._counts(a.key_A))
                 for a, per_client in pairs
             ), None
         mean_norms: dict[str, float] = {}
@@ -123,12 +129,14 @@ class StreamedRound:
             lost, added = (mean_and_deviation(x) for x in squares[a.key_A])
             error, error_deviation = _root(*lost)
             norm, norm_deviation = _root(mean_norms[a.key_A] ** 2 + added[0], added[1])
-            deviations, undetermined = (error_deviation, norm_deviation), self.undetermined[a.key_A]
-            reports.append(
-                AdapterReport(a.module, a.rank, error, norm, per_client, deviations=deviations, undetermined=undetermined)
-            )
+            deviations, counts = (error_deviation, norm_deviation), self._counts(a.key_A)
+            reports.append(AdapterReport(a.module, a.rank, error, norm, per_client, None, deviations, *counts))
         whole = torch.stack([lost for lost, _ in squares.values()]).sum(0)
         return tuple(reports), _root(*mean_and_deviation(whole))[1]
+
+    def _counts(self, key: str) -> tuple[int | None, int | None]:
+        """The undetermined directions of an adapter, and all of them; None where no client was rotated."""
+        return self.undetermined.get(key), self.directions.get(key)
 
 
 def _root(square: float, deviation: float) -> tuple[float, float]:

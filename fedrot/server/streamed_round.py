@@ -137,7 +137,7 @@ def average_stream(streamed: StreamedRound, method: Method, index: int) -> Avera
     layout = streamed.layout
     shares = shares_of(tuple(streamed.weights.values()))
     adapters, deviation = streamed.adapter_reports()
-    target = None if is_unrotated(adapters, len(shares)) else method.target(index, "the reference")
+    target = None if is_unrotated(adapters) else method.target(index, "the reference")
     report = Report(method.name, index, tuple(streamed.weights), shares, streamed.dropped, adapters, target, deviation)
     mean = streamed.mean.state_dict() | streamed.frozen
     if method.unequal_ranks == "pad" and streamed.reference is not None:

@@ -56,7 +56,7 @@ def average_whole(
     shares = shares_of(prepared.weights)
     adapters = adapter_reports(layout, averages, shares, options.report_error)
     names = tuple(client.name for client in given)
-    target = None if is_unrotated(adapters, len(given)) else averaging.target(index, _name_reference(prepared))
+    target = None if is_unrotated(adapters) else averaging.target(index, _name_reference(prepared))
     report = Report(method.name, index, names, shares, prepared.dropped, adapters, target)
     own_config = prepared.scalings.config if prepared.scalings else first.config
     counters: dict[str, Tensor] = {}

@@ -72,9 +72,11 @@ def align_together(
     for part in _parts(A, B, n + 1):
         frames = [[*A[i], A_ref[i].to(A[i][0].device)] for i in part], [[*B[i], B_ref[i].to(B[i][0].device)] for i in part]
         grams = Grams(*frames, torch.cat([shares, shares.new_zeros(1)]), aligner.uses)
-        given = A[part[0]][0].dtype
-        dtype = working_dtype(given)
-        found, left, *results = aligner(grams, FACTOR_FLOOR[given])
+        dtype = working_dtype(A[part[0]][0])
+        floors = torch.tensor(
+            [max(FACTOR_FLOOR[x.dtype] for x in (A[i][0], A_ref[i], B_ref[i])) for i in part], dtype=torch.float64
+        )
+        found, left, *results = aligner(grams, floors)
         measured[:, part], undetermined[part] = torch.stack(results), left[:, :-1]
         for i, x in zip(part, found, strict=True):
             R[i] = x[:-1].to(dtype)
@@ -100,8 +102,8 @@ class _Aligner:
         self.uses += 2 * least_error.STEPS if target == "error" else 0
         self.uses += len(STRENGTHS) if strength is None else 0
 
-    def __call__(self, grams: Grams, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Align; the last of the n clients is the reference.
+    def __call__(self, grams: Grams, floor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Align; the last of the n clients is the reference, and the floors (G,) are those of ``rotations``.
 
         Returns:
             R (G, n, r, r); how many directions the rotation towards the reference leaves undetermined, (G, n); and λ, error
@@ -121,8 +123,9 @@ class _Aligner:
         error = grams.at(R).error.clamp(min=0) * grams.size
         return R, undetermined, strength, error.sqrt(), (grams.update.clamp(min=0) * grams.size).sqrt()
 
-    def _procrustes(self, M: Tensor, floor: float) -> Rotations:
-        return rotations(M, reflections=self.reflections, floor=floor)
+    def _procrustes(self, M: Tensor, floor: Tensor) -> Rotations:
+        floors = floor.reshape(-1, *[1] * (M.dim() - 3)).expand(M.shape[:-2])
+        return rotations(M, reflections=self.reflections, floor=floors)
 
     def _towards_reference(self, grams: Grams, eye: Tensor) -> Tensor:
         """FᵢF_refᵀ, (G, n, r, r).

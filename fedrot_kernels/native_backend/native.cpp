@@ -109,7 +109,10 @@ struct Scratch {
   }
 };
 
-enum class Kind { regular, zero, wrong };
+enum class Kind { regular, tiny, zero, wrong };
+
+// Below it, products in float32 may have underflowed.
+const double smallest_product = 1e-30;
 
 // M <- M / |M|_F, of any scale.
 inline Kind normalize(double* M, int r) {
@@ -124,7 +127,7 @@ inline Kind normalize(double* M, int r) {
     squares += M[e] * M[e];
   }
   for (int e = 0; e < r * r; e++) M[e] /= std::sqrt(squares);
-  return Kind::regular;
+  return largest < smallest_product ? Kind::tiny : Kind::regular;
 }
 
 inline double inverse_square(const float* x, long n) {

@@ -13,7 +13,7 @@ def normalize(M: Tensor) -> Tensor:
     return torch.where(largest.isfinite(), X, torch.nan)
 
 
-def exact_polar(X: Tensor, floor: float, *, reflections: bool) -> tuple[Tensor, Tensor]:
+def exact_polar(X: Tensor, floor: float | Tensor, *, reflections: bool) -> tuple[Tensor, Tensor]:
     """The orthogonal matrices nearest to X, by SVD: R = U Vᵀ, with the last column of U negated where det must be +1.
 
     Directions in which σ is below ``floor`` say nothing. Of all R that agree in the others, the one nearest the identity is
@@ -21,7 +21,7 @@ def exact_polar(X: Tensor, floor: float, *, reflections: bool) -> tuple[Tensor, 
 
     Args:
         X: (n, r, r) float64, on the CPU.
-        floor: below which singular values count as zero; at least r times eps of float64.
+        floor: below which singular values count as zero, also one per matrix, (n,); at least r times eps of float64.
         reflections: False for SO(r), True for O(r).
 
     Returns:
@@ -29,7 +29,8 @@ def exact_polar(X: Tensor, floor: float, *, reflections: bool) -> tuple[Tensor, 
     """
     r = X.shape[-1]
     U, S, Vh = torch.linalg.svd(X)
-    rank = (max(floor, r * torch.finfo(X.dtype).eps) <= S).sum(-1)
+    least = torch.as_tensor(floor, dtype=X.dtype).clamp_min(r * torch.finfo(X.dtype).eps)
+    rank = (least.reshape(-1, 1) <= S).sum(-1)
     sign = torch.ones(len(X), dtype=X.dtype)
     if not reflections:
         sign = torch.linalg.det(U).sign() * torch.linalg.det(Vh).sign()

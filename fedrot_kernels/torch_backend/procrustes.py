@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_square, check_strength
 from ..precision import full_precision, working_dtype
-from ..tolerances import PRODUCT_FLOOR
+from ..tolerances import HALF_TURN, PRODUCT_FLOOR, SMALLEST_PRODUCT
 from ..types import Rotations
 from .newton_schulz import newton_schulz
 from .polar import exact_polar, normalize
@@ -23,7 +23,7 @@ Exact = Callable[[Tensor], Tensor]
 
 @full_precision
 def rotations(
-    M: Tensor, exact: Exact | None = None, *, strength: float = 1.0, reflections: bool = False, floor: float = 0.0
+    M: Tensor, exact: Exact | None = None, *, strength: float = 1.0, reflections: bool = False, floor: float | Tensor = 0.0
 ) -> Rotations:
     """Rotations of cross-covariances, softened by λ.
 
@@ -32,7 +32,8 @@ def rotations(
         exact: the ill-conditioned ones of the M, flattened to (n, r, r), in float64; by default those given are exact.
         strength: λ in [0, 1].
         reflections: False for SO(r), True for O(r).
-        floor: relative to ‖M‖_F, the size below which a direction of M says nothing; see ``exact_polar``.
+        floor: relative to ‖M‖_F, the size below which a direction of M says nothing, also one per matrix, (...); see
+            ``exact_polar``.
     """
     r, shape, dtype = M.shape[-1], M.shape, working_dtype(M)
     M = M.to(dtype).reshape(-1, r, r)
@@ -48,13 +49,16 @@ def rotations(
     if strength < 1:
         R, remaining = newton_schulz((1 - strength) * _eye(R) + strength * R)
         doubtful.index_fill_(0, remaining, True)
-    zero = (M == 0).all(-1).all(-1)
+    largest = M.abs().amax((-1, -2))
+    zero = largest == 0
+    doubtful |= (largest < SMALLEST_PRODUCT) & ~zero
     if bool(doubtful.any()):
         indices = doubtful.nonzero().squeeze(-1).cpu()
         found = normalize(M[indices].double().cpu() if exact is None else exact(indices))
-        careful, left = exact_polar(found, floor, reflections=reflections)
+        floors = floor.cpu().reshape(-1)[indices] if isinstance(floor, Tensor) else floor
+        careful, left = exact_polar(found, floors, reflections=reflections)
         if strength < 1:
-            careful = exact_softened(careful, strength, floor)
+            careful = exact_softened(careful, strength, HALF_TURN)
         indices = indices.to(M.device)
         R = R.index_copy(0, indices, careful.to(R))
         undetermined = undetermined.index_copy(0, indices, left.to(M.device))

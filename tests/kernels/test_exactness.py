@@ -142,3 +142,51 @@ def test_a_completion_in_so_is_the_rotation_nearest_the_identity():
     assert abs(torch.linalg.det(R) - 1) <= 1e-6
     assert abs(R.trace()) <= 1e-6  # −1 + 1 + cos 0 − 1: one of the two free directions turns round, no angle is better
     assert abs(fk.procrustes(M.float(), reflections=True).R.trace() - 2) <= 1e-6
+
+
+def test_planes_that_turn_by_half_a_turn_do_not_rotate_at_half_strength():
+    """A client that is the reference with two signs turned, at any condition number of its factors."""
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
+    W = torch.linalg.qr(torch.randn(200, 8, generator=generator, dtype=torch.float64)).Q.T
+    signs = torch.tensor([-1.0, -1.0, 1, 1, 1, 1, 1, 1])[:, None]
+    for decades in (0, 2, 3, 4):
+        F_ref = ((U * torch.logspace(0, -decades, 8, dtype=torch.float64)) @ W).float()
+        R = fk.frame_rotations([(signs * F_ref, F_ref)], strength=0.5).R
+        assert (R - torch.eye(8)).abs().max() <= 1e-6, decades
+
+
+@pytest.mark.parametrize("scale", [1e-17, 1e-19, 1e17])
+def test_small_and_large_factors(scale):
+    F, F_ref = frames(spectra(4)[4:12], seed=0)
+    expected = fk.frame_rotations([(F, F_ref)]).R
+    small = fk.frame_rotations([(F * scale, F_ref * scale)]).R
+    assert (small - expected).abs().max() <= 1e-5
+    zero = [torch.zeros(len(F), 3, 4)] * len(F)
+    A, B = [F * scale], [zero[0]]
+    for backend in ("native", "torch"):
+        if backend == "native" and fk.backends()["native"].startswith("not"):
+            continue
+        found = fk.align_average(A, B, [1.0] * len(F), A_ref=[F_ref[0] * scale], backend=backend)
+        one = fk.frame_rotations([(F * scale, F_ref[0] * scale)]).R
+        assert (found.R[0] - one).abs().max() <= 1e-5
+
+
+def test_a_frame_is_as_alone_whatever_its_neighbours_are():
+    generator = torch.Generator().manual_seed(0)
+    F, F_ref = torch.randn(2, 64, 200, generator=generator), torch.randn(64, 200, generator=generator)
+    F[:, 32:] *= 1e-5
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = fk.frame_rotations([(F, F_ref)]).R[0]
+        F[1] = F_ref
+        assert torch.equal(together, fk.frame_rotations([(F, F_ref)]).R[0])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_mask_of_rows_must_have_the_batch_of_the_frames():
+    F = torch.randn(3, 2, 4, 10)
+    with pytest.raises(ValueError, match=r"rank_mask must have shape \(3, 2, 4, 1\), one entry per row, got \(2, 4, 1\)"):
+        fk.frame_rotations([(F, F[0])], rank_mask=torch.ones(2, 4, 1, dtype=torch.bool))

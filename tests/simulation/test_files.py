@@ -101,7 +101,7 @@ def test_a_csv_is_what_pythons_own_reader_finds(file):
         ("t.tsv", "text\tlabel\n", "t.tsv has 0 rows below its header"),
         ("t.csv", "text,label\na,b,1\nc,d,0\n", "the first row of .*t.csv has more cells than its header, which has 2"),
         ("t.csv", "text,label\né,1\n".encode("latin-1"), "t.csv cannot be read as csv: 'utf-8' codec"),
-        ("t.csv.gz", gzip.compress(b"text,label\na,1\n"), "t.csv.gz is compressed; unpack it"),
+        ("t.csv.gz", gzip.compress(b"text,label\na,1\n", mtime=0), "t.csv.gz is compressed; unpack it"),
         ("t.jsonl.zst", b"x", "t.jsonl.zst is compressed; unpack it"),
         ("t.txt", "a film", "t.txt is of no known kind; use .csv, .tsv, .json, .jsonl"),
         ("t.parquet", b"PAR1", "t.parquet is of no known kind"),
