@@ -23,9 +23,10 @@ from .plateau_runs import read_runs
 PLACE = ["task", "dtype", "clients", "method"]
 TITLES = {"relative_error": "Relative aggregation error", "norm_B": "‖B̄‖ of the global adapter"}
 EXPLANATION = """\
-A run leaves the plateau in the first round from which on its smoothed accuracy stays at the threshold or above. Smoothed is
-the centred median of three evaluations (at either end the mean of two). The threshold lies halfway between chance and the
-best accuracy that any run with the same task, dtype and clients reaches in any round. Chance is {chance}.
+A run leaves the plateau in the first round in which its smoothed accuracy reaches the threshold. Smoothed is the centred
+median of five evaluations (of fewer at either end). The threshold lies halfway between chance and the best accuracy that any
+run with the same task, dtype and clients reaches in any round. Chance is {chance}. "Back below" counts the evaluations under
+the threshold after that, by seed.
 
 Brackets are 95 % t intervals over seeds. The difference to FedIT pairs runs of the same seed: below 0 the method leaves
 earlier. A seed that does not leave counts as its last round in a mean that is marked by >, and then there is no interval.
@@ -67,6 +68,7 @@ def leaving_table(summary: pd.DataFrame) -> pd.DataFrame:
         "threshold": [f"{row['threshold']:.3f}" for row in records],
         "leaves in round": [_leaving(row) for row in records],
         "by seed": [row["left_by_seed"] for row in records],
+        "back below": [row["back_by_seed"] for row in records],
         "minus FedIT": [_difference(row) for row in records],
         "minus FedIT by seed": [row["minus_fedit_by_seed"] or "–" for row in records],
         "last accuracy": [_spread(row, "last", ".3f") for row in records],

@@ -37,22 +37,25 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def smoothed(accuracy: pd.Series) -> pd.Series:
-    """The centred median of three evaluations; of the two that there are, their mean, at either end."""
-    return accuracy.rolling(3, center=True, min_periods=1).median()
+    """The centred median of five evaluations, of fewer at either end."""
+    return accuracy.rolling(5, center=True, min_periods=1).median()
 
 
 def leaving_round(accuracy: pd.Series, threshold: float) -> int | None:
-    """Find the first round from which on the smoothed accuracy stays at the threshold or above; None if it ends below.
+    """Find the first round in which the smoothed accuracy reaches the threshold; None if it never does.
 
     Args:
         accuracy: by round, only rounds that were evaluated.
-        threshold: the accuracy to stay at.
+        threshold: the accuracy to reach.
     """
-    below = smoothed(accuracy) < threshold
-    if below.iloc[-1]:
-        return None
-    last = int(np.flatnonzero(below)[-1]) if below.any() else -1
-    return int(accuracy.index[last + 1])
+    above = smoothed(accuracy) >= threshold
+    return int(accuracy.index[int(above.argmax())]) if above.any() else None
+
+
+def evaluations_back(accuracy: pd.Series, threshold: float) -> int:
+    """Count the evaluations below the threshold after the run has left the plateau: how often it falls back."""
+    left = leaving_round(accuracy, threshold)
+    return 0 if left is None else int((accuracy[accuracy.index > left] < threshold).sum())
 
 
 def accuracy_by_round(run: FinishedRun) -> pd.Series:
@@ -107,6 +110,8 @@ def summarize(runs: Sequence[FinishedRun], chance: float | None = None) -> pd.Da
         row: dict[str, Any] = {"task": setting.task, "dtype": setting.dtype, "clients": setting.clients}
         row |= {"method": setting.method, "seeds": len(seeds), "rounds": total}
         row |= {"chance": on_plateau, "best_of_all": best, "threshold": threshold}
+        back = [evaluations_back(accuracy_by_round(run), threshold) for run in seeds.values()]
+        row |= {"back_by_seed": ", ".join(map(str, back))}
         row |= _leaving(left, total) | _differences(left, others_left, total) | _scores(seeds)
         for measure in MEASURES:
             row |= _by_round(measure, seeds, others, total)

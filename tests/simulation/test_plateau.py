@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.plateau import report
-from benchmarks.plateau_measures import leaving_round, smoothed, summarize, t_interval
+from benchmarks.plateau_measures import evaluations_back, leaving_round, smoothed, summarize, t_interval
 from benchmarks.plateau_plot import plot_plateau
 from benchmarks.plateau_runs import read_runs
 from fedrot.simulation.metrics import write_metrics
@@ -69,16 +69,19 @@ def row_of(summary, method, **place):
     return row
 
 
-def test_the_median_of_three_is_centred_and_ignores_one_evaluation():
-    accuracy = pd.Series([0.5, 0.9, 0.5, 0.5, 0.8, 0.9, 0.1, 0.9], range(1, 9))
-    assert smoothed(accuracy).to_list() == pytest.approx([0.7, 0.5, 0.5, 0.5, 0.8, 0.8, 0.9, 0.5])
-    assert leaving_round(accuracy, 0.7) is None, "it ends below"
-    assert leaving_round(accuracy.iloc[:7], 0.45) == 1
-    assert leaving_round(accuracy.iloc[:6], 0.7) == 5
+def test_the_median_of_five_is_centred_and_ignores_two_evaluations():
+    accuracy = pd.Series([0.5, 0.9, 0.9, 0.5, 0.5, 0.5, 0.8, 0.9, 0.1, 0.9], range(1, 11))
+    assert smoothed(accuracy).to_list() == pytest.approx([0.9, 0.7, 0.5, 0.5, 0.5, 0.5, 0.5, 0.8, 0.85, 0.9])
+    assert leaving_round(accuracy.iloc[2:], 0.75) == 8
+    assert leaving_round(accuracy.iloc[3:7], 0.75) is None
     assert leaving_round(pd.Series(accuracies(10), range(1, ROUNDS + 1)), 0.7) == 10
-    assert leaving_round(pd.Series([0.5, 0.5, 0.9, 0.9], [5, 10, 15, 20]), 0.7) == 15, "rounds, not evaluations"
-    back = pd.Series([0.5, 0.9, 0.9, 0.9, 0.5, 0.5, 0.9, 0.9, 0.9], range(1, 10))
-    assert leaving_round(back, 0.7) == 7, "the first from which on it stays"
+    assert leaving_round(pd.Series([0.5, 0.5, 0.5, 0.9, 0.9, 0.9], [5, 10, 15, 20, 25, 30]), 0.7) == 20, "rounds"
+
+
+def test_falling_back_is_counted_and_does_not_move_the_round():
+    back = pd.Series([0.5, 0.5, 0.5, 0.9, 0.9, 0.9, 0.5, 0.5, 0.5, 0.9], range(1, 11))
+    assert leaving_round(back, 0.7) == 4
+    assert evaluations_back(back, 0.7) == 3 and evaluations_back(back, 0.95) == 0
 
 
 def test_intervals_are_students():
@@ -209,10 +212,11 @@ def test_the_report_is_tables_and_a_plot(folder, tmp_path, capsys):
     text = (tmp_path / "out/plateau.md").read_text()
     assert f"- {folder}: 12 of 12 runs are finished\n" in text
     for line in (
-        "| sst2 | float32 | 10 | fedit | 0.700 | 13.0 [4.0, 22.0] | 10, 12, 17 | – | – | 0.900 ± 0.000 | 0.900 ± 0.000 |",
-        "| sst2 | float32 | 10 | fedrot λ=0.5 | 0.700 | 11.7 [5.4, 17.9] | 9, 12, 14 | -1.3 [-5.1, +2.5] | -1, +0, -3 | "
+        "| sst2 | float32 | 10 | fedit | 0.700 | 13.0 [4.0, 22.0] | 10, 12, 17 | 0, 0, 0 | – | – | "
         "0.900 ± 0.000 | 0.900 ± 0.000 |",
-        "| sst2 | float32 | 10 | ffa-lora | 0.700 | > 19.0, 1 of 3 seeds never; no interval | 19, 18, > 20 | "
+        "| sst2 | float32 | 10 | fedrot λ=0.5 | 0.700 | 11.7 [5.4, 17.9] | 9, 12, 14 | 0, 0, 0 | -1.3 [-5.1, +2.5] | "
+        "-1, +0, -3 | 0.900 ± 0.000 | 0.900 ± 0.000 |",
+        "| sst2 | float32 | 10 | ffa-lora | 0.700 | > 19.0, 1 of 3 seeds never; no interval | 19, 18, > 20 | 0, 0, 0 | "
         "not every run leaves; no interval | +9, +6, > +3 | 0.767 ± 0.231 | 0.767 ± 0.231 |",
         "| sst2 | float32 | 10 | fedrot λ=0.5 | 0.08 ± 0.04 (× 2.00 ± 0.00) | 0.2 ± 0.1 (× 2.00 ± 0.00) | "
         "0.4 ± 0.2 (× 2.00 ± 0.00) | 0.8 ± 0.4 (× 2.00 ± 0.00) |",
