@@ -30,7 +30,7 @@ CHOICES = {
     "strength": "between 0 (no rotation) and 1",
     "reflections": "True or False",
     "on_invalid": "raise, drop",
-    "backend": "auto, torch, triton",
+    "backend": "auto, native, torch, triton",
     "report_error": "True or False",
     "seed": "whole number from 0",
 }

@@ -72,7 +72,9 @@ def _describe(hint: Any) -> str:
     """Say in words what a type takes."""
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(_describe, get_args(hint))))
+        # In an order of its own: two unions of the same types are one object, with the order of the one that was made first.
+        words = dict.fromkeys(map(_describe, get_args(hint)))
+        return " or ".join(sorted(words, key=lambda word: (word == _WORDS[type(None)], word == _WORDS[str])))
     if kind is Literal:
         return "one of " * (len(get_args(hint)) > 1) + ", ".join(map(str, get_args(hint)))
     if kind in (list, tuple):

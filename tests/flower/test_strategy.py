@@ -233,7 +233,9 @@ def test_options_that_change_no_result_may_differ_when_resuming(tmp_path):
     on_flower(KIND, rounds=1, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path))
     others = {"backend": "torch", "report_error": False, "on_invalid": "raise"}
     result, _ = on_flower(KIND, strategy=FedRot(fraction_evaluate=0.0, checkpoint=tmp_path, resume=True, **others))
-    assert_equal(from_arrays(result.arrays), from_arrays(on_flower(KIND)[0].arrays))
+    expected = from_arrays(on_flower(KIND)[0].arrays)
+    for key, x in from_arrays(result.arrays).items():  # backends round differently
+        assert (x - expected[key]).abs().max() <= 1e-5 * expected[key].abs().max()
 
 
 def test_a_checkpoint_of_fedrot_0_1_is_refused(tmp_path):

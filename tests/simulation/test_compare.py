@@ -438,7 +438,7 @@ def test_presets_of_the_plateau():
         }
         assert len(runs) == 15 * len(found) and {r.config.max_length for r in runs} == {length}
         for c in (run.config for run in runs):
-            assert (c.rounds, c.local_steps, c.batch_size, c.optimizer, c.lr) == (100, 20, 2, "sgd", 0.1)
+            assert (c.rounds, c.local_steps, c.batch_size, c.optimizer, c.lr) == (100, 20, 2, "sgd", 0.2)
             assert (c.client_weights, c.eval_every, c.max_test_examples, c.start) == ("equal", 1, 300, "shared")
             assert (c.lora["r"], c.lora["lora_alpha"], c.lora["lora_dropout"]) == (4, 8, 0.05)
             assert c.lora["target_modules"] == ["query", "value"] and (c.partition, c.dirichlet_alpha) == ("dirichlet", 0.5)

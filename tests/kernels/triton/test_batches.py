@@ -35,8 +35,8 @@ def test_products_and_averages(dtype, d, batch, transposed):
 @pytest.mark.parametrize(("r", "strength"), [(r, strength) for r in (1, 3, 8) for strength in (0.0, 0.5, 1.0)] + [(33, 1.0)])
 def test_procrustes(strength, r):
     M = random(*((1, 2) if r > 32 else (2, 3)), r, r).to(DEVICE)
-    R, residual = procrustes(M, strength=strength, reflections=False, floor=0.0)
-    assert R.shape == M.shape and residual.shape == M.shape[:-2]
+    R, residual, undetermined = procrustes(M, strength=strength, reflections=False, floor=0.0)
+    assert R.shape == M.shape and residual.shape == undetermined.shape == M.shape[:-2]
     assert orthogonality(R.cpu()) <= 1e-6 and residual.max() <= 1e-6
     if strength == 0:
         assert torch.equal(R.cpu(), torch.eye(r).expand(M.shape))
