@@ -66,17 +66,18 @@ def frame_rotations(
         return found
     if rank_mask.shape != (*M.shape[:-1], 1):
         raise ValueError(f"rank_mask must have shape {(*M.shape[:-1], 1)}, one entry per row, got {tuple(rank_mask.shape)}")
-    for place in (~rank_mask.all(-2).squeeze(-1)).nonzero().tolist():
-        here = tuple(place)
-        own_floor = floor[here] if isinstance(floor, Tensor) else floor
-        M_own = exact_cross_covariance(_at(frames, M.shape[:-2], here))
-        own = partial_isometries(M_own[None], rank_mask[here][None].cpu(), strength, float(own_floor))
+    padded = ~rank_mask.all(-2).squeeze(-1)
+    places = [tuple(place) for place in padded.nonzero().tolist()]
+    if places:
+        M_own = torch.stack([exact_cross_covariance(_at(frames, M.shape[:-2], place)) for place in places])
+        floors = floor[padded.to(floor.device)] if isinstance(floor, Tensor) else floor
+        own = partial_isometries(M_own, rank_mask[padded].cpu(), strength, floors)
         for of_all, of_padded in zip(found, own, strict=True):
-            of_all[here] = of_padded[0].to(of_all)
+            of_all[padded] = of_padded.to(of_all)
     return found
 
 
-def partial_isometries(M: Tensor, rank_mask: Tensor, strength: float, floor: float) -> Rotations:
+def partial_isometries(M: Tensor, rank_mask: Tensor, strength: float, floor: float | Tensor) -> Rotations:
     """Compute the softened rotations of padded clients.
 
     The rotation of a padded client is a partial isometry: only its first rᵢ rows are used, and the other rows are set to
@@ -87,18 +88,18 @@ def partial_isometries(M: Tensor, rank_mask: Tensor, strength: float, floor: flo
         M: (G, r, r), cross-covariances; rows of zero where a client is padded. float64.
         rank_mask: (G, r, 1), bool: which rows are the client's own.
         strength: λ in [0, 1].
-        floor: as in ``polar``.
+        floor: as in ``frame_rotations``, also one per matrix, (G,).
 
     Returns:
         R (G, r, r); ‖RᵀR − I‖_max (G,) before the other rows are set to zero; and how many of the client's own directions
         are undetermined.
     """
-    R, residual, undetermined = procrustes(M, reflections=True, floor=floor)
+    R, residual, undetermined = torch_procrustes.rotations(M, reflections=True, floor=floor)
     undetermined = (undetermined - (~rank_mask).sum((-2, -1)).to(undetermined)).clamp_min(0)  # 0 where M is not finite
     if strength < 1:
         eye = torch.eye(M.shape[-1], dtype=R.dtype, device=R.device)
         blend = torch.where(rank_mask, (1 - strength) * eye + strength * R, 0)
-        R, residual, _ = procrustes(blend, reflections=True, floor=floor)
+        R, residual, _ = torch_procrustes.rotations(blend, reflections=True, floor=floor)
     return Rotations(R * rank_mask, residual, undetermined)
 
 

@@ -91,7 +91,9 @@ def work(connection: Connection, assignment: Assignment) -> None:
                 connection.send(("value", str(error)))
             except OSError as error:
                 connection.send(("system", str(error)))
-            except Exception:
+            except (
+                Exception
+            ):  # of any class, which may not travel between processes: the parent raises it with the run's name
                 connection.send(("failure", "\n" + traceback.format_exc()))
     except (EOFError, ConnectionError):
         pass  # the parent has ended
