@@ -1,8 +1,9 @@
 """Gram space: the products AᵢAⱼᵀ and BᵢᵀBⱼ, which are all that alignment needs to know of clients' factors.
 
 Let K_A = S_A S_Aᵀ with S_A = [A₁; …; A_N], and K_B likewise. The cross-covariance with any weighted mean, the aggregation
-error of rotated factors and its gradient are products of K_A and K_B with matrices of r columns. Everything is float64:
-errors are small differences of large inner products, of which float32 would keep half the digits.
+error of rotated factors and its gradient are products of K_A and K_B with matrices of r columns. All but the Gram matrices
+of float32 factors (see ``centred``) is float64: errors are small differences of large inner products, and in float32 a
+descent stalls.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .centred import Centred
 
 _COLUMNS = 256  # columns of the mean update that are formed at a time
 
@@ -25,12 +28,13 @@ class Products:
         squares: (G, n), ‖Fᵢ‖².
     """
 
-    def __init__(self, frames: Sequence[Sequence[Tensor]], uses: int):
+    def __init__(self, frames: Sequence[Sequence[Tensor]], uses: int, centred: Centred | None = None):
         """Form K or stack S, whichever makes the products cheaper.
 
         Args:
             frames: per adapter the clients' frames, n × (r, d).
             uses: about how often K will be applied.
+            centred: what K is formed by in float32; None forms it in float64.
         """
         (n, r), d = (len(frames[0]), frames[0][0].shape[0]), max(F[0].shape[1] for F in frames)
         self.n, self.r = n, r
@@ -40,7 +44,7 @@ class Products:
         self.K: Tensor | None = None
         self.S: list[Tensor] = []
         if explicit:
-            self.K = torch.stack([(S := _stack(F)) @ S.mT for F in frames])
+            self.K = centred(frames) if centred else torch.stack([(S := _stack(F)) @ S.mT for F in frames])
             squares = self.K.diagonal(dim1=1, dim2=2)
         else:
             self.S = [_stack(F) for F in frames]
@@ -55,6 +59,13 @@ class Products:
             return torch.bmm(flat.mT, self.K).mT.view(W.shape)
         return torch.stack([S @ (S.mT @ w) for S, w in zip(self.S, flat, strict=True)]).view(W.shape)
 
+    def blocks(self) -> Tensor:
+        """FᵢFᵢᵀ, (G, n, r, r)."""
+        if self.K is not None:
+            blocks: Tensor = self.K.view(-1, self.n, self.r, self.n, self.r).diagonal(dim1=1, dim2=3)
+            return blocks.permute(0, 3, 1, 2)
+        return torch.stack([(F := S.view(self.n, self.r, -1)) @ F.mT for S in self.S])
+
     def scale_(self, factor: Tensor) -> None:
         """Scale S by √factor, in place; factor (G,)."""
         self.squares = self.squares * factor[:, None]
@@ -62,6 +73,39 @@ class Products:
             self.K *= factor[:, None, None]
         for S, c in zip(self.S, factor.sqrt(), strict=True) if self.S else ():
             S *= c
+
+
+class Mean:
+    """A mean F̄ = Σ FⱼᵀWⱼ that follows its weights one client at a time.
+
+    Attributes:
+        W: (G, n, r, k).
+        sums: per adapter F̄ᵀ (d, k), where there is no Gram matrix.
+    """
+
+    def __init__(self, factor: Products, W: Tensor):
+        self.factor, self.W = factor, W.clone()
+        self.sums = [S.mT @ w for S, w in zip(factor.S, self.W.flatten(1, 2), strict=True)] if factor.S else []
+
+    def products(self, i: int) -> Tensor:
+        """FᵢF̄, (G, r, k)."""
+        rows = slice(i * self.factor.r, (i + 1) * self.factor.r)
+        if self.factor.K is not None:
+            return torch.bmm(self.factor.K[:, rows], self.W.flatten(1, 2))
+        return torch.stack([S[rows] @ x for S, x in zip(self.factor.S, self.sums, strict=True)])
+
+    def add(self, i: int, D: Tensor) -> None:
+        """Add D (G, r, k) to the weights of client i."""
+        self.W[:, i] += D
+        rows = slice(i * self.factor.r, (i + 1) * self.factor.r)
+        for S, x, d in zip(self.factor.S, self.sums, D, strict=False):  # no S where there is K
+            x += S[rows].mT @ d
+
+    def square(self) -> Tensor:
+        """‖F̄‖², (G,)."""
+        if self.sums:
+            return torch.stack([x.square().sum() for x in self.sums])
+        return (self.W * self.factor(self.W)).sum((1, 2, 3))
 
 
 class Grams:
@@ -75,7 +119,14 @@ class Grams:
         update: (G,), ‖Σ wᵢBᵢAᵢ‖², in that unit.
     """
 
-    def __init__(self, A: Sequence[Sequence[Tensor]], B: Sequence[Sequence[Tensor]], shares: Tensor, uses: int):
+    def __init__(
+        self,
+        A: Sequence[Sequence[Tensor]],
+        B: Sequence[Sequence[Tensor]],
+        shares: Tensor,
+        uses: int,
+        centred: tuple[Centred, Centred] | tuple[None, None] = (None, None),
+    ):
         """Compute the products of the factors.
 
         Args:
@@ -83,10 +134,11 @@ class Grams:
             B: per adapter n × (d_out, r).
             shares: (n,) float64, summing to 1. A client of weight 0, such as a reference, has products but no influence.
             uses: about how often the products will be applied.
+            centred: by what Gram matrices of A and B are formed in float32; None forms them in float64.
         """
         self.w = shares[:, None, None]
-        self.A = Products(A, uses)
-        self.B = Products([[x.mT for x in clients] for clients in B], uses)
+        self.A = Products(A, uses, centred[0])
+        self.B = Products([[x.mT for x in clients] for clients in B], uses, centred[1])
         scales = []
         for products in (self.A, self.B):
             scale = products.squares @ shares

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from ..ops import polar
-from ..tolerances import CURVATURE_RIDGE
+from ..tolerances import CURVATURE_RIDGE, LEAST_ERROR, LEAST_ERROR_STEPS
 from .gram import Grams, Means, select
 
-STEPS = 20
-# Half of the step that would be right if the means' factors were all there is to the curvature.
+# Half of the step that would be right if all clients moved alike. Where each moves by itself, N times that is right.
 _FIRST_STEP = 0.5
-# Factors by which a step may become shorter or longer than the last one.
-_SHORTER, _LONGER = 0.1, 4.0
+# Factors by which a step may become shorter or longer than the last one, and that of a step whose parabola has no minimum.
+_SHORTER, _LONGER, _UNBOUNDED = 0.1, 1000.0, 4.0
 
 
 def least_error_rotations(grams: Grams, R: Tensor) -> Tensor:
     """Descend over rotations along X = (B̄ᵀB̄)⁻¹ Z (ĀĀᵀ)⁻¹ of the skew part of Z, and return to the group by ``polar``.
+
+    An adapter is left when a step along X would lower its squared error by less than ``LEAST_ERROR`` of it.
 
     Args:
         grams: Gram matrices of the clients' factors.
@@ -30,22 +31,31 @@ def least_error_rotations(grams: Grams, R: Tensor) -> Tensor:
     """
     now, step = grams.at(R), torch.full_like(grams.size, _FIRST_STEP)
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    for _ in range(STEPS):
+    going = torch.ones_like(grams.size, dtype=torch.bool)
+    for _ in range(LEAST_ERROR_STEPS):
         Z = _skew(_gradient(grams, R, now))
         X = _skew(_preconditioned(Z, now))
         R_next = polar(R @ (eye + step[:, None, None, None] * X))
         found = grams.at(R_next)
-        better, step = found.error < now.error, _next_step(grams, Z, X, step, now, found)
+        better, gain, step = going & (found.error < now.error), *_parabola(grams, Z, X, step, now, found)
         R, now = select(better, R_next, R), found.where(better, now)
+        going &= gain > LEAST_ERROR * now.error
+        if not bool(going.any()):
+            break
     return R
 
 
-def _next_step(grams: Grams, Z: Tensor, X: Tensor, step: Tensor, now: Means, found: Means) -> Tensor:
-    """The next step's length (G,): the minimum of the parabola through both errors with the slope −2 Σ wᵢ⟨Zᵢ, Xᵢ⟩ at 0."""
+def _parabola(grams: Grams, Z: Tensor, X: Tensor, step: Tensor, now: Means, found: Means) -> tuple[Tensor, Tensor]:
+    """The parabola through both squared errors with the slope −2 Σ wᵢ⟨Zᵢ, Xᵢ⟩ at 0.
+
+    Returns:
+        How far it falls, Inf if it has no minimum, and the length of the step to its minimum, bounded; both (G,).
+    """
     slope = -2 * step * (grams.w * Z * X).sum((1, 2, 3))
     bend = found.error - now.error - slope
-    best = torch.where(bend > 0, -slope / (2 * bend), torch.inf)
-    return step * best.nan_to_num(_SHORTER, _LONGER).clamp(_SHORTER, _LONGER)
+    gain = torch.where(bend > 0, slope.square() / (4 * bend), torch.where(slope < 0, torch.inf, 0))
+    best = torch.where(bend > 0, -slope / (2 * bend), _UNBOUNDED)
+    return gain, step * best.nan_to_num(_SHORTER).clamp(_SHORTER, _LONGER)
 
 
 def _gradient(grams: Grams, R: Tensor, means: Means) -> Tensor:

@@ -7,17 +7,22 @@ import torch
 from torch import Tensor
 
 from ..checks import check_adapters, check_strength, normalize_weights
+from ..dispatch import align_average
 from ..grouping import group_indices
 from ..precision import full_precision, working_dtype
-from ..tolerances import EQUAL_ERRORS, ERROR_ROUNDING, FACTOR_FLOOR, PREFERRED_STRENGTH
+from ..tolerances import CONSENSUS_SWEEPS, EQUAL_ERRORS, ERROR_ROUNDING, FACTOR_FLOOR, PREFERRED_STRENGTH, PRODUCT_FLOOR
 from ..torch_backend.procrustes import rotations, soften
 from ..torch_backend.products import relative_to_reference
 from ..torch_backend.whole_model import weighted_average
-from ..types import Clients, Rotations, Target, Together
-from . import consensus, least_error
+from ..types import Aligned, Clients, Rotations, Target, Together
+from .centred import Centred
+from .consensus import consensus
 from .gram import Grams, select
+from .least_error import least_error_rotations
 
 STRENGTHS = tuple(i / 10 for i in range(11))
+_FIRST_SWEEPS = 2  # from which the descent to the least error begins
+_SWEEPS, _STEPS = 10, 6  # of a consensus and a descent that are soon reached
 _ON = ("A", "B", "AB")
 _ENTRIES = 1 << 24  # entries of Gram matrices, or of factors in float64, that are kept at a time: 128 MB
 
@@ -38,7 +43,8 @@ def align_together(
     """Align the clients' factors in Gram space and average them, all adapters of a model.
 
     One pass over the factors makes the Gram matrices (see ``gram``), and one more makes the averages. The work between them
-    does not depend on the factors' length. PyTorch computes it in float64 on any device. Deterministic.
+    does not depend on the factors' length. PyTorch computes it in float64 on any device; for "error" the Gram matrices of
+    factors of less precision are formed in float32, see ``centred``. Deterministic.
 
     Args:
         A: as in ``align_average``.
@@ -47,8 +53,8 @@ def align_together(
         A_ref: per adapter (r, d_in). With the target "reference", clients are rotated towards the reference. With the others
             it fixes only the basis of the result, which is finally rotated towards it.
         B_ref: per adapter (d_out, r), likewise.
-        target: "reference"; "consensus", see ``consensus``; or "error", see ``least_error``. "error" begins at the consensus
-            or at the factors as they are given, whichever loses less, and ends no worse.
+        target: "reference"; "consensus", see ``consensus``; or "error", see ``least_error``. "error" begins near the
+            consensus or at the factors as they are given, whichever loses less, and ends no worse.
         on: the factors that count for "reference" and "consensus": "A", "B" or "AB".
         reflections: False for rotations, SO(r); True for O(r).
         strength: λ of ``soften``, in [0, 1]. None chooses it for every adapter: among 0, 0.1, …, 1 those whose predicted
@@ -69,13 +75,19 @@ def align_together(
     R, measured = list(A_ref), torch.zeros(3, len(A), dtype=torch.float64, device=shares.device)
     undetermined = torch.zeros(len(A), n, dtype=torch.int64, device=shares.device)
     aligner = _Aligner(target, on, reflections, strength)
+    near = None
+    if target == "error" and any(working_dtype(clients[0]) == torch.float32 for clients in A):
+        near = align_average(A, B, weights, A_ref=A_ref, B_ref=B_ref, reflections=reflections)
     for part in _parts(A, B, n + 1):
         frames = [[*A[i], A_ref[i].to(A[i][0].device)] for i in part], [[*B[i], B_ref[i].to(B[i][0].device)] for i in part]
-        grams = Grams(*frames, torch.cat([shares, shares.new_zeros(1)]), aligner.uses)
         dtype = working_dtype(A[part[0]][0])
         floors = torch.tensor(
             [max(FACTOR_FLOOR[x.dtype] for x in (A[i][0], A_ref[i], B_ref[i])) for i in part], dtype=torch.float64
         )
+        centred: tuple[Centred, Centred] | tuple[None, None] = (None, None)
+        if near is not None and dtype == torch.float32:
+            centred, floors = _centred(near, part), floors.clamp_min(PRODUCT_FLOOR[dtype])
+        grams = Grams(*frames, torch.cat([shares, shares.new_zeros(1)]), aligner.uses, centred)
         found, left, *results = aligner(grams, floors)
         measured[:, part], undetermined[part] = torch.stack(results), left[:, :-1]
         for i, x in zip(part, found, strict=True):
@@ -98,8 +110,8 @@ class _Aligner:
     def __init__(self, target: Target, on: str, reflections: bool, strength: float | None):
         self.target, self.on, self.reflections, self.strength = target, on, reflections, strength
         self.uses = 4
-        self.uses += consensus.STEPS if target != "reference" else 0
-        self.uses += 2 * least_error.STEPS if target == "error" else 0
+        self.uses += _SWEEPS if target != "reference" else 0
+        self.uses += 4 * _STEPS if target == "error" else 0
         self.uses += len(STRENGTHS) if strength is None else 0
 
     def __call__(self, grams: Grams, floor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -113,10 +125,11 @@ class _Aligner:
         R, _, undetermined = self._procrustes(self._towards_reference(grams, eye), floor)
         if self.target != "reference":
             on = "AB" if self.target == "error" else self.on
-            R = consensus.consensus(grams, R, reflections=self.reflections, floor=floor, on=on)
+            sweeps = _FIRST_SWEEPS if self.target == "error" else CONSENSUS_SWEEPS
+            R = consensus(grams, R, reflections=self.reflections, floor=floor, on=on, sweeps=sweeps)
         if self.target == "error":
             R = select(grams.at(R).error < grams.at(eye).error, R, eye)
-            R = least_error.least_error_rotations(grams, R)
+            R = least_error_rotations(grams, R)
         if self.target != "reference":
             R = R @ self._procrustes(_mean_towards_reference(grams, R), floor).R[:, None]
         R, strength = self._soften(grams, R)
@@ -159,6 +172,13 @@ def _mean_towards_reference(grams: Grams, R: Tensor) -> Tensor:
     """F̄F_refᵀ, (G, r, r)."""
     means = grams.at(R)
     return (means.P + means.Q)[:, -1].mT
+
+
+def _centred(near: Aligned, part: list[int]) -> tuple[Centred, Centred]:
+    """By what the Gram matrices of these adapters' clients and reference are formed."""
+    R = torch.stack([near.R[i] for i in part])
+    R = torch.cat([R, torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand(len(part), 1, -1, -1)], dim=1)
+    return Centred(R, [near.A[i] for i in part]), Centred(R, [near.B[i].mT for i in part])
 
 
 def _parts(A: Sequence[Clients], B: Sequence[Clients], n: int) -> Iterator[list[int]]:

@@ -61,7 +61,8 @@ def test_every_kind_of_adapter_is_merged_as_reported(kind, mode):
     for adapter, (error, norm) in zip(found.report.adapters, lost(updates, found.state_dict), strict=True):
         # The report is of the means before they are rounded to the dtype, and of rotations before they are to float32.
         assert adapter.error == pytest.approx(error, abs=8 * max(eps, 1e-7) * adapter.rank * norm)
-        assert adapter.update_norm == pytest.approx(norm, rel=1e-9)
+        # Gram matrices of the least error are of float32.
+        assert adapter.update_norm == pytest.approx(norm, rel=1e-6 if mode["method"] == "fedrot-least-error" else 1e-9)
         assert len(adapter.angles) == 3 and all(0 <= angle <= 180 for angle in adapter.angles)
         assert (adapter.strength is None) == (mode["method"] != "fedrot-adaptive")
 
