@@ -177,8 +177,12 @@ def _mean_towards_reference(grams: Grams, R: Tensor) -> Tensor:
 def _centred(near: Aligned, part: list[int]) -> tuple[Centred, Centred]:
     """By what the Gram matrices of these adapters' clients and reference are formed."""
     R = torch.stack([near.R[i] for i in part])
-    R = torch.cat([R, torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand(len(part), 1, -1, -1)], dim=1)
-    return Centred(R, [near.A[i] for i in part]), Centred(R, [near.B[i].mT for i in part])
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    # Cross-covariances that overflow float32 have no rotation. Any rotation and centre serve.
+    R = torch.where(R.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), R, eye)
+    R = torch.cat([R, eye.expand(len(part), 1, -1, -1)], dim=1)
+    A, B = ([torch.nan_to_num(means[i], 0.0, 0.0, 0.0) for i in part] for means in (near.A, near.B))
+    return Centred(R, A), Centred(R, [x.mT for x in B])
 
 
 def _parts(A: Sequence[Clients], B: Sequence[Clients], n: int) -> Iterator[list[int]]:

@@ -170,10 +170,11 @@ def test_what_an_adapter_becomes_does_not_depend_on_the_others():
 
 def test_one_client_and_clients_without_weight():
     A, B, shares = hard_clients(4, 8, 0.3, reflections=False)
-    options, eye = {"reflections": False, "floor": 0}, torch.eye(8, dtype=torch.float64)
-    shares = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-    R = consensus(Grams(A, B, shares, 10**6), eye.expand(8, 4, -1, -1), **options)
-    torch.testing.assert_close(R[:, 1], eye.expand(8, -1, -1), rtol=0, atol=1e-9)  # nothing to turn towards
+    start = orthogonal(32, 8, torch.Generator().manual_seed(3))
+    start[..., 0] *= torch.linalg.det(start).sign()[:, None]
+    start, shares = start.view(8, 4, 8, 8), torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    R = consensus(Grams(A, B, shares, 10**6), start, reflections=False, floor=0)
+    torch.testing.assert_close(R[:, 1], start[:, 1], rtol=0, atol=1e-9)  # nothing to turn towards
     for i in range(8):
         best = torch.stack([reference.special_orthogonal(M) for M in _towards_mean(A[i], B[i], R[i], shares)])
         torch.testing.assert_close(R[i], best, rtol=0, atol=1e-6)  # the others stand as near to it as they can
@@ -185,11 +186,12 @@ def test_float32_keeps_the_digits_of_small_errors(drift):
     found = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref)
     wide = [[x.double() for x in factor] for factor in (A, B)]
     exact = fk.align_together(*wide, WEIGHTS, A_ref=[x.double() for x in A_ref], B_ref=[x.double() for x in B_ref])
-    rounding = 2e-7 * exact.update_norm
+    # Without the centre it would be up to 2e-8.
+    rounding = 5e-9 * exact.update_norm
     torch.testing.assert_close(found.update_norm, exact.update_norm, rtol=1e-6, atol=0)
     for i, (a, b) in enumerate(zip(*wide, strict=True)):
         error = lost(a, b, found.R[i].double())
-        assert abs(float(found.error[i] - error)) <= 1e-3 * float(error) + float(rounding[i])
+        assert abs(float(found.error[i] - error)) <= 1e-5 * float(error) + float(rounding[i])
         assert float(error) <= (1 + 1e-5) * float(exact.error[i]) + float(rounding[i])
 
 
@@ -237,7 +239,7 @@ def test_it_does_not_depend_on_scale_and_repeats_to_the_bit(mode):
         )
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e18])
+@pytest.mark.parametrize("scale", [1e-22, 1e20])
 def test_float32_of_any_scale(scale):
     A, B, A_ref, B_ref = clients(dtype=torch.float32)
     first = fk.align_together(A, B, WEIGHTS, A_ref=A_ref, B_ref=B_ref)
