@@ -19,7 +19,7 @@ SIMULATE = [
     "jsonargparse[signatures]>=4.40",
 ]
 
-FLOWER = ["flwr[simulation]>=1.41,<2", "numpy>=1.26"]
+FLOWER = ["flwr[simulation]>=1.41,<2", "numpy>=2.1"]
 NVFLARE = ["nvflare>=2.9,<3", "numpy>=1.26"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 

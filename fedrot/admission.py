@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from .adapters.checks import check_frozen, check_update
-from .adapters.keys import factor_of
 from .adapters.layout import Layout
 from .adapters.update import Update
 from .errors import UpdateError
 from .methods.base import Method
+from .server.finish import factors_except
 
 # Larger than any entry of a model; products and squares of such values begin to overflow float32.
 _LARGEST = 1e15
@@ -20,25 +21,42 @@ _LARGEST = 1e15
 _LONGEST = 500
 
 
-def admit(update: Update, expected: Update, method: Method, round: int, sent: Mapping[str, Tensor]) -> None:
-    """Raise UpdateError unless an update can be averaged with others of the round.
+class Admission:
+    """What a round asks of every update.
 
     Args:
-        update: the client's update.
         expected: the whole adapter, as the server has it.
         method: decides what clients train.
         round: the round's index, from 0.
         sent: canonical key → what clients started from, at least for the factors that they do not train.
+
+    Attributes:
+        expected, method: as given.
+        layout: the layout of ``expected``.
     """
-    check_update(update, expected, Layout(expected.specs, expected.name))
-    keys = [key for key, x in update.items() if x.is_floating_point()]
-    for key, largest in zip(keys, _find_extremes(update, keys), strict=True):
-        if not math.isfinite(largest):
-            raise UpdateError(f"{update.name}, {key} {update.specs[key].shape} holds NaN or Inf; did training diverge?")
-        if largest > _LARGEST:
-            raise UpdateError(f"{update.name}, {key} {update.specs[key].shape}: holds {largest:.1e}; did training diverge?")
-    frozen = [key for key in update if factor_of(key) not in (None, *method.trains(round))]
-    check_frozen(update, sent, frozen, method.name)
+
+    def __init__(self, expected: Update, method: Method, round: int, sent: Mapping[str, Tensor]):
+        self.expected, self.method, self._sent = expected, method, sent
+        self.layout = Layout(expected.specs, expected.name)
+        self._frozen = factors_except(self.layout, method.trains(round))
+
+    def check(self, update: Update) -> None:
+        """Raise UpdateError unless an update can be averaged with others of the round."""
+        check_update(update, self.expected, self.layout)
+        keys = [key for key, spec in update.specs.items() if spec.dtype.is_floating_point]
+        # No entry is larger than the norm of all entries, and the norm of NaN or Inf is no number. One norm takes less time
+        # than every tensor's extremes. Rounding is far from a factor of two.
+        if keys and not float(get_total_norm([update[key] for key in keys])) <= _LARGEST / 2:
+            self._check_each(update, keys)
+        check_frozen(update, self._sent, [key for key in update if key in self._frozen], self.method.name)
+
+    def _check_each(self, update: Update, keys: Sequence[str]) -> None:
+        for key, largest in zip(keys, _find_extremes(update, keys), strict=True):
+            what = f"{update.name}, {key} {update.specs[key].shape}"
+            if not math.isfinite(largest):
+                raise UpdateError(f"{what} holds NaN or Inf; did training diverge?")
+            if largest > _LARGEST:
+                raise UpdateError(f"{what}: holds {largest:.1e}; did training diverge?")
 
 
 def find_largest_entry(update: Update) -> float:

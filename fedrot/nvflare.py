@@ -25,7 +25,7 @@ from .adapters.layout import Layout
 from .adapters.meaning import digest
 from .adapters.update import Update, open_update, read_configs
 from .adapters.values import check_weight
-from .admission import admit, make_one_line, sort_key
+from .admission import Admission, make_one_line, sort_key
 from .agreement import Digest, explain_difference, find_unlike, read_digest, write_digest
 from .errors import UpdateError
 from .options import AggregationOptions, shows_options
@@ -226,7 +226,7 @@ class FedRotModelAggregator(ModelAggregator):
         change = model.params_type == ParamsType.DIFF
         values = {key: reference[key] + sent[key] if change else sent[key] for key in reference}
         update = open_update(reference.as_given(values), name, reference)
-        admit(update, reference, self._aggregator.method, task.current_round, reference)
+        Admission(reference, self._aggregator.method, task.current_round, reference).check(update)
         if self.weighted_by is None:
             return _Answer(update, 1.0, model.metrics or {}, theirs)
         if self.weighted_by not in model.meta:

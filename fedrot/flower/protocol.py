@@ -97,6 +97,8 @@ def complete_adapter(sent: Update, start: Update, method: Method) -> Update:
     Returns:
         The tensors of ``start`` that were sent or are personal: all but base weights that the method has changed.
     """
+    if sent.specs is start.specs:
+        return start
     personal = tuple(find_personal_factors(method))
     keys = [key for key in start if key in sent or factor_of(key) in personal]
     return open_update(start.as_given({key: start[key] for key in keys}), start.name, start, start.config)

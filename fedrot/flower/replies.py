@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MetricRecord
 
-from ..adapters.keys import factor_of, parse_key
-from ..adapters.update import StateDict, Update, open_update
-from ..admission import admit, make_one_line, sort_key
+from ..adapters.keys import parse_key
+from ..adapters.update import Update, open_update
+from ..admission import Admission, make_one_line, sort_key
 from ..agreement import Digest, explain_difference, read_digest
 from ..errors import UpdateError
-from ..methods.base import Method
-from .arrays import from_arrays
+from ..server.finish import factors_except
+from .arrays import open_arrays
 from .protocol import CLIENT, LORA, NAME
 
 _LONGEST_NAME = 80
@@ -84,27 +84,15 @@ class PendingReplies:
         return sorted(((called[n], m) for n, m in answered.items()), key=lambda item: sort_key(item[0])), missing
 
 
-def open_training_reply(
-    weighted_by: str,
-    expected: Update,
-    method: Method,
-    round: int,
-    sent: StateDict,
-    config: Digest | None,
-    name: str,
-    message: Message,
-) -> Reply:
+def open_training_reply(weighted_by: str, admission: Admission, config: Digest | None, name: str, message: Message) -> Reply:
     """Open a client's reply to a training message, with what plays no part in the average filled in.
 
     Args:
         weighted_by: the metric that holds the number of examples.
-        expected: the whole adapter, as the server has it.
-        method: decides what clients train and which factors they keep to themselves.
-        round: the round's index, from 0.
-        sent: canonical key → what clients started from.
+        admission: what the round asks of updates.
         config: the digest of the LoRA configuration that the server knows, or None.
         name: the client's name.
-        message: the client's reply.
+        message: the client's reply. Its bytes stay the update's memory.
 
     Raises:
         UpdateError: a reply that cannot be averaged.
@@ -116,16 +104,18 @@ def open_training_reply(
     records = list(message.content.array_records.values())
     if len(records) != 1:
         raise UpdateError(f"{name} sent {len(records)} ArrayRecords; send one, the adapter")
-    tensors = from_arrays(records[0], name, expected.device)
-    own = {key for key in expected if factor_of(key) not in (None, *method.returns())}
-    if given := next((key for key in tensors if parse_key(key)[0] in own), None):
+    expected, method = admission.expected, admission.method
+    tensors = open_arrays(records[0], name, expected.device)
+    own = factors_except(admission.layout, method.returns())
+    if own and (given := next((key for key in tensors if parse_key(key)[0] in own), None)):
         raise UpdateError(f"{name} sent {given}, a factor that {method.name} leaves with clients; keep it")
     # A personal factor is not averaged, but a layout consists of pairs.
     personal = expected.as_given({key: expected[key] for key in own})
     update = open_update(personal | tensors, name, expected, expected.config)
-    admit(update, expected, method, round, sent)
-    # Under the server's keys and in their order, so that the keys of one client do not become those of all.
-    update = open_update(expected.as_given(update), name, expected, expected.config)
+    admission.check(update)
+    if update.specs is not expected.specs:
+        # Under the server's keys and in their order, so that the keys of one client do not become those of all.
+        update = open_update(expected.as_given(update), name, expected, expected.config)
     return Reply(name, content, metrics, weight, update, theirs)
 
 

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from ..adapters.layout import Layout
 from ..adapters.meaning import digest
 from ..adapters.update import Update, open_update
+from ..admission import Admission
 from ..methods.registry import make_method
 from ..options import OPTION_NAMES, AggregationOptions, refuse_old_spellings, shows_options
 from ..report.fold import merge_into_base
@@ -22,7 +23,7 @@ from ..report.result import AggregationResult
 from ..server.aggregator import FedRotAggregator
 from ..server.optimizer import ServerOptimizer
 from .aggregate import aggregate_replies, log_dropped, name_idle, open_replies
-from .arrays import from_arrays, to_arrays
+from .arrays import open_arrays, to_arrays
 from .metrics import average_metrics, extract_metrics, log_metrics
 from .protocol import State, add_instructions, complete_adapter, find_personal_factors, read_one_config
 from .replies import PendingReplies, open_evaluation_reply, open_training_reply
@@ -168,11 +169,13 @@ class FedRot(FedAvg):
         if not self._pending.anyone or self._start is None:
             return None, None
         round = self._rounds_before + server_round
-        sent = self._open(self._sent, "the reference")
+        like = self._start if list(self._sent) == list(self._start.tensors) else None  # no key needs parsing then
+        sent = self._open(self._sent, "the reference", like)
         self._aggregator.round, self._aggregator.reference = round - 1, sent.as_given(sent)
         expected = complete_adapter(sent, self._start, self.method)
         config = None if self._config is None else digest(self._config)
-        open_reply = partial(open_training_reply, self.weighted_by_key, expected, self.method, round - 1, sent, config)
+        admission = Admission(expected, self.method, round - 1, sent)
+        open_reply = partial(open_training_reply, self.weighted_by_key, admission, config)
         good, dropped = open_replies(self._pending, replies, open_reply, self.options.on_invalid)
         self.result = aggregate_replies(self._aggregator, good, dropped, self.min_train_replies)
         if self.result.base_update is not None:
@@ -220,5 +223,5 @@ class FedRot(FedAvg):
         assert self._start is not None
         return self._start.storage.base_config(base_update, self._config or {})
 
-    def _open(self, arrays: ArrayRecord, name: str) -> Update:
-        return open_update(from_arrays(arrays, name, self.device), name, config=self._config)
+    def _open(self, arrays: ArrayRecord, name: str, first: Update | None = None) -> Update:
+        return open_update(open_arrays(arrays, name, self.device), name, first, self._config)

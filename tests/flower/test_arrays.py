@@ -55,6 +55,10 @@ def _npy(header: str, data: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
 
 
+def _claiming(data: bytes, length: int) -> bytes:
+    return data[:8] + length.to_bytes(2, "little") + data[10:]
+
+
 def _saved(x: np.ndarray) -> bytes:
     np.save(stream := io.BytesIO(), x)
     return stream.getvalue()
@@ -77,6 +81,9 @@ def _saved(x: np.ndarray) -> bytes:
         ("numpy.ndarray", _saved(np.ones(3, complex)), "no .npy file"),
         ("numpy.ndarray", _saved(np.ones(3, ">f4")), "no .npy file"),
         ("numpy.ndarray", _saved(np.ones(3))[:-1], "needs 24 bytes, but 23"),
+        ("numpy.ndarray", _saved(np.ones(3))[:100], "no .npy file"),
+        # The header ends where the array begins, and claims to end behind it.
+        ("numpy.ndarray", _claiming(_saved(np.ones(0)), 200), "no .npy file"),
         ("numpy.ndarray", b"not an array", "labelled float32 (3,)"),
         ("numpy.ndarray", b"", "no .npy file"),
         ("safetensors", b"\xff" * 40, "header"),
