@@ -27,7 +27,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 NATIVE = Extension(
     "fedrot_kernels.native_backend._native",
     sources=["fedrot_kernels/native_backend/native.cpp"],
-    depends=["fedrot_kernels/native_backend/kernels.inc"],
+    depends=sorted(map(str, Path("fedrot_kernels/native_backend").glob("*.inc"))),
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-pthread"],
     extra_link_args=["-pthread"],
@@ -60,7 +60,7 @@ setup(
     # the modules of fedrot that NVFlare copies into a job, without the __init__.py of their packages, come first.
     package_dir={"": "."},
     packages=find_packages(include=["fedrot", "fedrot.*", "fedrot_kernels", "fedrot_kernels.*"]),
-    package_data={"": ["py.typed", "*.yaml"], "fedrot_kernels.native_backend": ["native.cpp", "kernels.inc"]},
+    package_data={"": ["py.typed", "*.yaml"], "fedrot_kernels.native_backend": ["native.cpp", "*.inc"]},
     ext_modules=[NATIVE],
     include_package_data=False,
     python_requires=">=3.11",

@@ -7,8 +7,10 @@ from functools import partial
 import torch
 
 import fedrot_kernels as fk
+from fedrot_kernels.native_backend.library import INSTRUCTION_SETS
 
 from . import baselines
+from .frameworks import others
 from .workloads import Inputs
 
 try:
@@ -44,15 +46,17 @@ def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
     workload, weights, reference = inputs.workload, inputs.weights, inputs.reference
     example = next(iter(reference.values()))
     aligned, averaged = workload.aligned_bytes(example.dtype), workload.averaged_bytes(example.dtype)
+    together = workload.together_bytes(example.dtype)
     stacked, slabs, separate = inputs.stacked_factors, inputs.factors(inputs.slabs), inputs.factors(inputs.separate)
     A_ref = inputs.reference_A
     source, target = baselines.copy_of_bytes(aligned, example.device)
     # On the device from the start: a capture in a CUDA graph allows no copy from the host.
     shares = torch.tensor(weights, device=example.device)
 
-    def align_average(layout) -> Candidate:
+    def align_average(layout, backend: fk.Backend = "auto") -> Candidate:
         A, B = layout
-        return Candidate(lambda: fk.align_average(A, B, shares, A_ref=A_ref, strength=strength), aligned, True, True)
+        call = partial(fk.align_average, A, B, shares, A_ref=A_ref, strength=strength, backend=backend)
+        return Candidate(call, aligned, True, True)
 
     def average(layout) -> Candidate:
         tensors = [*layout[0], *layout[1]]
@@ -63,21 +67,18 @@ def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
     def align_together(**options) -> Candidate:
         A, B = separate
         call = partial(fk.align_together, A, B, weights, A_ref=A_ref, B_ref=B_ref, **options)
-        return Candidate(call, workload.together_bytes(example.dtype), aligns=True)
+        return Candidate(call, together, aligns=True)
 
-    def aggregate(method: str, moved: int) -> Candidate:
-        def call() -> object:
-            return fedrot.aggregate(
-                inputs.separate,
-                weights,
-                reference,
-                method=method,
-                align_on="A",
-                strength=strength,
-                report_error=False,
-            )
+    def aggregate(method: str, moved: int, report_error: object = False) -> Candidate:
+        options = {"method": method, "align_on": "A", "strength": strength, "report_error": report_error}
+        call = partial(fedrot.aggregate, inputs.separate, weights, reference, **options)
+        return Candidate(call, moved, method != "fedit")
 
-        return Candidate(call, moved, method == "fedrot")
+    def stream(**options: object) -> None:
+        aggregator = fedrot.FedRotAggregator(reference, align_on="A", strength=strength, **options)
+        for update, weight in zip(inputs.separate, weights, strict=True):
+            aggregator.add(update, weight)
+        aggregator.finish()
 
     rows = {
         PUBLISHED: Candidate(
@@ -87,7 +88,20 @@ def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
     }
     if WITHOUT_FEDROT is None:
         rows["fedrot, state dicts"] = aggregate("fedrot", aligned)
+        rows["fedrot, default report"] = aggregate("fedrot", aligned, "estimate")
+        rows["fedrot, exact report"] = aggregate("fedrot", aligned, True)
+        rows["fedrot, one by one"] = Candidate(partial(stream, report_error=False), aligned, aligns=True)
+        rows["fedrot, one by one, default report"] = Candidate(stream, aligned, aligns=True)
+        rows["fedrot-consensus, state dicts"] = aggregate("fedrot-consensus", together)
+        rows["fedrot-least-error, state dicts"] = aggregate("fedrot-least-error", together)
         rows["fedit, state dicts"] = aggregate("fedit", averaged)
+        rows["fedit, default report"] = aggregate("fedit", averaged, "estimate")
+    rows |= {name: Candidate(call, averaged, aligns=False) for name, call in others(inputs.separate, weights).items()}
+    rows |= {
+        f"align_average, separate, {backend}": align_average(separate, backend)
+        for backend in ("native", "torch")
+        if example.device.type == "cpu" and (backend == "torch" or fk.backends()["native"] in INSTRUCTION_SETS)
+    }
     return rows | {
         "align_average, separate": align_average(separate),
         "align_average, slabs": align_average(slabs),

@@ -21,16 +21,23 @@ class Timing:
         seconds: on a GPU the time on the device, launches queued ahead where the candidate allows it; of calls longer than
             50 ms, and on a CPU, the wall time.
         wall: the wall time of the call to the end of its work, the device idle before.
+        busy: on a CPU, the processor time of the call, which what else the machine does lengthens less.
         first: the wall time of the very first call, with compilation and allocation.
     """
 
     first: float
     seconds: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
         return median(self.seconds)
+
+    @property
+    def time(self) -> float:
+        """What ratios are of: the median processor time on a CPU, and the median time on a GPU."""
+        return median(self.busy) if self.busy else self.median
 
     def record(self) -> dict[str, object]:
         """The numbers for a JSON record, in seconds."""
@@ -39,6 +46,7 @@ class Timing:
             "median_s": self.median,
             "quartiles_s": [low, high],
             "wall_median_s": median(self.wall),
+            "processor_median_s": median(self.busy) if self.busy else None,
             "first_call_s": self.first,
             "repetitions": len(self.seconds),
         }
@@ -53,7 +61,9 @@ class _CPU:
         return elapsed
 
     def measure(self, call: Call, timing: Timing) -> None:
+        start = time.process_time()
         timing.wall.append(self.wall(call))
+        timing.busy.append(time.process_time() - start)
         timing.seconds.append(timing.wall[-1])
 
 

@@ -195,6 +195,7 @@ class FedRotModelAggregator(ModelAggregator):
         report = replace(result.report, dropped=self._dropped)
         self.result = replace(result, report=report)
         errors = {"aggregation_error": report.error, "relative_error": report.relative_error}
+        errors["plain_relative_error"] = report.plain_relative_error
         metrics = _average([answer.metrics for answer in answers], weights)
         metrics |= {key: x for key, x in errors.items() if x is not None}
         metrics |= {"rotation_angle": report.angle, "clients": len(names), "dropped": len(report.dropped)}

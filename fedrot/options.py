@@ -17,6 +17,7 @@ from fedrot_kernels import Backend
 Factor = Literal["A", "B"]
 AlignOn = Literal["alternate", "A", "B", "joint"]
 OnInvalid = Literal["raise", "drop"]
+ReportError = bool | Literal["estimate"]
 
 
 Check = Callable[[str, Any], Any]
@@ -45,6 +46,12 @@ def _name(name: str, value: Any) -> Any:
 def _flag(name: str, value: Any) -> Any:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _report_error(name: str, value: Any) -> Any:
+    if not isinstance(value, bool) and value != "estimate":
+        raise ValueError(f'{name} must be "estimate", True (exact) or False (none), got {value!r}')
     return value
 
 
@@ -118,15 +125,21 @@ class AggregationOptions:
             _one_of(get_args(Backend)),
         ),
     )
-    report_error: bool = field(
-        default=True,
-        metadata=_option("Measure the aggregation error for the report. Without it a report costs next to nothing.", _flag),
+    report_error: ReportError = field(
+        default="estimate",
+        metadata=_option(
+            """The aggregation error in the report, and that of the plain average beside it. If it is estimate, sketches
+            estimate both, with their standard deviations, for a fraction of the aggregation's cost. True measures them,
+            which costs several aggregations; updates that are added one by one are estimated anyway, and methods that need
+            their errors have them exact. False leaves them out.""",
+            _report_error,
+        ),
     )
     seed: int = field(
         default=0,
         metadata=_option(
             """The seed of what is drawn at random: random-rotation's rotations, the factors that FLoRA begins anew with, and
-            the sketch that estimates errors in a stream.""",
+            the sketches that estimate errors.""",
             whole_number,
         ),
     )

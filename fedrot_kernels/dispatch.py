@@ -1,8 +1,9 @@
 """The choice between PyTorch and the Triton kernels, and the functions on whole models that it serves."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from . import torch_backend
 from .checks import check_adapters, check_clients, check_strength
 from .native_backend.library import instruction_set
 from .precision import full_precision
+from .sketch import estimate_errors
 from .tolerances import LARGEST_TRITON_RANK
-from .types import Aligned, Backend, Clients
+from .types import Aligned, Averaged, Backend, Clients
 
 _COMPILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -28,6 +30,7 @@ def align_average(
     strength: float = 1.0,
     reflections: bool = False,
     backend: Backend = "auto",
+    sketch_seed: int | None = None,
 ) -> Aligned:
     """Rotate every client's factors towards the reference's and average them, all adapters of a model at once.
 
@@ -45,20 +48,59 @@ def align_average(
         reflections: False for rotations, SO(r), see ``special_orthogonal``; True for O(r).
         backend: "triton", "native", "torch", or "auto": for float16, bfloat16 and float32 of rank up to 128 Triton on a GPU
             and the compiled library, if it was built, on a CPU.
+        sketch_seed: the seed of the sketches that estimate errors; None for no estimates. On a GPU they wait for the device.
 
     Raises:
         ValueError: shapes or weights that do not fit, by the adapter's index.
         TypeError: tensors that are not floating-point.
     """
+    if A_ref is None and B_ref is None:
+        raise ValueError("pass A_ref, B_ref or both: what to align to")
     check_adapters(A, B, A_ref, B_ref)
     check_strength(strength)
     samples, rank = [clients[0] for clients in A], max(clients[0].shape[0] for clients in A)
+    options: Any = {"A_ref": A_ref, "B_ref": B_ref, "strength": strength, "reflections": reflections}
     if use_native(backend, samples, rank):
         from .native_backend.whole_model import align_average as native  # not at the top: it imports the torch backend
 
-        return native(A, B, weights, A_ref=A_ref, B_ref=B_ref, strength=strength, reflections=reflections)
-    chosen = _implementation(backend, samples, rank)
-    return chosen.align_average(A, B, weights, A_ref=A_ref, B_ref=B_ref, strength=strength, reflections=reflections)
+        return native(A, B, weights, **options, sketch_seed=sketch_seed)
+    found = _implementation(backend, samples, rank).align_average(A, B, weights, **options)
+    if sketch_seed is None:
+        return found
+    return replace(found, estimates=estimate_errors(A, B, found.R, weights, found.A, found.B, sketch_seed))
+
+
+@full_precision
+def average_factors(
+    A: Sequence[Clients],
+    B: Sequence[Clients],
+    weights: Sequence[float] | Tensor,
+    *,
+    backend: Backend = "auto",
+    sketch_seed: int | None = None,
+) -> Averaged:
+    """Average every client's factors as they are, all adapters of a model at once: Ā = Σ wᵢAᵢ and B̄ = Σ wᵢBᵢ.
+
+    Args:
+        A, B, weights, backend, sketch_seed: as in ``align_average``.
+
+    Raises:
+        ValueError: shapes or weights that do not fit, by the adapter's index.
+        TypeError: tensors that are not floating-point.
+    """
+    check_adapters(A, B, None, None)
+    samples, rank = [clients[0] for clients in A], max(clients[0].shape[0] for clients in A)
+    if use_native(backend, samples, rank):
+        from .native_backend.whole_model import align_average as native
+
+        options: Any = {"A_ref": None, "B_ref": None, "strength": 0.0, "reflections": False}
+        found = native(A, B, weights, **options, sketch_seed=sketch_seed)
+        return Averaged(found.A, found.B, found.finite, found.estimates)
+    means, finite = _implementation(backend, samples, rank).average([*A, *B], weights)
+    mean_A, mean_B = means[: len(A)], means[len(A) :]
+    if sketch_seed is None:
+        return Averaged(mean_A, mean_B, finite)
+    return Averaged(mean_A, mean_B, finite, estimate_errors(A, B, None, weights, mean_A, mean_B, sketch_seed))
 
 
 @full_precision

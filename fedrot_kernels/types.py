@@ -32,6 +32,19 @@ class Rotations(NamedTuple):
     undetermined: Tensor
 
 
+class Estimates(NamedTuple):
+    """Errors of L adapters, estimated by the sketches of ``sketch.py``.
+
+    Attributes:
+        numbers: (L, 7) float64 on the CPU: ‖E‖² of the result, that of the plain average, and what E adds to ‖B̄Ā‖², each
+            followed by its standard deviation; then ‖B̄Ā‖². E = Σ wᵢBᵢAᵢ − B̄Ā, and ‖Σ wᵢBᵢAᵢ‖² is the fifth and seventh.
+        squares: (32, 32) float64 on the CPU, whose sum estimates ‖E‖² of all adapters together.
+    """
+
+    numbers: Tensor
+    squares: Tensor
+
+
 @dataclass(frozen=True)
 class Aligned:
     """Rotated averages of L adapters from N clients.
@@ -44,6 +57,7 @@ class Aligned:
         residual: (L, N), ‖RᵀR − I‖_max of every rotation; NaN where the cross-covariance was not finite.
         undetermined: (L, N), the number of directions in which a cross-covariance says nothing; see ``Rotations``.
         finite: a bool scalar tensor on the inputs' device: every entry of every average is finite.
+        estimates: the errors, if a seed was given to estimate them.
     """
 
     A: list[Tensor]
@@ -52,6 +66,21 @@ class Aligned:
     residual: Tensor
     undetermined: Tensor
     finite: Tensor
+    estimates: Estimates | None = None
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """Plain averages of L adapters from N clients.
+
+    Attributes:
+        A, B, finite, estimates: as in ``Aligned``.
+    """
+
+    A: list[Tensor]
+    B: list[Tensor]
+    finite: Tensor
+    estimates: Estimates | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .values import not_finite
 def check_updates(clients: Sequence[Update]) -> Layout:
     """The layout that all clients have; UpdateError unless they have one layout and one scaling."""
     first = clients[0]
-    layout = Layout(first.specs, first.name)
+    layout = Layout.of(first.specs, first.name)
     for other in clients[1:]:
         check_update(other, first, layout)
     return layout

@@ -69,7 +69,7 @@ def widest_layout(clients: Sequence[Update]) -> Layout:
         UpdateError: clients that differ in keys, other shapes or dtypes.
     """
     for client in clients:
-        Layout(client.specs, client.name)  # refuses factors that do not fit each other
+        Layout.of(client.specs, client.name)  # refuses factors that do not fit each other
     ranks: dict[str, int] = {}
     for client in clients:
         for key, axis in _rank_axes(client):
@@ -110,7 +110,7 @@ def common_layout(clients: Sequence[Update]) -> Layout:
     if are_alike(clients):
         return check_updates(clients)
     first = clients[0]
-    layout = Layout(first.specs, first.name)
+    layout = Layout.of(first.specs, first.name)
     for client in clients[1:]:
         layout.check_keys(client.specs, client.name, first.name)
         check_kind(client, first)
@@ -130,7 +130,7 @@ def check_padded(client: Update, first: Update, layout: Layout, whose: str) -> N
     if client.specs == first.specs:
         return
     layout.check_keys(client.specs, client.name, first.name)
-    Layout(client.specs, client.name)  # refuses factors that do not fit each other
+    Layout.of(client.specs, client.name)  # refuses factors that do not fit each other
     specs = dict(client.specs)
     for key, axis in _factors(layout):
         _check_narrow(client, key, axis, layout.specs[key].shape, whose)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UpdateError
 from .keys import DTYPES, TensorSpec, is_unknown_to_lora, parse_factor
 from .names import explain_renaming, find_renaming
+from .recent import Recent
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,21 @@ class AdapterGroup:
     def __init__(self, adapters: list[Adapter]):
         self.adapters = adapters
 
+    def all_A(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """A of every adapter of the group, (r, d_in)."""
+        return [tensors[a.key_A].detach().reshape(a.rank, a.d_in) for a in self.adapters]
+
     def A(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """A of all adapters of the group, (G, r, d_in), copied together."""
-        return torch.stack([tensors[a.key_A].detach().reshape(a.rank, a.d_in) for a in self.adapters])
+        return torch.stack(self.all_A(tensors))
 
     def B(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """B of all adapters of the group, (G, d_out, r), copied together."""
-        return torch.stack([tensors[a.key_B].detach().reshape(a.d_out, a.rank) for a in self.adapters])
+        return torch.stack(self.all_B(tensors))
+
+    def all_B(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """B of every adapter of the group, (d_out, r)."""
+        return [tensors[a.key_B].detach().reshape(a.d_out, a.rank) for a in self.adapters]
 
 
 class Layout:
@@ -71,6 +80,14 @@ class Layout:
         for a in self.adapters:
             groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)
         self.groups = tuple(AdapterGroup(adapters) for adapters in groups.values())
+
+    @classmethod
+    def of(cls, specs: Mapping[str, TensorSpec], client: str) -> "Layout":
+        """The layout of specs, the same one as the last time for the same mapping, which is not changed."""
+        if (known := _LAYOUTS.get(id(specs))) is None:
+            known = specs, cls(specs, client)  # the mapping is kept, so that no other one has its id
+            _LAYOUTS.put(id(specs), known)
+        return known[1]
 
     def check(self, specs: Mapping[str, TensorSpec], client: str, first: str) -> None:
         """Raise UpdateError unless a client's keys, shapes and dtypes are this layout's, which the client ``first`` has."""
@@ -114,6 +131,9 @@ class Layout:
                     )
         if extra := theirs - self.specs.keys():
             raise UpdateError(f"{name} has {_listed(sorted(extra))}, which {first} lacks")
+
+
+_LAYOUTS = Recent[int, tuple[Mapping[str, TensorSpec], Layout]](8)
 
 
 def _pair(specs: Mapping[str, TensorSpec], client: str) -> list[Adapter]:

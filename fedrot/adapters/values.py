@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fedrot_kernels import all_finite
+
 from ..errors import UpdateError
 from ..options import OnInvalid
 from .update import StateDict, Update
@@ -84,9 +86,8 @@ def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:
 @torch.no_grad()
 def is_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of one device hold no NaN and no Inf. One synchronisation with a device."""
-    # aminmax takes a tenth of the time of isfinite, and both extremes are NaN where there is one.
-    extremes = [x for tensor in tensors if tensor.is_floating_point() for x in torch.aminmax(tensor)]
-    return not extremes or bool(torch.stack(extremes).isfinite().all())
+    floats = [x for x in tensors if x.is_floating_point()]
+    return not floats or bool(all_finite(floats))
 
 
 def check_range(state_dict: StateDict, name: str) -> None:

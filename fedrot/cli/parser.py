@@ -11,7 +11,7 @@ from fedrot_kernels import backends
 from ..merging.merge import MergeMethod
 from ..merging.saved import ModulesToSave
 from ..methods.registry import METHODS
-from ..options import AggregationOptions
+from ..options import AggregationOptions, ReportError
 from ..version import __version__
 
 SIMULATOR = MappingProxyType(
@@ -135,7 +135,7 @@ def _add_options(parser: argparse.ArgumentParser, *names: str) -> None:
             continue
         flag, default = "--" + f.name.replace("_", "-"), "" if f.default is None else " (default: %(default)s)"
         settings: dict[str, Any] = {"default": f.default, "help": f.metadata["help"].replace("%", "%%") + default}
-        if f.type is bool:
+        if f.type in (bool, ReportError):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
         elif f.name == "method":
             settings["help"] += "; fedrot methods lists them"

@@ -10,7 +10,7 @@ import fedrot_kernels as fk
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..adapters.values import is_finite
-from ..options import Factor
+from ..options import AggregationOptions, Factor
 from .rotation import LARGEST_RESIDUAL, trained_references
 from .round import Averages, Round
 from .running_mean import RunningMean
@@ -18,49 +18,52 @@ from .running_mean import RunningMean
 Prepare = Callable[[int, Update, int, Layout, Update | None], tuple[StateDict, list[fk.Rotations] | None]]
 
 
-def average_round(
-    round: Round, backend: fk.Backend, on: tuple[Factor, ...] = (), strength: float = 1.0, *, reflections: bool = False
-) -> Averages:
+def average_round(round: Round, options: AggregationOptions, on: tuple[Factor, ...] = (), strength: float = 1.0) -> Averages:
     """Align clients on the given factors (none: as they come) and average them. One synchronisation with a device.
 
     Args:
         round: the updates.
-        backend: of the kernels.
+        options: the backend, whether rotations are in O(r), not SO(r), and whether to estimate errors.
         on: the factors that are aligned.
         strength: λ.
-        reflections: whether rotations are in O(r), not SO(r).
     """
+    backend, sketch_seed = options.backend, options.seed if options.report_error == "estimate" else None
     layout = round.layout
     averaged = [key for key in layout.specs if key not in layout.counters]
     given = [[client.tensors[client.keys_given[key]] for key in averaged] for client in round.clients]
     tensors = dict(zip(averaged, zip(*given, strict=True), strict=True))
     A, B = ([matrices(tensors[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
-    keys = layout.other_keys if on else tuple(averaged)
     mean: dict[str, Tensor] = {}
     checks: list[Tensor] = []
-    if keys:
-        means, finite = fk.average([tensors[key] for key in keys], round.weights, backend=backend)
-        mean |= zip(keys, means, strict=True)
+    if layout.other_keys:
+        means, finite = fk.average([tensors[key] for key in layout.other_keys], round.weights, backend=backend)
+        mean |= zip(layout.other_keys, means, strict=True)
         checks.append(finite)
     R = residual = undetermined = None
+    factors: fk.Aligned | fk.Averaged
     if on:
         A_ref, B_ref = trained_references(layout.adapters, round.reference, on)
-        aligned = fk.align_average(
+        factors = fk.align_average(
             A,
             B,
             round.weights,
             A_ref=A_ref if "A" in on else None,
             B_ref=B_ref if "B" in on else None,
             strength=strength,
-            reflections=reflections,
+            reflections=options.reflections,
             backend=backend,
+            sketch_seed=sketch_seed,
         )
-        R, residual, undetermined = aligned.R, aligned.residual, aligned.undetermined
-        checks += [aligned.finite, (residual <= LARGEST_RESIDUAL).all()]
-        for (key_A, key_B), mean_A, mean_B in zip(layout.factor_keys, aligned.A, aligned.B, strict=True):
-            mean[key_A] = mean_A.view(layout.specs[key_A].shape)
-            mean[key_B] = mean_B.view(layout.specs[key_B].shape)
-    return Averages(mean, A, B, R, residual, bool(torch.stack(checks).all()), undetermined=undetermined)
+        R, residual, undetermined = factors.R, factors.residual, factors.undetermined
+        checks.append((residual <= LARGEST_RESIDUAL).all())
+    else:
+        factors = fk.average_factors(A, B, round.weights, backend=backend, sketch_seed=sketch_seed)
+    checks.append(factors.finite)
+    for (key_A, key_B), mean_A, mean_B in zip(layout.factor_keys, factors.A, factors.B, strict=True):
+        mean[key_A] = mean_A.view(layout.specs[key_A].shape)
+        mean[key_B] = mean_B.view(layout.specs[key_B].shape)
+    sound = bool(torch.stack(checks).all())
+    return Averages(mean, A, B, R, residual, sound, undetermined=undetermined, estimates=factors.estimates)
 
 
 def stream_round(round: Round, prepare: Prepare) -> Averages:

@@ -15,4 +15,4 @@ class FedIT(Method):
 
     def aggregate(self, round: Round) -> Averages:
         """See ``Method.aggregate``."""
-        return average_round(round, self.options.backend)
+        return average_round(round, self.options)

@@ -46,7 +46,7 @@ class FedRot(Method):
         on = self._on(round.index)
         if on and any(client.ranks for client in round.clients):
             return stream_round(round, self.prepare)
-        return average_round(round, self.options.backend, on, self.strength, reflections=self.options.reflections)
+        return average_round(round, self.options, on, self.strength)
 
     def prepare(
         self, round: int, client: Update, position: int, layout: Layout, reference: Update | None

@@ -46,7 +46,7 @@ class GroupwiseMethod(Method):
     def aggregate(self, round: Round) -> Averages:
         """Align all clients of a round together and average them. The report's errors come with it."""
         if not self.needs_all:
-            return average_round(round, self.options.backend)
+            return average_round(round, self.options)
         layout, clients = round.layout, round.clients
         A, B = (
             [matrices([client[key] for client in clients]) for key in keys] for keys in zip(*layout.factor_keys, strict=True)

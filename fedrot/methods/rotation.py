@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import FACTOR_FLOOR, Rotations, frame_rotations
+from fedrot_kernels import Rotations, find_rotations, find_zeros
 
 from ..adapters.layout import Adapter, AdapterGroup
 from ..adapters.update import StateDict, Update
@@ -38,19 +38,19 @@ def rotations(
     Raises:
         UpdateError: the products of the client's factors overflow.
     """
-    frames = []
     A_ref, B_ref = trained_references(group.adapters, reference, on)
-    if "A" in on:
-        frames.append((group.A(client), torch.stack(A_ref)))
-    if "B" in on:
-        frames.append((group.B(client).mT, torch.stack(B_ref).mT))
     rows = None
     if client.ranks is not None:
         rows = torch.stack([rank_mask(a, [client])[0] for a in group.adapters]).to(client.device)
-    keys = [[key for key, factor in ((a.key_A, "A"), (a.key_B, "B")) if factor in on] for a in group.adapters]
-    dtypes = [{x[key].dtype for x in (client, reference) for key in of_adapter} for of_adapter in keys]
-    floor = torch.tensor([max(FACTOR_FLOOR[d] for d in of_adapter) for of_adapter in dtypes], dtype=torch.float64)
-    found = frame_rotations(frames, strength=strength, reflections=reflections, rank_mask=rows, floor=floor)
+    found = find_rotations(
+        group.all_A(client),
+        group.all_B(client),
+        A_ref=A_ref if "A" in on else None,
+        B_ref=B_ref if "B" in on else None,
+        strength=strength,
+        reflections=reflections,
+        rank_mask=rows,
+    )
     check_rotations(found.residual[:, None], group.adapters, [client.name])
     return found
 
@@ -72,21 +72,9 @@ def trained_references(
     A_ref = [reference[a.key_A].detach().flatten(1) for a in adapters]
     B_ref = [reference[a.key_B].detach().flatten(1) for a in adapters]
     for factors in [A_ref] * ("B" in on) + [B_ref] * ("A" in on):
-        for i in _zero(factors):
+        for i in find_zeros(factors):
             A_ref[i], B_ref[i] = torch.zeros_like(A_ref[i]), torch.zeros_like(B_ref[i])
     return A_ref, B_ref
-
-
-def _zero(factors: Sequence[Tensor]) -> list[int]:
-    """The places of the factors that are zero in every entry: those whose first row is are looked at as a whole."""
-    places, rows = list(range(len(factors))), [x[0] for x in factors]
-    for looked_at in (rows, factors):
-        norms = torch._foreach_norm([looked_at[i] for i in places], math.inf)
-        zero = (torch.stack([norm.double() for norm in norms]) == 0).tolist()
-        places = [i for i, is_zero in zip(places, zero, strict=True) if is_zero]
-        if not places:
-            break
-    return places
 
 
 def check_rotations(residual: Tensor, adapters: Sequence[Adapter], clients: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedrot_kernels import Estimates
+
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..ranks.scaling import Scalings
@@ -45,9 +47,10 @@ class Averages:
         residual: ‖RᵀR − I‖_max of every rotation, (L, N), or None.
         sound: whether every mean is finite and every R is a rotation.
         base: key → factor, A (K, d_in, …) and B (d_out, K, …), of the B·A that is to be added to the base weights, or None.
-        errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F and ‖Σ wᵢBᵢAᵢ‖_F, where the method measured them itself; a pair of None
-            where it was to leave them out.
+        errors: per adapter ‖Σ wᵢBᵢAᵢ − result‖_F, ‖Σ wᵢBᵢAᵢ‖_F and, if it is known, what the plain average would lose, where
+            the method measured them itself; None in their places where it was to leave them out.
         strengths: per adapter λ, where the method chose it.
+        estimates: estimates of errors that the kernels made; else None.
         undetermined: (L, N), in how many directions of its own nothing determines a client's rotation; None where no client
             was rotated, or the method does not count them.
     """
@@ -59,6 +62,7 @@ class Averages:
     residual: Tensor | None
     sound: bool
     base: dict[str, Tensor] | None = None
-    errors: Sequence[tuple[float | None, float | None]] | None = None
+    errors: Sequence[tuple[float | None, float | None] | tuple[float | None, float | None, float | None]] | None = None
     strengths: Sequence[float] | None = None
     undetermined: Tensor | None = None
+    estimates: Estimates | None = None

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import full_precision, rotate_add_, working_dtype
+from fedrot_kernels import add_client_, full_precision, working_dtype
 from fedrot_kernels.tolerances import WEIGHT_RANGE
 
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict
 
-# Called with every group's index, A, B, rotations (or None) and the client's share of the weights so far.
+# Called with every group's index, the sketches of Bᵀ and A, rotations or None, and the client's share of the weights so far.
 Watch = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
 
 
@@ -49,14 +49,22 @@ class RunningMean:
             self.sums[key] = torch.zeros(spec.shape, dtype=working_dtype(spec.dtype), device=device)
 
     @full_precision
-    def add(self, update: StateDict, weight: float, rotations: Sequence[Tensor] | None, watch: Watch | None = None) -> None:
+    def add(
+        self,
+        update: StateDict,
+        weight: float,
+        rotations: Sequence[Tensor] | None,
+        watch: Watch | None = None,
+        sketch_seed: int | None = None,
+    ) -> None:
         """Add one client that has been checked.
 
         Args:
             update: canonical key → tensor.
             weight: non-negative; only its ratio to the other weights matters.
             rotations: for every group of the layout R (G, r, r), or None for no rotation.
-            watch: is called with the client's factors of every group, so that they are copied once.
+            watch: is called with the sketches of the client's factors of every group.
+            sketch_seed: the seed of the sketches; None for none.
         """
         if weight == 0:
             return
@@ -64,15 +72,10 @@ class RunningMean:
         weight = weight / self.unit
         self.total_weight += weight
         for g, (group, (sum_A, sum_B)) in enumerate(zip(self.layout.groups, self.groups, strict=True)):
-            A, B, R = group.A(update), group.B(update), rotations[g] if rotations is not None else None
-            if R is None:
-                sum_A.add_(A, alpha=weight)
-                sum_B.add_(B, alpha=weight)
-            else:
-                rotate_add_(sum_A, A, R, weight)
-                rotate_add_(sum_B.mT, B.mT, R, weight)
-            if watch is not None:
-                watch(g, A, B, R, weight / self.total_weight)
+            A, B, R = group.all_A(update), group.all_B(update), rotations[g] if rotations is not None else None
+            sketches = add_client_(sum_A, sum_B, A, B, R, weight, sketch_seed=sketch_seed)
+            if watch is not None and sketches is not None:
+                watch(g, *sketches, R, weight / self.total_weight)
         for key in self.layout.other_keys:
             total, x = self.sums[key], update[key]
             total.add_(x if x.shape == total.shape else x.reshape(total.shape), alpha=weight)

@@ -1,89 +1,137 @@
 """Measuring an aggregation: errors and angles."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedrot_kernels import aggregation_error, full_precision, rotation_angle, widen
+from fedrot_kernels import (
+    Estimates,
+    aggregation_error,
+    estimate_errors,
+    full_precision,
+    group_indices,
+    root,
+    rotation_angle,
+    sum_and_deviation,
+    widen,
+)
 
 from ..adapters.layout import Layout
 from ..methods.round import Averages
+from ..options import AggregationOptions
 from .report import AdapterReport
 
 _ENTRIES = 1 << 19  # of factors that are copied at a time to measure errors
 
 
+class Errors(NamedTuple):
+    """What a report says of one adapter's errors; see ``AdapterReport``."""
+
+    error: float | None = None
+    update_norm: float | None = None
+    plain_error: float | None = None
+    deviations: tuple[float, float] | None = None
+
+
 @full_precision
 def adapter_reports(
-    layout: Layout, averages: Averages, shares: Sequence[float], with_error: bool
-) -> tuple[AdapterReport, ...]:
-    """Measure every adapter of an aggregation, some of equal shape at a time. One synchronisation with a device.
+    layout: Layout, averages: Averages, shares: Sequence[float], options: AggregationOptions
+) -> tuple[tuple[AdapterReport, ...], float | None]:
+    """Measure every adapter of an aggregation.
 
     Args:
         layout: the layout of the result.
         averages: the averages of the N clients.
         shares: the clients' weights, summing to 1.
-        with_error: whether to measure the aggregation error and the update norm.
+        options: whether errors are measured, estimated (by the seed) or left out.
+
+    Returns:
+        The reports, and the standard deviation of the whole model's error, None where it is not estimated.
     """
-    if averages.errors is not None or not averages.A:
-        errors = averages.errors or [(None, None)] * len(layout.adapters)
-        angles = [[0.0] * len(shares)] * len(errors)
-        if averages.R is not None:
-            angles = torch.stack([rotation_angle(R).double() for R in averages.R]).tolist()
-        strengths: Sequence[float | None] = averages.strengths or [None] * len(errors)
-        undetermined: Sequence[int | None] = [None] * len(errors)
-        directions = undetermined
-        if averages.undetermined is not None and averages.R is not None:
-            undetermined = averages.undetermined.sum(1).tolist()
-            directions = torch.stack([count_directions(R).sum() for R in averages.R]).tolist()
-        rows_of = zip(layout.adapters, errors, angles, strengths, undetermined, directions, strict=True)
-        return tuple(
-            AdapterReport(a.module, a.rank, error, norm, tuple(per_client), strength, None, left, every)
-            for a, (error, norm), per_client, strength, left, every in rows_of
+    L, deviation = len(layout.adapters), None
+    angles, rows_of_R = _turns(averages, L, len(shares))
+    if averages.errors is not None:
+        errors = [Errors(*values) for values in averages.errors]
+    elif not options.report_error or not averages.A:
+        errors = [Errors()] * L
+    elif options.report_error == "estimate":
+        estimates = averages.estimates or _estimate(layout, averages, shares, options.seed)
+        errors, deviation = read_estimates(estimates)
+    else:
+        errors = _measure(layout, averages, shares)
+    undetermined: Sequence[int | None] = [None] * L
+    directions = undetermined
+    if averages.undetermined is not None and averages.R is not None:
+        undetermined = averages.undetermined.sum(1).tolist()
+        directions = rows_of_R
+    strengths: Sequence[float | None] = averages.strengths or [None] * L
+    rows = zip(layout.adapters, errors, angles, strengths, undetermined, directions, strict=True)
+    reports = tuple(
+        AdapterReport(
+            a.module, a.rank, of.error, of.update_norm, turned, strength, of.deviations, left, every, of.plain_error
         )
-    device = averages.A[0][0].device
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, a in enumerate(layout.adapters):
-        groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(i)
-    indices: list[int] = []
-    columns: list[Tensor] = []  # per adapter: error, norm, undetermined directions, all of them, the angle of every client
-    w = torch.tensor(shares, dtype=torch.float64, device=device)
-    for group in groups.values():
-        a = layout.adapters[group[0]]
-        size = max(1, _ENTRIES // (len(shares) * a.rank * (a.d_in + a.d_out))) if with_error else len(group)
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            indices += part
-            R = None if averages.R is None else torch.stack([averages.R[i] for i in part])
-            values = torch.zeros(4 + len(shares), len(part), dtype=torch.float64, device=device)
-            if R is not None:
-                values[4:] = rotation_angle(R).T
-                values[3] = count_directions(R).sum(1)
-            if averages.undetermined is not None:
-                values[2] = averages.undetermined[part].sum(1)
-            if with_error:
-                A, B = (_stacked([factors[i] for i in part]) for factors in (averages.A, averages.B))
-                if R is not None:
-                    A, B = R.mT @ A, B @ R
-                values[0], values[1] = aggregation_error(A, B, w)
-            columns.append(values)
-    rows = torch.cat(columns, dim=1).T.tolist()
-    reports = {}
-    for i, (error, norm, count, every, *angles) in zip(indices, rows, strict=True):
-        a = layout.adapters[i]
-        measured = (error, norm) if with_error else (None, None)
-        left, ranks = (None, None) if averages.undetermined is None else (int(count), int(every))
-        reports[i] = AdapterReport(
-            a.module, a.rank, measured[0], measured[1], tuple(angles), undetermined=left, directions=ranks
-        )
-    return tuple(reports[i] for i in range(len(layout.adapters)))
+        for a, of, turned, strength, left, every in rows
+    )
+    return reports, deviation
+
+
+def read_estimates(estimates: Estimates) -> tuple[list[Errors], float]:
+    """The errors of every adapter, and the standard deviation of the whole model's error."""
+    errors = []
+    for lost, lost_deviation, plain, plain_deviation, added, added_deviation, mean in estimates.numbers.tolist():
+        error, error_deviation = root(lost, lost_deviation)
+        norm, norm_deviation = root(mean + added, added_deviation)
+        errors.append(Errors(error, norm, root(plain, plain_deviation)[0], (error_deviation, norm_deviation)))
+    total, deviation = sum_and_deviation(estimates.squares)
+    return errors, root(float(total), float(deviation))[1]
 
 
 def count_directions(R: Tensor) -> Tensor:
     """The number of rows (...) of rotations (..., r, r) that are a client's own; those of padding are zero."""
     return R.any(-1).sum(-1)
+
+
+def _turns(averages: Averages, L: int, n: int) -> tuple[list[tuple[float, ...]], list[int]]:
+    """The rotation angles of the n clients in degrees, and the number of directions of all, of each of L adapters."""
+    angles: list[tuple[float, ...]] = [(0.0,) * n] * L
+    directions = [0] * L
+    if averages.R is not None:
+        for group in group_indices(R.shape for R in averages.R):
+            R = torch.stack([averages.R[i] for i in group])
+            of_group = zip(group, rotation_angle(R).tolist(), count_directions(R).sum(1).tolist(), strict=True)
+            for i, per_client, count in of_group:
+                angles[i], directions[i] = tuple(per_client), count
+    return angles, directions
+
+
+def _estimate(layout: Layout, averages: Averages, shares: Sequence[float], seed: int) -> Estimates:
+    """Estimate errors of averages that the kernels did not make."""
+    mean_A, mean_B = ([averages.mean[key].flatten(1) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
+    return estimate_errors(averages.A, averages.B, averages.R, shares, mean_A, mean_B, seed)
+
+
+def _measure(layout: Layout, averages: Averages, shares: Sequence[float]) -> list[Errors]:
+    """Measure errors, some adapters of equal shape at a time. One synchronisation with a device."""
+    indices: list[int] = []
+    columns: list[Tensor] = []  # per adapter: error, norm, the plain average's error
+    w = torch.tensor(shares, dtype=torch.float64, device=averages.A[0][0].device)
+    for group in group_indices((a.rank, a.d_in, a.d_out, a.dtype) for a in layout.adapters):
+        a = layout.adapters[group[0]]
+        size = max(1, _ENTRIES // (len(shares) * a.rank * (a.d_in + a.d_out)))
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            indices += part
+            A, B = (_stacked([factors[i] for i in part]) for factors in (averages.A, averages.B))
+            error, norm = aggregation_error(A, B, w)
+            values = [error, norm, error]
+            if averages.R is not None:
+                R = torch.stack([averages.R[i] for i in part])
+                values[0] = aggregation_error(R.mT @ A, B @ R, w)[0]
+            columns.append(torch.stack(values))
+    rows = dict(zip(indices, torch.cat(columns, dim=1).T.tolist(), strict=True))
+    return [Errors(*rows[i]) for i in range(len(layout.adapters))]
 
 
 def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _EXPERT = re.compile(r"\[\d+\]$")
+_WORSE = 1.1  # times the plain average's error, from which on rotating did harm
+_CURE = 'take method="fedrot-adaptive", which rotates only as far as it helps, or align_on="A"'
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,10 @@ class AdapterReport:
         undetermined: in how many directions nothing determined the rotation, over all clients; there R is completed by what
             is nearest the identity. None for methods that do not count them.
         directions: the number of directions in all, which is the sum of the clients' ranks; None likewise.
-        deviations: the standard deviations of ``error`` and ``update_norm`` in a stream, which keeps no factors and
-            estimates both; None where they are exact.
+        plain_error: what the plain average of the same updates would lose, measured or estimated as ``error`` is; None
+            without ``report_error``, and for methods whose result is no average of factors.
+        deviations: the standard deviations of ``error`` and ``update_norm`` where they are estimated; None where they are
+            exact.
     """
 
     module: str
@@ -36,6 +40,7 @@ class AdapterReport:
     deviations: tuple[float, float] | None = None
     undetermined: int | None = None
     directions: int | None = None
+    plain_error: float | None = None
 
     @property
     def relative_error(self) -> float | None:
@@ -78,7 +83,27 @@ class Report:
 
         Where modules differ in s, the loss of the model's own update is another number, which ``merge`` reports.
         """
-        return None if self.error is None else _ratio(self.error, math.hypot(*(a.update_norm or 0 for a in self.adapters)))
+        return None if self.error is None else _ratio(self.error, self._update_norm)
+
+    @property
+    def plain_relative_error(self) -> float | None:
+        """``plain_error`` over the whole model's update norm; None where it is unknown."""
+        return None if self.plain_error is None else _ratio(self.plain_error, self._update_norm)
+
+    @property
+    def _update_norm(self) -> float:
+        return math.hypot(*(a.update_norm or 0 for a in self.adapters))
+
+    @property
+    def plain_error(self) -> float | None:
+        """What the plain average of the same updates would lose, over the whole model; None where it is unknown."""
+        return _total(a.plain_error for a in self.adapters)
+
+    @property
+    def rotating_hurt(self) -> bool:
+        """Whether the result loses more than 1.1 times what the plain average would."""
+        error, plain = self.error, self.plain_error
+        return self.target is not None and error is not None and plain is not None and error > _WORSE * plain
 
     @property
     def undetermined(self) -> int:
@@ -94,7 +119,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The report as plain Python data for JSON, with None for infinities, which JSON lacks."""
         values = asdict(self) | {"error": self.error, "relative_error": self.relative_error, "angle": self.angle}
-        values["undetermined"] = self.undetermined
+        values |= {"undetermined": self.undetermined, "plain_error": self.plain_error}
+        values["plain_relative_error"] = self.plain_relative_error
         plain: dict[str, Any] = _without_infinities(values)
         return plain
 
@@ -128,6 +154,10 @@ class Report:
             lines.append(f"nothing was rotated{why}")
         else:
             lines.append(f"rotated towards {self.target}")
+        if self.target is not None and self.plain_error is not None:
+            lines.append(f"plain averaging would lose {self.plain_error:.3e} ({self.plain_relative_error:.4f})")
+        if self.rotating_hurt:
+            lines.append(f"rotating lost more than that: {_CURE}")
         if self.target is not None and self.undetermined:
             every = sum(a.directions or 0 for a in self.adapters)
             lines.append(f"undetermined, so as near to unrotated as can be: {self.undetermined} of {every} directions")

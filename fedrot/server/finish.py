@@ -42,6 +42,8 @@ class AveragedRound:
 
 def factors_except(layout: Layout, kept: tuple[str, ...]) -> dict[str, None]:
     """The keys of all factors but those of ``kept``, "A" or "B", in the layout's order: the frozen or the personal ones."""
+    if kept == ("A", "B"):
+        return {}
     pairs = ((key, f) for keys in layout.factor_keys for key, f in zip(keys, "AB", strict=True))
     return {key: None for key, f in pairs if f not in kept}
 

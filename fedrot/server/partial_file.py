@@ -27,7 +27,7 @@ from ..errors import UpdateError
 from ..report.sketch import part_shapes
 from .stream import StreamedRound
 
-_HEADER, _VERSION = "fedrot-partial", 4
+_HEADER, _VERSION = "fedrot-partial", 5
 _NAMES = {dtype: name for name, dtype in SAVED_DTYPES.items()}
 _LONGEST = 200  # characters of a file's own words in an error
 

@@ -1,6 +1,5 @@
 """The sums that are kept of updates that are added one by one."""
 
-import math
 from array import array
 from collections import Counter
 from dataclasses import replace
@@ -16,9 +15,9 @@ from ..adapters.checks import carry
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..methods.running_mean import RunningMean
-from ..report.measure import count_directions
+from ..report.measure import count_directions, read_estimates
 from ..report.report import AdapterReport
-from ..report.sketch import Sketch, mean_and_deviation
+from ..report.sketch import Sketch
 
 
 class StreamedRound:
@@ -71,7 +70,8 @@ class StreamedRound:
     def add(self, name: str, weight: float, tensors: StateDict, rotations: list[Rotations] | None) -> None:
         """Add a client that has been checked, in the form that ``Method.prepare`` gave it."""
         R = None if rotations is None else [found.R for found in rotations]
-        self.mean.add(tensors, weight, R, None if self.sketch is None else self.sketch.add)
+        watch, seed = (None, None) if self.sketch is None else (self.sketch.add, self.sketch.seed)
+        self.mean.add(tensors, weight, R, watch, seed)
         self.weights[name] = weight
         if rotations is None:
             self.angles.extend([0.0] * len(self.layout.adapters))
@@ -123,24 +123,17 @@ class StreamedRound:
         for group, sums in zip(self.layout.groups, self.mean.groups, strict=True):
             A, B = (x.double() / self.mean.total_weight for x in sums)
             mean_norms |= zip((a.key_A for a in group.adapters), product_norm(B, A).tolist(), strict=True)
-        reports = []
-        squares = self.sketch.squares()
-        for a, per_client in pairs:
-            lost, added = (mean_and_deviation(x) for x in squares[a.key_A])
-            error, error_deviation = _root(*lost)
-            norm, norm_deviation = _root(mean_norms[a.key_A] ** 2 + added[0], added[1])
-            deviations, counts = (error_deviation, norm_deviation), self._counts(a.key_A)
-            reports.append(AdapterReport(a.module, a.rank, error, norm, per_client, None, deviations, *counts))
-        whole = torch.stack([lost for lost, _ in squares.values()]).sum(0)
-        return tuple(reports), _root(*mean_and_deviation(whole))[1]
+        errors, deviation = read_estimates(self.sketch.estimates(mean_norms))
+        rows = zip(pairs, errors, strict=True)
+        return tuple(
+            AdapterReport(
+                *(a.module, a.rank, of.error, of.update_norm, per_client, None, of.deviations),
+                *self._counts(a.key_A),
+                of.plain_error,
+            )
+            for (a, per_client), of in rows
+        ), deviation
 
     def _counts(self, key: str) -> tuple[int | None, int | None]:
         """The undetermined directions of an adapter, and all of them; None where no client was rotated."""
         return self.undetermined.get(key), self.directions.get(key)
-
-
-def _root(square: float, deviation: float) -> tuple[float, float]:
-    """The root of an estimate and the root's standard deviation."""
-    if not square > 0:
-        return 0.0, math.sqrt(deviation)
-    return math.sqrt(square), deviation / (2 * math.sqrt(square))

@@ -54,10 +54,10 @@ def average_whole(
     for client in given:
         check_frozen(client, prepared.reference or first, factors_except(layout, method.trains(index)), method.name)
     shares = shares_of(prepared.weights)
-    adapters = adapter_reports(layout, averages, shares, options.report_error)
+    adapters, deviation = adapter_reports(layout, averages, shares, options)
     names = tuple(client.name for client in given)
     target = None if is_unrotated(adapters) else averaging.target(index, _name_reference(prepared))
-    report = Report(method.name, index, names, shares, prepared.dropped, adapters, target)
+    report = Report(method.name, index, names, shares, prepared.dropped, adapters, target, deviation)
     own_config = prepared.scalings.config if prepared.scalings else first.config
     counters: dict[str, Tensor] = {}
     for client, weight in zip(given, prepared.weights, strict=True):

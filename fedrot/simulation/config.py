@@ -8,13 +8,15 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from ..methods.registry import make_method
-from ..options import OPTION_NAMES, AggregationOptions, refuse_old_spellings
+from ..options import OPTION_NAMES, AggregationOptions, ReportError, refuse_old_spellings
 from ..server.optimizer import ServerOptimizerName
 from .types import check_type
 
 Start = Literal["shared", "independent"]
 Partition = Literal["dirichlet", "iid", "column"]
 TaskName = Literal["text-classification", "image-classification", "causal-lm"]
+
+_OPTIONS = {f.name: f for f in fields(AggregationOptions)}
 
 # Datasets that come with a model of their own, pretrained in process; they need no network.
 EMBEDDED: dict[str, TaskName] = {"digits": "image-classification", "stdlib": "causal-lm"}
@@ -23,6 +25,10 @@ EMBEDDED: dict[str, TaskName] = {"digits": "image-classification", "stdlib": "ca
 @dataclass(frozen=True, kw_only=True)
 class SimulationConfig(AggregationOptions):
     """A federated fine-tuning run: the options of its aggregations, and its own."""
+
+    report_error: ReportError = field(
+        default=True, metadata=_OPTIONS["report_error"].metadata
+    )  # beside training it is cheap
 
     model: str = "digits"
     """The base model: a Transformers model by hub name or folder, or an embedded one. The embedded ones are digits, a small

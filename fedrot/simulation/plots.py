@@ -10,6 +10,7 @@ from .config import SimulationConfig
 from .metrics import shown_measures
 from .panels import Y_LABELS, draw_line, finish_figure, fit_magnitudes, line_styles, make_panels
 
+_PLAIN = {"label": "plain average of the same updates", "color": "grey", "linestyle": ":", "marker": ""}
 _GEOMETRY = {  # a row of panels each, for A and for B
     "removed": "part of squared distance\nthat rotation removes",
     "turn_per_distance": "‖Rᵢ − I‖ / ‖Fᵢ − F_ref‖\nmean; largest (thin)",
@@ -19,6 +20,8 @@ _GEOMETRY = {  # a row of panels each, for A and for B
 
 def plot_run(metrics: list[dict[str, Any]], config: SimulationConfig, path: Path) -> Figure:
     """Plot one run: the score and, if it was measured, the relative aggregation error by round.
+
+    Beside the error stands that of the plain average of the same updates.
 
     Args:
         metrics: a row per round, counted from 1.
@@ -34,6 +37,8 @@ def plot_run(metrics: list[dict[str, Any]], config: SimulationConfig, path: Path
     figure, axes = make_panels(len(measures), 1, height=2.6)
     for axis, measure in zip(axes.flat, measures, strict=True):
         draw_line(axis, rows, measure, style)
+        if measure == "relative_error":
+            draw_line(axis, rows, "plain_relative_error", _PLAIN)
         axis.set_ylabel(Y_LABELS[measure])
         if measure != "loss":
             axis.set_ylim(0, None if measure == "relative_error" else 1)

@@ -38,7 +38,8 @@ class SimulationResult:
         config: what was run.
         folder: where its files are.
         metrics: a row per round, whose "round" counts from 1. "aggregation_error" and "relative_error" are None in a run
-            without ``report_error``. "norm_A" and "norm_B" are the Frobenius norms of the global adapter's factors after the
+            without ``report_error``. So is "plain_relative_error", that of the plain average of the same updates, where the
+            method does not tell. "norm_A" and "norm_B" are the Frobenius norms of the global adapter's factors after the
             aggregation, over all layers; None for a factor that clients do not share.
     """
 
@@ -155,6 +156,7 @@ def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> dict[
         "train_loss": sum(w * losses[name] for w, name in zip(result.report.weights, result.report.clients, strict=True)),
         "aggregation_error": result.report.error,
         "relative_error": result.report.relative_error,
+        "plain_relative_error": result.report.plain_relative_error,
         "rotation_angle": result.report.angle,
         **server.norms(),
         **geometry,

@@ -13,8 +13,10 @@ _NAME = "_native"
 Careful = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32)
 
 _NUMBERS = [(name, ctypes.c_int32) for name in ("adapters", "clients", "reflections", "threads", "n_steps")]
-_INPUTS = [(name, ctypes.c_void_p) for name in ("shapes", "dtypes", "A", "B", "A_ref", "B_ref", "shares", "steps")]
+_FACTORS = [(name, ctypes.c_void_p) for name in ("shapes", "dtypes", "A", "B", "A_ref", "B_ref")]
+_INPUTS = [*_FACTORS, *((name, ctypes.c_void_p) for name in ("shares", "weights", "steps"))]
 _OUTPUTS = [(name, ctypes.c_void_p) for name in ("R", "residual", "undetermined", "doubtful", "A_out", "B_out", "finite")]
+_SKETCHES = [(name, ctypes.c_void_p) for name in ("shifts", "signs", "estimates", "lost")]
 
 
 class Problem(ctypes.Structure):
@@ -26,8 +28,12 @@ class Problem(ctypes.Structure):
         ("converged", ctypes.c_float),
         *_INPUTS,
         *_OUTPUTS,
+        *_SKETCHES,
         ("careful", Careful),
         ("failed", ctypes.c_void_p),
+        ("sketches", ctypes.c_void_p),
+        ("total", ctypes.c_float),
+        ("adds", ctypes.c_int32),
     )
 
 
@@ -48,6 +54,9 @@ def load() -> ctypes.CDLL | None:
             except OSError:  # of another machine
                 continue
             library.fedrot_align_average.argtypes = [ctypes.POINTER(Problem), ctypes.c_int32]
+            library.fedrot_describe.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
+            library.fedrot_finite.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
+            library.fedrot_zero.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
             return library
     return None
 

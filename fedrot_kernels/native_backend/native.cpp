@@ -84,50 +84,69 @@ struct Problem {
   const void* const* B;         // per adapter and client (d_out, r)
   const float* const* A_ref;    // per adapter, or null
   const float* const* B_ref;    // per adapter, or null
-  const float* shares;          // per client
+  const float* shares;          // per client, summing to 1
+  const float* weights;         // per client, in any unit: by them factors are averaged that are not rotated
   const Step* steps;
-  float* const* R;              // per adapter (N, r, r)
+  float* const* R;              // per adapter (N, r, r), given where there is no reference; or null
   float* residual;              // (L, N)
   int64_t* undetermined;        // (L, N)
   uint8_t* doubtful;            // (L, N)
-  void* const* A_out;           // per adapter
-  void* const* B_out;           // per adapter
+  void* const* A_out;           // per adapter; or null, and nothing is averaged
+  void* const* B_out;           // likewise
   uint8_t* finite;              // per adapter
+  const uint8_t* const* shifts;  // of the sketches of A and of B, per adapter two; see sketch.py
+  const float* const* signs;    // likewise
+  double* estimates;            // per adapter 7, see estimate; or null
+  float* lost;                  // per adapter the sketch of its error (32, 32)
   int32_t (*careful)(int32_t);  // finds the doubtful rotations of an adapter; not 0 if it could not
   std::atomic<bool>* failed;
+
+  float* const* sketches;       // per adapter the sketches of B^T and then of A, (2, N, r, 32); or null
+  float total;                  // the sum of the weights
+  int32_t adds;                 // whether A_out and B_out are float32 sums to which the rotated factors are added
+
+  bool is_aligned() const { return R != nullptr; }
+  bool finds_rotations() const { return A_ref || B_ref; }
 };
 
+// Memory of one thread.
 struct Scratch {
-  std::vector<double> doubles, more;
-  std::vector<float> floats;
+  std::vector<double> doubles, more, wide;
+  std::vector<float> floats, A_ref, sum_A, sum_B, sketches, vectors;
+  double scale_A, scale_B;
 
-  void reserve(long r, long n, long lanes) {
-    size_t ld = (r + lanes - 1) / lanes * lanes + lanes;
+  void reserve(size_t r, size_t values, size_t in_vectors, size_t size_A, size_t size_B) {
     doubles.resize(2 * r * r);
     more.resize(4 * r * r);
-    floats.resize(5 * r * ld + n * r * ld + 2 * lanes);
+    floats.resize(values);
+    vectors.resize(in_vectors + 16);
+    if (sum_A.size() < size_A) sum_A.resize(size_A);
+    if (sum_B.size() < size_B) sum_B.resize(size_B);
   }
+
+  // Where vectors of any length can begin.
+  float* aligned() { return (float*)(((uintptr_t)vectors.data() + 63) / 64 * 64); }
 };
 
-enum class Kind { regular, tiny, zero, wrong };
+enum class Size { regular, tiny, zero, wrong };
 
 // Below it, products in float32 may have underflowed.
 const double smallest_product = 1e-30;
 
 // M <- M / |M|_F, of any scale.
-inline Kind normalize(double* M, int r) {
+inline Size normalize(double* M, int r) {
   double largest = 0, squares = 0;
   for (int e = 0; e < r * r; e++) {
-    if (!std::isfinite(M[e])) return Kind::wrong;
+    if (!std::isfinite(M[e])) return Size::wrong;
     largest = std::fmax(largest, std::fabs(M[e]));
   }
-  if (largest == 0) return Kind::zero;
+  if (largest == 0) return Size::zero;
   for (int e = 0; e < r * r; e++) {
     M[e] /= largest;
     squares += M[e] * M[e];
   }
   for (int e = 0; e < r * r; e++) M[e] /= std::sqrt(squares);
-  return largest < smallest_product ? Kind::tiny : Kind::regular;
+  return largest < smallest_product ? Size::tiny : Size::regular;
 }
 
 inline double inverse_square(const float* x, long n) {
@@ -289,3 +308,5 @@ int32_t fedrot_align_average(fedrot::Problem* problem, int32_t level) {
   return failed;
 }
 }
+
+#include "tensors.inc"

@@ -1,21 +1,16 @@
 """Alignment and averaging of a whole model in one call, adapter by adapter while its factors are in the cache."""
 
-import ctypes
-from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..checks import normalize_weights
-from ..schedule import SHORT
-from ..tolerances import CONVERGED
+from ..checks import normalize_weights, relative_weights
+from ..sketch import SKETCH_SIZE
 from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
-from ..types import Aligned, Clients
-from .library import INSTRUCTION_SETS, Careful, Problem, load
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from ..types import Aligned, Clients, Estimates
+from .call import Call
 
 
 def align_average(
@@ -27,83 +22,88 @@ def align_average(
     B_ref: Sequence[Tensor] | None,
     strength: float,
     reflections: bool,
+    sketch_seed: int | None = None,
     instructions: str | None = None,
 ) -> Aligned:
     """Align and average checked factors on a CPU; see ``dispatch.align_average``.
 
     Args:
-        A, B, weights, A_ref, B_ref, strength, reflections: as there.
+        A, B, weights, A_ref, B_ref, strength, reflections, sketch_seed: as there; without a reference nothing is rotated.
         instructions: the instruction set, at most what the machine has; by default that.
     """
-    library, L, n = load(), len(A), len(A[0])
-    assert library is not None
-    level = library.fedrot_level() if instructions is None else INSTRUCTION_SETS.index(instructions)
-    shares = normalize_weights(weights, n, torch.device("cpu")).float()
-    exact = ExactProducts(A, B, A_ref, B_ref)
-    ranks = [clients[0].shape[0] for clients in A]
-    R = [torch.empty(n, r, r) for r in ranks]
-    mean_A, mean_B = ([torch.empty(clients[0].shape, dtype=clients[0].dtype) for clients in x] for x in (A, B))
-    residual, undetermined = torch.empty(L, n), torch.empty(L, n, dtype=torch.int64)
-    doubtful, finite = torch.empty(L, n, dtype=torch.uint8), torch.empty(L, dtype=torch.uint8)
-    failures: list[BaseException] = []
-
-    @torch.no_grad()
-    def careful(adapter: int) -> int:
-        """Find the rotations of an adapter that Newton–Schulz does not."""
-        try:
-            clients = doubtful[adapter].nonzero().squeeze(-1)
-            M = torch.stack([exact(adapter, i) for i in clients.tolist()])
-            found = rotations(M, strength=strength, reflections=reflections, floor=exact.floors[adapter])
-            R[adapter][clients] = found.R.float()
-            residual[adapter, clients] = found.residual.float()
-            undetermined[adapter, clients] = found.undetermined
-        except BaseException as error:  # raised again below: it cannot pass through C++
-            failures.append(error)
-            return 1
-        return 0
-
-    kept: list[object] = []  # copies and tables live until the call is over
-    shapes = [size for a, b in zip(A, B, strict=True) for size in (*a[0].shape, b[0].shape[0])]
-    problem = Problem(
-        L,
-        n,
-        reflections,
-        torch.get_num_threads(),
-        len(SHORT),
-        strength,
-        CONVERGED[torch.float32],
-        _table("q", shapes, kept),
-        _table("i", [DTYPES[clients[0].dtype] for clients in A], kept),
-        _addresses([x for clients in A for x in clients], kept),
-        _addresses([x for clients in B for x in clients], kept),
-        None if A_ref is None else _addresses([x.detach().to("cpu", torch.float32) for x in A_ref], kept),
-        None if B_ref is None else _addresses([x.detach().to("cpu", torch.float32) for x in B_ref], kept),
-        shares.data_ptr(),
-        _table("f", [c for step in SHORT for c in step], kept),
-        _addresses(R, kept),
-        residual.data_ptr(),
-        undetermined.data_ptr(),
-        doubtful.data_ptr(),
-        _addresses(mean_A, kept),
-        _addresses(mean_B, kept),
-        finite.data_ptr(),
-        Careful(careful),
-        None,
+    call, L, n = Call(A, B, instructions), len(A), len(A[0])
+    mean_A, mean_B = (
+        [torch.empty_like(x, memory_format=torch.contiguous_format) for x in firsts]
+        for firsts in (call.first_A, call.first_B)
     )
-    if library.fedrot_align_average(ctypes.byref(problem), level):
-        raise failures[0]
-    return Aligned(mean_A, mean_B, R, residual, undetermined, finite.all())
+    finite = torch.empty(L, dtype=torch.uint8)
+    shares = normalize_weights(weights, n, torch.device("cpu")).float()
+    relative, total = relative_weights(weights, n)
+    call.set(A_out=mean_A, B_out=mean_B, finite=finite)
+    call.set(shares=shares, weights=torch.tensor(relative), total=total)
+    estimates, lost = None, None
+    if sketch_seed is not None:
+        estimates, lost = torch.empty(L, 7, dtype=torch.float64), torch.empty(L, SKETCH_SIZE, SKETCH_SIZE)
+        call.sketch(sketch_seed)
+        call.set(estimates=estimates, lost=lost)
+    search = Search(call, A, B, A_ref, B_ref, strength, reflections)
+    search.run()
+    found = None if estimates is None or lost is None else Estimates(estimates, lost.double().square().sum(0))
+    return Aligned(mean_A, mean_B, search.R, search.residual, search.undetermined, finite.all(), found)
 
 
-def _table(kind: str, values: Sequence[float], kept: list[object]) -> int:
-    """The address of an array of these values."""
-    table = array(kind, values)
-    kept.append(table)
-    return table.buffer_info()[0]
+class Search:
+    """The rotations that a call finds; those that Newton–Schulz does not are found from exact products.
 
+    Args:
+        call: the call, whose other fields are set.
+        A, B, A_ref, B_ref, strength, reflections: as in ``align_average``; without a reference there are no rotations.
 
-def _addresses(tensors: Sequence[Tensor], kept: list[object]) -> int:
-    """The address of a table of the tensors' addresses; tensors that are not contiguous are copied."""
-    contiguous = [x if x.is_contiguous() else x.contiguous() for x in tensors]
-    kept.append(contiguous)
-    return _table("Q", [x.data_ptr() for x in contiguous], kept)
+    Attributes:
+        R: per adapter (N, r, r).
+        residual, undetermined: (L, N), as in ``Aligned``.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        A: Sequence[Clients],
+        B: Sequence[Clients],
+        A_ref: Sequence[Tensor] | None,
+        B_ref: Sequence[Tensor] | None,
+        strength: float,
+        reflections: bool,
+    ):
+        L, n = len(A), len(A[0])
+        self._call, self._strength, self._reflections = call, strength, reflections
+        self.R: list[Tensor] = []
+        self.residual, self.undetermined = torch.zeros(L, n), torch.zeros(L, n, dtype=torch.int64)
+        self._doubtful = torch.zeros(L, n, dtype=torch.uint8)
+        if A_ref is None and B_ref is None:
+            return
+        self._exact = ExactProducts(A, B, A_ref, B_ref)
+        sizes = [n * r * r for r in call.ranks]
+        self.R = [x.view(n, r, r) for x, r in zip(torch.empty(sum(sizes)).split(sizes), call.ranks, strict=True)]
+        call.set(
+            A_ref=None if A_ref is None else [x.detach().to("cpu", torch.float32) for x in A_ref],
+            B_ref=None if B_ref is None else [x.detach().to("cpu", torch.float32) for x in B_ref],
+            strength=strength,
+            reflections=reflections,
+            R=self.R,
+            residual=self.residual,
+            undetermined=self.undetermined,
+            doubtful=self._doubtful,
+        )
+
+    def run(self) -> None:
+        """Make the call."""
+        self._call.run(self._careful)
+
+    def _careful(self, adapter: int) -> None:
+        clients = self._doubtful[adapter].nonzero().squeeze(-1)
+        M = torch.stack([self._exact(adapter, i) for i in clients.tolist()])
+        floor = self._exact.floors[adapter]
+        found = rotations(M, strength=self._strength, reflections=self._reflections, floor=floor)
+        self.R[adapter][clients] = found.R.float()
+        self.residual[adapter, clients] = found.residual.float()
+        self.undetermined[adapter, clients] = found.undetermined

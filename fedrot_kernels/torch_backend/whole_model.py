@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..checks import all_finite, normalize_weights, read_weights
+from ..checks import all_finite, normalize_weights, relative_weights
 from ..grouping import group_indices
 from ..precision import working_dtype
-from ..tolerances import WEIGHT_RANGE
 from ..types import Aligned, Clients
 from .exact import ExactProducts
 from .procrustes import rotations
@@ -72,15 +71,12 @@ def weighted_average(
 
 def average(tensors: Sequence[Clients], weights: Sequence[float] | Tensor) -> tuple[list[Tensor], Tensor]:
     """Average checked tensors client by client, with the bits of a running sum of the same weights."""
-    given = read_weights(weights, len(tensors[0]))
-    unit = next(w for w in given if w)
-    if max(given) > unit * WEIGHT_RANGE:
-        unit = max(given)
+    relative, total = relative_weights(weights, len(tensors[0]))
     lists = [x.unbind() if isinstance(x, Tensor) else x for x in tensors]
     totals = [torch.zeros(x[0].shape, dtype=working_dtype(x[0]), device=x[0].device) for x in lists]
-    for i, weight in enumerate(given):  # also weights of zero, so that NaN is found
-        torch._foreach_add_(totals, [x[i] for x in lists], alpha=weight / unit)
-    torch._foreach_div_(totals, sum(w / unit for w in given))
+    for i, weight in enumerate(relative):  # also weights of zero, so that NaN is found
+        torch._foreach_add_(totals, [x[i] for x in lists], alpha=weight)
+    torch._foreach_div_(totals, total)
     means = [total.to(x[0].dtype) for total, x in zip(totals, lists, strict=True)]
     return means, all_finite(means)
 

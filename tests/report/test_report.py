@@ -20,7 +20,9 @@ pytestmark = [
 def test_the_report_measures_every_adapter(kind):
     reference, clients = turned_clients(kind, 3, noise=1.0)
     options = {"on": "A", "reflections": True, "strength": 1.0}
-    report = fedrot.aggregate(clients, WEIGHTS, reference, align_on="A", reflections=True, strength=1.0).report
+    report = fedrot.aggregate(
+        clients, WEIGHTS, reference, align_on="A", reflections=True, strength=1.0, report_error=True
+    ).report
     assert report.clients == ("client 0", "client 1", "client 2") and report.dropped == {} and report.method == "fedrot"
     assert report.weights == pytest.approx(SHARES, rel=1e-15)
     squares = torch.zeros(2, dtype=torch.float64)

@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 import fedrot
-from fedrot.report.sketch import SIZE, mean_and_deviation
+from fedrot_kernels import SKETCH_SIZE as SIZE
+from fedrot_kernels import sum_and_deviation
 
-from ..peft_models import KINDS, client_updates, factor_keys, turned_clients
+from ..peft_models import KINDS, Kind, client_updates, factor_keys, turned_clients
 from ..streams import KIND, TREES, WEIGHTS, added, grown, inputs, started
 
 
@@ -27,15 +29,19 @@ def exact(clients, shares, reference, **options):
 
 SEEDS = range(40)
 SERVED = {
-    "tree": ("convolution", 0.0, TREES["three levels, out of order"]),
-    "stream": ("linear", 0.5, [0, 1, 2, 3, 4, 5, 6]),
+    "tree": (0.0, TREES["three levels, out of order"]),
+    "stream": (0.5, [0, 1, 2, 3, 4, 5, 6]),
 }
 
 
-@pytest.mark.parametrize(("kind", "strength", "tree"), SERVED.values(), ids=SERVED)
-def test_the_estimated_error_lies_where_its_deviation_says(kind, strength, tree):
-    kind = KINDS[kind]
-    reference, clients = inputs("fedrot", kind)
+def wide_bert():
+    sizes = {"hidden_size": 320, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, num_labels=3, **sizes))
+
+
+@pytest.mark.parametrize(("strength", "tree"), SERVED.values(), ids=SERVED)
+def test_the_estimated_error_lies_where_its_deviation_says(strength, tree):
+    reference, clients = inputs("fedrot", Kind(wide_bert, {"target_modules": ["query"]}))
     truth = exact(clients, [w / sum(WEIGHTS) for w in WEIGHTS], reference, round=1, strength=strength)
     reports = [grown(tree, reference, clients, strength=strength, seed=seed).finish().report for seed in SEEDS]
     for i, (module, true) in enumerate(truth.items()):
@@ -56,20 +62,13 @@ def test_the_estimated_error_lies_where_its_deviation_says(kind, strength, tree)
     assert max(map(abs, misses)) <= 5 and 0.6 <= (sum(z * z for z in misses) / len(misses)) ** 0.5 <= 1.5
 
 
-def test_the_variance_is_what_the_docstring_says():
-    """Relative variance of the squares 2(1 + (2k + 1) ρ)/k², of two clients (E of low rank) and of seven."""
-    reference, clients = turned_clients(KIND, 7, noise=1.0)
-    (a, b), *_ = factor_keys(reference)
-    for n in (2, 7):
-        S = torch.linalg.svdvals(dense_error(clients[:n], a, b))
-        rho = float(S.pow(4).sum() / S.pow(2).sum() ** 2)
-        squares = []
-        for seed in range(150):
-            stream = added(started(reference, method="fedit", seed=seed), clients, range(n), [1.0] * n)
-            sketch = stream.partial().stream.sketch
-            squares.append(float(sketch.parts()[a]["lost"].square().mean() / S.pow(2).sum()))
-        expected = 2 * (1 + (2 * SIZE + 1) * rho) / SIZE**2
-        assert torch.tensor(squares).var().item() == pytest.approx(expected, rel=0.35), rho
+def test_estimates_of_narrow_adapters_are_exact():
+    """Of at most 32 dimensions on either side each has a bucket of its own. The deviations do not know that."""
+    reference, clients = inputs("fedrot", KINDS["linear"])
+    truth = exact(clients, [w / sum(WEIGHTS) for w in WEIGHTS], reference, round=1, strength=0.5)
+    report = grown([0, 1, 2, 3, 4, 5, 6], reference, clients, strength=0.5).finish().report
+    for a, (error, norm) in zip(report.adapters, truth.values(), strict=True):
+        assert (a.error, a.update_norm) == pytest.approx((error, norm), rel=1e-5)
 
 
 def test_the_deviation_of_independent_squares_is_theirs():
@@ -77,9 +76,9 @@ def test_the_deviation_of_independent_squares_is_theirs():
     generator = torch.Generator().manual_seed(0)
     independent, of_rank_one = [], []
     for _ in range(400):
-        independent.append(mean_and_deviation(torch.randn(SIZE, SIZE, generator=generator).square().double()))
+        independent.append(sum_and_deviation(torch.randn(SIZE, SIZE, generator=generator).square().double() / SIZE**2))
         x, y = torch.randn(2, SIZE, generator=generator).square().double()
-        of_rank_one.append(mean_and_deviation(torch.outer(x, y)))
+        of_rank_one.append(sum_and_deviation(torch.outer(x, y) / SIZE**2))
     for found, variance in ((independent, 2 / SIZE**2), (of_rank_one, 2 * (2 * SIZE + 2) / SIZE**2)):
         variances = torch.tensor([deviation**2 for _, deviation in found])
         assert (variances.mean() - variance).abs() <= 4 * variances.std() / len(found) ** 0.5
@@ -95,7 +94,7 @@ def test_projections_of_both_sides_are_independent():
     squares = []
     for seed in range(100):
         sketch = added(started(reference, method="fedit", seed=seed), clients, range(7), [1.0] * 7).partial().stream.sketch
-        squares.append(float(sketch.parts()[a]["lost"].square().mean()) / truth)
+        squares.append(float(sketch.parts()[a]["lost"].square().sum()) / truth)
     squares = torch.tensor(squares)
     assert (squares.mean() - 1).abs() <= 4 * squares.std() / 10
 
@@ -115,7 +114,7 @@ def test_an_error_far_below_the_updates_rounding_keeps_its_digits(drift):
     truth = exact(clients, [w / sum(WEIGHTS[:5]) for w in WEIGHTS[:5]], reference, strength=0)
     for a, (error, norm) in zip(result.report.adapters, truth.values(), strict=True):
         assert error / norm < 20 * drift**2
-        assert a.deviations[0] < 0.1 * error
+        assert a.deviations[0] < 0.25 * error
         assert abs(a.error - error) <= 4 * a.deviations[0]
         assert a.update_norm == pytest.approx(norm, rel=1e-4)
 
@@ -134,6 +133,10 @@ def test_a_report_says_that_its_error_is_an_estimate():
     assert report.deviation > 0 and f"{report.error:.3e} ± {report.deviation:.1e}" in str(report)
     assert json.loads(json.dumps(report.as_dict()))["deviation"] == report.deviation
     at_once = fedrot.aggregate(clients, WEIGHTS, reference, round=1).report
+    assert at_once.error == pytest.approx(report.error, rel=1e-5) and at_once.deviation == pytest.approx(
+        report.deviation, rel=1e-4
+    )
+    at_once = fedrot.aggregate(clients, WEIGHTS, reference, round=1, report_error=True).report
     assert at_once.deviation is None and "±" not in str(at_once) and at_once.adapters[0].deviations is None
     silent = added(started(reference, report_error=False), clients, range(7)).finish().report
     assert silent.error is silent.deviation is None and "±" not in str(silent)

@@ -154,14 +154,14 @@ def test_a_whole_round_without_a_reference_takes_the_consensus():
         expected = fedrot.aggregate(clients, WEIGHTS, method="fedrot-consensus", **options)
         result = fedrot.aggregate(clients, WEIGHTS, **options)
         assert_same_bits(result.state_dict, expected.state_dict)
-        assert result.report.method == "fedrot" and "the consensus" in str(result.report).splitlines()[-1]
+        assert result.report.method == "fedrot" and "rotated towards the consensus" in str(result.report)
     # Half the way towards one client, as the default would be, loses several times as much.
     towards_one = fedrot.aggregate(clients, WEIGHTS, clients[2])
     assert 3 * fedrot.aggregate(clients, WEIGHTS).report.error < towards_one.report.error
     plain = fedrot.aggregate(clients, WEIGHTS, strength=0)
     assert_same_bits(plain.state_dict, fedrot.aggregate(clients, WEIGHTS, method="fedit").state_dict)
     assert str(plain.report).splitlines()[-1] == "nothing was rotated"
-    assert str(fedrot.aggregate(clients, WEIGHTS, common).report).splitlines()[-1] == "rotated towards the reference"
+    assert "rotated towards the reference" in str(fedrot.aggregate(clients, WEIGHTS, common).report).splitlines()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -1,0 +1,97 @@
+"""One client of a stream: its rotations towards a reference, and its share of sums that are kept."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import use_native
+from .precision import full_precision
+from .rotations import frame_rotations
+from .sketch import sketch
+from .tolerances import FACTOR_FLOOR
+from .torch_backend.products import rotate_add_
+from .types import Backend, Rotations
+
+
+@full_precision
+def find_rotations(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    *,
+    A_ref: Sequence[Tensor] | None,
+    B_ref: Sequence[Tensor] | None,
+    strength: float = 1.0,
+    reflections: bool = False,
+    rank_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Rotations:
+    """Find one client's rotations towards a reference, of G adapters of one shape.
+
+    Args:
+        A: G tensors (r, d_in).
+        B: G tensors (d_out, r).
+        A_ref, B_ref: G tensors each, or None for a factor that does not count; at least one. See ``align_average``.
+        strength: λ of ``soften``.
+        reflections: False for SO(r), True for O(r).
+        rank_mask: (G, r, 1), as in ``frame_rotations``.
+        backend: as in ``align_average``.
+
+    Returns:
+        R (G, r, r), residuals and undetermined directions (G,); see ``Rotations``.
+    """
+    if rank_mask is None and use_native(backend, A, A[0].shape[0]):
+        from .native_backend.one_client import find_rotations as native  # not at the top: it imports the torch backend
+
+        return native(A, B, A_ref=A_ref, B_ref=B_ref, strength=strength, reflections=reflections)
+    pairs = [] if A_ref is None else [(A, A_ref)]
+    frames = [(torch.stack([*F]), torch.stack([*F_ref])) for F, F_ref in pairs]
+    if B_ref is not None:
+        frames.append((torch.stack([*B]).mT, torch.stack([*B_ref]).mT))
+    counted = [x for x in ((A, A_ref), (B, B_ref)) if x[1] is not None]
+    floors = [max(FACTOR_FLOOR[x[g].dtype] for pair in counted for x in pair if x is not None) for g in range(len(A))]
+    floor = torch.tensor(floors, dtype=torch.float64)
+    return frame_rotations(frames, strength=strength, reflections=reflections, rank_mask=rank_mask, floor=floor)
+
+
+@full_precision
+def add_client_(
+    sum_A: Tensor,
+    sum_B: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    R: Tensor | None,
+    weight: float,
+    *,
+    sketch_seed: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor] | None:
+    """Add weight · RᵀA to sum_A and weight · B R to sum_B, in place, of G adapters of one shape.
+
+    Args:
+        sum_A: (G, r, d_in), float32 or float64.
+        sum_B: (G, d_out, r), likewise.
+        A: G tensors (r, d_in).
+        B: G tensors (d_out, r).
+        R: (G, r, r), or None for no rotation.
+        weight: the client's weight.
+        sketch_seed: the seed of the sketches to return, or None.
+        backend: as in ``align_average``.
+
+    Returns:
+        The sketches of Bᵀ and of A as they came, (G, r, 32) each; None without a seed.
+    """
+    if sum_A.dtype == torch.float32 and use_native(backend, A, A[0].shape[0]):
+        from .native_backend.one_client import add_client
+
+        return add_client(sum_A, sum_B, A, B, R, weight, sketch_seed)
+    stacked_A, stacked_B = torch.stack([*A]), torch.stack([*B])
+    if R is None:
+        sum_A.add_(stacked_A, alpha=weight)
+        sum_B.add_(stacked_B, alpha=weight)
+    else:
+        rotate_add_(sum_A, stacked_A, R, weight)
+        rotate_add_(sum_B.mT, stacked_B.mT, R, weight)
+    if sketch_seed is None:
+        return None
+    return sketch(stacked_B.mT, "B", sketch_seed), sketch(stacked_A, "A", sketch_seed)
