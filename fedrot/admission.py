@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from .adapters.checks import check_frozen, check_update
 from .adapters.layout import Layout
@@ -44,9 +43,10 @@ class Admission:
         """Raise UpdateError unless an update can be averaged with others of the round."""
         check_update(update, self.expected, self.layout)
         keys = [key for key, spec in update.specs.items() if spec.dtype.is_floating_point]
-        # No entry is larger than the norm of all entries, and the norm of NaN or Inf is no number. One norm takes less time
-        # than every tensor's extremes. Rounding is far from a factor of two.
-        if keys and not float(get_total_norm([update[key] for key in keys])) <= _LARGEST / 2:
+        # No entry is larger than its tensor's norm, NaN makes the norm NaN, and amax keeps NaN. Norms take less time than
+        # extremes. Rounding is far from a factor of two.
+        norms = torch.stack(torch._foreach_norm([update[key] for key in keys]))
+        if not float(norms.amax()) <= _LARGEST / 2:
             self._check_each(update, keys)
         check_frozen(update, self._sent, [key for key in update if key in self._frozen], self.method.name)
 

@@ -105,7 +105,9 @@ def open_arrays(arrays: ArrayRecord, name: str, device: str | torch.device = "cp
     A tensor lies in the bytes received, and keeps them alive. Nobody may write to the tensor, which PyTorch cannot prevent:
     Python takes bytes for constant.
     """
-    return {key: _decode(array, name, key).to(device) for key, array in arrays.items()}
+    opened = {key: _decode(array, name, key) for key, array in arrays.items()}
+    device = torch.device(device)
+    return opened if device.type == "cpu" else {key: x.to(device) for key, x in opened.items()}
 
 
 def _decode(array: Array, name: str, key: str) -> Tensor:

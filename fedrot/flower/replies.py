@@ -110,7 +110,7 @@ def open_training_reply(weighted_by: str, admission: Admission, config: Digest |
     if own and (given := next((key for key in tensors if parse_key(key)[0] in own), None)):
         raise UpdateError(f"{name} sent {given}, a factor that {method.name} leaves with clients; keep it")
     # A personal factor is not averaged, but a layout consists of pairs.
-    personal = expected.as_given({key: expected[key] for key in own})
+    personal = expected.as_given({key: expected[key] for key in own}) if own else {}
     update = open_update(personal | tensors, name, expected, expected.config)
     admission.check(update)
     if update.specs is not expected.specs:
