@@ -6,6 +6,7 @@ import torch
 
 from .candidates import COPY, DICTIONARY_LOOP, PUBLISHED, candidates
 from .graphs import captured
+from .limits import limits
 from .memory import peak_above
 from .timing import side_by_side
 from .workloads import Workload, build
@@ -68,6 +69,7 @@ def compare(
         "strength": strength,
         "input_bytes": (workload.clients + 1) * workload.update_bytes(dtype),
         "output_bytes": workload.update_bytes(dtype),
+        "limits": limits(workload, dtype, device) if device.type == "cpu" else None,
         "rows": table,
         "not_captured": not_captured,
     }

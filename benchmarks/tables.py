@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .candidates import COPY
+from .candidates import COPY, DICTIONARY_LOOP
 
 HEADER = (
     "time ms",
@@ -42,6 +42,12 @@ def text_table(comparison: dict[str, Any]) -> str:
         f"{comparison['workload']}, {comparison['adapters']} adapters, {comparison['dtype']}, λ = {comparison['strength']}: "
         f"inputs {comparison['input_bytes'] / 1e6:.1f} MB, result {comparison['output_bytes'] / 1e6:.1f} MB"
     )
+    if (bound := comparison["limits"]) is not None:
+        loop = comparison["rows"][DICTIONARY_LOOP]["median_s"]
+        title += (
+            f"\nlimits over the loop: memory {bound['memory_s'] / loop:.2f} ({bound['read_bytes_per_s'] / 1e9:.1f} GB/s), "
+            f"multiply-adds {bound['arithmetic_s'] / loop:.2f} ({bound['multiply_adds_per_s'] / 1e9:.0f} G/s)"
+        )
     failures = [f"{name}: no CUDA graph, {why}" for name, why in comparison["not_captured"].items()]
     return "\n".join([title, *text, *failures, ""])
 

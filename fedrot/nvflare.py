@@ -69,7 +69,8 @@ class FedRotModelAggregator(ModelAggregator):
     UpdateError, upon which NVFlare's controllers log the error, do not count the client and go on. Answers are kept until
     the round ends, so that the result does not depend on their order and its aggregation error can be computed. The metrics
     of the result are those that all clients sent as finite numbers, averaged, and "aggregation_error", "relative_error",
-    "rotation_angle" (degrees), "clients" and "dropped". Logs and errors count rounds from 1, and add NVFlare's own
+    "plain_relative_error" (of the plain average of the same updates), "rotation_angle" (degrees), "clients" and "dropped".
+    Logs and errors count rounds from 1, and add NVFlare's own
     ``current_round``, which counts from 0.
 
     Nothing is lost on the way with ``server_expected_format="pytorch"`` and a persistor with

@@ -21,7 +21,7 @@ WRONG = {
     "reflections": NOT_A_FLAG,
     "on_invalid": ["ignore", None],
     "backend": ["cuda", None],
-    "report_error": NOT_A_FLAG,
+    "report_error": [0, 1, "exact", None],
     "seed": [-1, 1.5, "a", None, True],
 }
 # What the message must name besides the option and the value.
@@ -31,7 +31,7 @@ CHOICES = {
     "reflections": "True or False",
     "on_invalid": "raise, drop",
     "backend": "auto, native, torch, triton",
-    "report_error": "True or False",
+    "report_error": '"estimate", True (exact) or False (none)',
     "seed": "whole number from 0",
 }
 RIGHT = {
@@ -41,7 +41,7 @@ RIGHT = {
     "reflections": [False, True],
     "on_invalid": ["raise", "drop"],
     "backend": ["auto", "torch"],
-    "report_error": [False, True],
+    "report_error": [False, True, "estimate"],
     "seed": [0, 1 << 70],
 }
 DEFAULTS = {
@@ -51,7 +51,7 @@ DEFAULTS = {
     "reflections": False,
     "on_invalid": "raise",
     "backend": "auto",
-    "report_error": True,
+    "report_error": "estimate",
     "seed": 0,
 }
 

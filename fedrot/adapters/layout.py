@@ -35,19 +35,24 @@ class AdapterGroup:
 
     def all_A(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """A of every adapter of the group, (r, d_in)."""
-        return [tensors[a.key_A].detach().reshape(a.rank, a.d_in) for a in self.adapters]
+        return [as_matrix(tensors[a.key_A]) for a in self.adapters]
 
     def A(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """A of all adapters of the group, (G, r, d_in), copied together."""
-        return torch.stack(self.all_A(tensors))
+        return torch.stack(self.all_A(tensors)).detach()
 
     def B(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """B of all adapters of the group, (G, d_out, r), copied together."""
-        return torch.stack(self.all_B(tensors))
+        return torch.stack(self.all_B(tensors)).detach()
 
     def all_B(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """B of every adapter of the group, (d_out, r)."""
-        return [tensors[a.key_B].detach().reshape(a.d_out, a.rank) for a in self.adapters]
+        return [as_matrix(tensors[a.key_B]) for a in self.adapters]
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """A factor as a matrix; that of a convolution flattened."""
+    return x if x.dim() == 2 else x.flatten(1)
 
 
 class Layout:

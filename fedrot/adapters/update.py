@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fedrot_kernels import read_tensors
+from fedrot_kernels.native_backend.tensors import read_tensors
 
 from ..errors import UpdateError
 from .config import check_lora, plain_config

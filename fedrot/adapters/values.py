@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import all_finite
+from fedrot_kernels.checks import all_finite
 
 from ..errors import UpdateError
 from ..options import OnInvalid

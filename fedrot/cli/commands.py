@@ -101,8 +101,9 @@ def _merge(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     _describe(args)
-    print(f"averaged as they are\n{_aggregate_folders(args, method='fedrot', strength=0.0).report}")
-    rotated = _aggregate_folders(args)
+    plain = _aggregate_folders(args, method="fedrot", strength=0.0, report_error=True)
+    print(f"averaged as they are\n{plain.report}")
+    rotated = _aggregate_folders(args, report_error=True)
     print(f"\nrotated, then averaged\n{rotated.report}")
     _explain_no_rotation(rotated, args)
 

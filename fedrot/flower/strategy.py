@@ -41,8 +41,9 @@ class FedRot(FedAvg):
 
     A wrong answer (other keys, shapes or dtypes, NaN, no number of examples) is dropped and named in the log and in
     ``result.report.dropped``, beside clients that sent an error or nothing. A round's MetricRecord holds the clients' own
-    metrics, averaged, and "aggregation-error", "relative-error", "rotation-angle" and "rotation-angle-max" (the mean and
-    the largest over adapters and clients, in degrees), "clients" and "dropped".
+    metrics, averaged, and "aggregation-error", "relative-error", "plain-relative-error" (of the plain average of the same
+    updates), "rotation-angle" and "rotation-angle-max" (the mean and the largest over adapters and clients, in degrees),
+    "clients" and "dropped".
 
     With differential privacy or secure aggregation align on the client instead: FedAvg with ``fedrot.flower.align_mod``.
 

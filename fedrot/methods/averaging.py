@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fedrot_kernels as fk
 
-from ..adapters.layout import Layout
+from ..adapters.layout import Layout, as_matrix
 from ..adapters.update import StateDict, Update
 from ..adapters.values import is_finite
 from ..options import AggregationOptions, Factor
@@ -79,8 +79,8 @@ def stream_round(round: Round, prepare: Prepare) -> Averages:
         tensors, rotations = prepare(round.index, client, position, layout, round.reference)
         mean.add(tensors, weight, None if rotations is None else [found.R for found in rotations])
         for i, (key_A, key_B) in enumerate(layout.factor_keys):
-            A[i].append(_matrix(tensors[key_A]))
-            B[i].append(_matrix(tensors[key_B]))
+            A[i].append(as_matrix(tensors[key_A]))
+            B[i].append(as_matrix(tensors[key_B]))
         for group, per_group in zip(layout.groups, rotations or [], strict=rotations is not None):
             for a, per_adapter, left in zip(group.adapters, per_group.R, per_group.undetermined, strict=True):
                 R[places[a.key_A]].append(per_adapter)
@@ -94,9 +94,4 @@ def stream_round(round: Round, prepare: Prepare) -> Averages:
 
 def matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Factors as matrices, those of convolutions too."""
-    return list(tensors) if all(x.dim() == 2 for x in tensors) else [_matrix(x) for x in tensors]
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """A (r, d_in, …) or B (d_out, r, 1, …) of a convolution as a matrix."""
-    return x.detach().flatten(1)
+    return [as_matrix(x) for x in tensors]

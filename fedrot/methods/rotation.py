@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrot_kernels import Rotations, find_rotations, find_zeros
+from fedrot_kernels import Rotations, find_rotations
+from fedrot_kernels.checks import find_zeros
 
-from ..adapters.layout import Adapter, AdapterGroup
+from ..adapters.layout import Adapter, AdapterGroup, as_matrix
 from ..adapters.update import StateDict, Update
 from ..errors import UpdateError
 from ..options import AlignOn, Factor
@@ -69,8 +70,8 @@ def trained_references(
         reference: the reference.
         on: the factors that are aligned. One that is zero rotates nothing anyway, so only the other one is looked at.
     """
-    A_ref = [reference[a.key_A].detach().flatten(1) for a in adapters]
-    B_ref = [reference[a.key_B].detach().flatten(1) for a in adapters]
+    A_ref = [as_matrix(reference[a.key_A]) for a in adapters]
+    B_ref = [as_matrix(reference[a.key_B]) for a in adapters]
     for factors in [A_ref] * ("B" in on) + [B_ref] * ("A" in on):
         for i in find_zeros(factors):
             A_ref[i], B_ref[i] = torch.zeros_like(A_ref[i]), torch.zeros_like(B_ref[i])

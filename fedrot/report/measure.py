@@ -6,17 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedrot_kernels import (
-    Estimates,
-    aggregation_error,
-    estimate_errors,
-    full_precision,
-    group_indices,
-    root,
-    rotation_angle,
-    sum_and_deviation,
-    widen,
-)
+from fedrot_kernels import Estimates, aggregation_error, estimate_errors, full_precision, rotation_angle, widen
+from fedrot_kernels.grouping import group_indices
+from fedrot_kernels.sketch import root, sum_and_deviation
 
 from ..adapters.layout import Layout
 from ..methods.round import Averages

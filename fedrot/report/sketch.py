@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fedrot_kernels import SKETCH_SIZE, Estimates, full_precision, sum_and_deviation
+from fedrot_kernels import Estimates, full_precision
+from fedrot_kernels.sketch import SKETCH_SIZE, sum_and_deviation
 
 from ..adapters.layout import Adapter, Layout
 

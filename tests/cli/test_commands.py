@@ -123,8 +123,8 @@ def test_aggregate_writes_what_the_api_returns(folders, tmp_path, capsys):
 def test_inspect_shows_both_errors(folders, capsys, arguments, options):
     assert main(["inspect", *folders, *arguments]) == 0
     plain, rotated = capsys.readouterr().out.split("rotated, then averaged\n")
-    assert str(fedrot.aggregate(folders, strength=0).report) in plain
-    assert str(fedrot.aggregate(folders, **options).report) in rotated
+    assert str(fedrot.aggregate(folders, strength=0, report_error=True).report) in plain
+    assert str(fedrot.aggregate(folders, report_error=True, **options).report) in rotated
 
 
 def test_a_method_that_does_not_rotate_is_not_inspected(folders, capsys):

@@ -7,7 +7,7 @@ import torch
 
 import fedrot_kernels as fk
 from fedrot_kernels.native_backend import library
-from fedrot_kernels.sketch import projection
+from fedrot_kernels.sketch import SKETCH_SIZE, projection
 
 HERE = library.instruction_set()
 SETS = () if HERE is None else library.INSTRUCTION_SETS[: library.INSTRUCTION_SETS.index(HERE) + 1]
@@ -77,7 +77,7 @@ def test_the_variance_of_an_estimate_is_that_of_independent_projections(n):
     S = torch.linalg.svdvals(E)
     rho = float(S.pow(4).sum() / S.pow(2).sum() ** 2)
     squares = [fk.average_factors(A, B, [1.0] * n, sketch_seed=seed).estimates.numbers[0, 0] for seed in range(300)]
-    expected = 2 * (1 + (2 * fk.SKETCH_SIZE + 1) * rho) / fk.SKETCH_SIZE**2
+    expected = 2 * (1 + (2 * SKETCH_SIZE + 1) * rho) / SKETCH_SIZE**2
     assert float((torch.stack(squares) / S.square().sum()).var()) == pytest.approx(expected, rel=0.35), rho
 
 

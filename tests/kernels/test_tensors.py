@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import fedrot_kernels as fk
+from fedrot_kernels.checks import all_finite, find_zeros
 from fedrot_kernels.native_backend import library
+from fedrot_kernels.native_backend.tensors import read_tensors
 
 pytestmark = pytest.mark.skipif(
     library.instruction_set() is None, reason="the compiled library is not built, or switched off"
@@ -16,7 +17,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def test_tensors_lie_where_pytorch_says():
     memory = torch.randn(100)
     tensors = [memory, memory[3:7], Parameter(torch.ones(2, 3)), torch.zeros(4, requires_grad=True), torch.tensor(1.5)]
-    table = fk.read_tensors(tensors)
+    table = read_tensors(tensors)
     assert list(table.addresses) == [x.data_ptr() for x in tensors]
     assert table.describe(1) == (True, True)
 
@@ -36,10 +37,10 @@ def test_tensors_lie_where_pytorch_says():
 )
 def test_tensors_are_alike_in_shape_dtype_and_layout(other, alike):
     first = torch.zeros(2, 6)
-    table = fk.read_tensors([first, first.clone(), other])
+    table = read_tensors([first, first.clone(), other])
     assert table.describe(3)[0] is alike
     assert table.describe(1)[0]
-    assert (fk.read_tensors([first]).kinds == fk.read_tensors([other]).kinds) is alike
+    assert (read_tensors([first]).kinds == read_tensors([other]).kinds) is alike
 
 
 @pytest.mark.parametrize(
@@ -52,13 +53,13 @@ def test_tensors_are_alike_in_shape_dtype_and_layout(other, alike):
     ids=["sparse", "meta", "subclass"],
 )
 def test_what_has_no_memory_of_its_own_is_not_read(make):
-    assert fk.read_tensors([torch.zeros(3), make()]) is None
+    assert read_tensors([torch.zeros(3), make()]) is None
 
 
 def test_only_contiguous_floating_point_tensors_are_plain():
     for x in (torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.complex64), torch.zeros(6)[::2]):
-        assert not fk.read_tensors([x]).describe(1)[1]
-    assert fk.read_tensors([torch.zeros(1, 6)[:, :3].expand(1, 3), torch.empty(0, 4)]).describe(1)[1]
+        assert not read_tensors([x]).describe(1)[1]
+    assert read_tensors([torch.zeros(1, 6)[:, :3].expand(1, 3), torch.empty(0, 4)]).describe(1)[1]
 
 
 @pytest.mark.parametrize("library_is_there", [True, False])
@@ -68,11 +69,11 @@ def test_finite_and_zero_tensors_are_found_with_and_without_the_library(dtype, l
         monkeypatch.setattr("fedrot_kernels.checks.read_tensors", lambda _: None)
     for size in (1, 7, 64, 4097, 10_000):
         x = torch.zeros(size, 3, dtype=dtype)
-        assert fk.find_zeros([x, -x, x + 1]) == [0, 1] and bool(fk.all_finite([x, -x]))
+        assert find_zeros([x, -x, x + 1]) == [0, 1] and bool(all_finite([x, -x]))
         for value in (float("nan"), float("inf"), -float("inf")):
             wrong = x.clone()
             wrong[-1, -1] = value
-            assert not bool(fk.all_finite([x, wrong])) and fk.find_zeros([wrong, x]) == [1]
+            assert not bool(all_finite([x, wrong])) and find_zeros([wrong, x]) == [1]
         largest = torch.full((size, 3), torch.finfo(dtype).max, dtype=dtype)
         smallest = torch.full((size, 3), torch.finfo(dtype).smallest_normal, dtype=dtype) / 4
-        assert bool(fk.all_finite([largest, -largest, smallest])) and fk.find_zeros([smallest, largest]) == []
+        assert bool(all_finite([largest, -largest, smallest])) and find_zeros([smallest, largest]) == []

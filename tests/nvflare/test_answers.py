@@ -44,6 +44,7 @@ def test_rounds(start, updates, convert, options):
         assert out.metrics == {
             "aggregation_error": expected.report.error,
             "relative_error": expected.report.relative_error,
+            "plain_relative_error": expected.report.plain_relative_error,
             "rotation_angle": expected.report.angle,
             "clients": 3,
             "dropped": 0,

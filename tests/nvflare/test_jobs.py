@@ -82,6 +82,7 @@ def test_simulator(tmp_path, monkeypatch):
     assert f"round 2 (current_round 1): dropped site-2: site-2, {B} (16, 4) holds NaN or Inf" in log
     report = result.report
     errors = f"aggregation_error {report.error:.4g}, relative_error {report.relative_error:.4g}"
+    errors += f", plain_relative_error {report.plain_relative_error:.4g}"
     assert f"round 2 (current_round 1): loss 2.6, {errors}, rotation_angle {report.angle:.4g}, clients 2, dropped 1" in log
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import fedrot
-from fedrot_kernels import SKETCH_SIZE as SIZE
-from fedrot_kernels import sum_and_deviation
+from fedrot_kernels.sketch import SKETCH_SIZE as SIZE
+from fedrot_kernels.sketch import sum_and_deviation
 
 from ..peft_models import KINDS, Kind, client_updates, factor_keys, turned_clients
 from ..streams import KIND, TREES, WEIGHTS, added, grown, inputs, started

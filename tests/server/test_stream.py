@@ -10,7 +10,7 @@ import torch
 
 import fedrot
 from fedrot import PartialAggregate
-from fedrot_kernels import SKETCH_SIZE as SIZE
+from fedrot_kernels.sketch import SKETCH_SIZE as SIZE
 
 from ..dense import UNEQUAL, lora_config
 from ..peft_models import KINDS, client_updates, factor_keys
