@@ -108,6 +108,6 @@ class Call:
         if table is not None and table.describe(1)[1]:
             self._kept += (tensors, table)
             return table.addresses.buffer_info()[0]
-        contiguous = [x if x.is_contiguous() else x.contiguous() for x in tensors]
+        contiguous = [x.resolve_neg().contiguous() for x in tensors]
         self._kept.append(contiguous)
         return self._table("Q", [x.data_ptr() for x in contiguous])

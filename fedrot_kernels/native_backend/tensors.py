@@ -63,6 +63,8 @@ def read_tensors(tensors: Sequence[Tensor]) -> TensorTable | None:
     """
     if (exchange := _exchange()) is None or not {*map(type, tensors)} <= _PLAIN_TYPES:
         return None
+    if any(map(Tensor.is_neg, tensors)):  # views whose sign is a flag, which DLPack does not export
+        return None
     n = len(tensors)
     objects, addresses, kinds = array("Q", map(id, tensors)), array("Q", bytes(8 * n)), bytearray(_KIND * n)
     into = (ctypes.c_char * len(kinds)).from_buffer(kinds)

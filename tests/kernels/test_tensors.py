@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+import fedrot_kernels as fk
 from fedrot_kernels.checks import all_finite, find_zeros
 from fedrot_kernels.native_backend import library
 from fedrot_kernels.native_backend.tensors import read_tensors
@@ -77,3 +78,15 @@ def test_finite_and_zero_tensors_are_found_with_and_without_the_library(dtype, l
         largest = torch.full((size, 3), torch.finfo(dtype).max, dtype=dtype)
         smallest = torch.full((size, 3), torch.finfo(dtype).smallest_normal, dtype=dtype) / 4
         assert bool(all_finite([largest, -largest, smallest])) and find_zeros([smallest, largest]) == []
+
+
+def test_views_whose_sign_is_a_flag_are_read_with_it():
+    """As parts of a conjugate are: DLPack exports their memory and not the flag."""
+    imaginary = torch.complex(torch.ones(2, 3), torch.full((2, 3), 4.0)).conj().imag
+    flagged = torch._neg_view(torch.full((2, 3), 4.0))
+    assert imaginary.is_neg() and flagged.is_neg() and flagged.is_contiguous()
+    B = [torch.ones(5, 2)] * 2
+    for x in (imaginary, flagged):
+        assert read_tensors([x]) is None
+        found = fk.average_factors([[x, torch.zeros(2, 3)]], [B], [3.0, 1.0])
+        assert torch.equal(found.A[0], torch.full((2, 3), -3.0))
