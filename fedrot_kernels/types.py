@@ -94,9 +94,12 @@ class Together:
         residual: (L, N), ‖RᵀR − I‖_max of every rotation; NaN where products of the factors were not finite.
         finite: a bool scalar tensor on the inputs' device: every entry of every average is finite.
         strengths: (L,) float64, λ of every adapter.
-        error: (L,) float64, ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F before Ā and B̄ are rounded to the inputs' dtype.
-        update_norm: (L,) float64, ‖Σ wᵢBᵢAᵢ‖_F.
+        error: (L,) float64, ‖Σ wᵢBᵢAᵢ − B̄Ā‖_F before Ā and B̄ are rounded to the inputs' dtype; None if the compiled library
+            aligned, which only estimates errors.
+        update_norm: (L,) float64, ‖Σ wᵢBᵢAᵢ‖_F; None likewise.
+        plain_error: (L,) float64, the error of the average without rotations; None likewise.
         undetermined: (L, N), as in ``Aligned``; None unless the target is a reference.
+        estimates: the errors, if the compiled library aligned and a seed was given to estimate them.
     """
 
     A: list[Tensor]
@@ -105,6 +108,8 @@ class Together:
     residual: Tensor
     finite: Tensor
     strengths: Tensor
-    error: Tensor
-    update_norm: Tensor
+    error: Tensor | None
+    update_norm: Tensor | None
+    plain_error: Tensor | None
     undetermined: Tensor | None
+    estimates: Estimates | None = None

@@ -44,7 +44,7 @@ class GroupwiseMethod(Method):
         return self.chooses_strength or self.strength > 0
 
     def aggregate(self, round: Round) -> Averages:
-        """Align all clients of a round together and average them. The report's errors come with it."""
+        """Align all clients of a round together and average them. The report's errors come with it where PyTorch aligns."""
         if not self.needs_all:
             return average_round(round, self.options)
         layout, clients = round.layout, round.clients
@@ -67,6 +67,8 @@ class GroupwiseMethod(Method):
             on=self.on(round.index),
             reflections=self.options.reflections,
             strength=None if self.chooses_strength else self.strength,
+            backend=self.options.backend,
+            sketch_seed=self.options.seed if self.options.report_error == "estimate" else None,
         )
         mean = {}
         for (key_A, key_B), mean_A, mean_B in zip(layout.factor_keys, aligned.A, aligned.B, strict=True):
@@ -78,7 +80,8 @@ class GroupwiseMethod(Method):
             others, finite = fk.average(tensors, round.weights, backend=self.options.backend)
             mean |= zip(layout.other_keys, others, strict=True)
             checks.append(finite)
-        errors = list(zip(aligned.error.tolist(), aligned.update_norm.tolist(), strict=True))
+        measured = aligned.error, aligned.update_norm, aligned.plain_error
+        values = [x.tolist() for x in measured if x is not None]
         return Averages(
             {key: mean[key] for key in layout.specs if key in mean},
             A,
@@ -86,7 +89,8 @@ class GroupwiseMethod(Method):
             aligned.R,
             aligned.residual,
             bool(torch.stack(checks).all()),
-            errors=errors if self.options.report_error else [(None, None)] * len(errors),
+            errors=list(zip(*values, strict=True)) if values and self.options.report_error else None,
             strengths=aligned.strengths.tolist() if self.chooses_strength else None,
             undetermined=None if aligned.undetermined is None else aligned.undetermined - padded_rows(layout, clients),
+            estimates=aligned.estimates,
         )

@@ -1,21 +1,23 @@
 """Aligning the clients of a round together: rotations that depend on all of them."""
 
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..checks import check_adapters, check_strength, normalize_weights
-from ..dispatch import align_average
+from ..dispatch import align_average, use_native
 from ..grouping import group_indices
 from ..precision import full_precision, working_dtype
 from ..tolerances import CONSENSUS_SWEEPS, EQUAL_ERRORS, ERROR_ROUNDING, FACTOR_FLOOR, PREFERRED_STRENGTH, PRODUCT_FLOOR
 from ..torch_backend.procrustes import rotations, soften
 from ..torch_backend.products import relative_to_reference
 from ..torch_backend.whole_model import weighted_average
-from ..types import Aligned, Clients, Rotations, Target, Together
+from ..types import Aligned, Backend, Clients, Rotations, Target, Together
 from .centred import Centred
+from .compiled import native_consensus
 from .consensus import consensus
 from .gram import Grams, select
 from .least_error import least_error_rotations
@@ -39,12 +41,17 @@ def align_together(
     on: str = "AB",
     reflections: bool = False,
     strength: float | None = 1.0,
+    backend: Backend = "auto",
+    sketch_seed: int | None = None,
 ) -> Together:
     """Align the clients' factors in Gram space and average them, all adapters of a model.
 
     One pass over the factors makes the Gram matrices (see ``gram``), and one more makes the averages. The work between them
     does not depend on the factors' length. PyTorch computes it in float64 on any device; for "error" the Gram matrices of
     factors of less precision are formed in float32, see ``centred``. Deterministic.
+
+    The consensus of float32, bfloat16 and float16 factors on a CPU is found in float32 by the compiled library, adapter by
+    adapter while the factors are in the cache. PyTorch finds that of adapters with ill-conditioned cross-covariances.
 
     Args:
         A: as in ``align_average``.
@@ -59,20 +66,44 @@ def align_together(
         reflections: False for rotations, SO(r); True for O(r).
         strength: λ of ``soften``, in [0, 1]. None chooses it for every adapter: among 0, 0.1, …, 1 those whose predicted
             errors are within 1 % of the least, and of these the one nearest 0.5.
+        backend: as in ``align_average``; read where the target is "consensus".
+        sketch_seed: the seed by which the compiled library estimates errors; None for no estimates. PyTorch measures them.
 
     Raises:
         ValueError: shapes or weights that do not fit, by the adapter's index; or an option that does not exist.
         TypeError: tensors that are not floating-point.
     """
-    n = check_adapters(A, B, A_ref, B_ref)
-    options: tuple[tuple[str, str, tuple[str, ...]], ...] = (("target", target, get_args(Target)), ("on", on, _ON))
-    for name, value, allowed in options:
+    check_adapters(A, B, A_ref, B_ref)
+    choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (("target", target, get_args(Target)), ("on", on, _ON))
+    for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if strength is not None:
         check_strength(strength)
+    find = partial(_in_gram_space, target=target, on=on, reflections=reflections, strength=strength)
+    # λ = 0, where all rotations are I, and a λ to be chosen are left to PyTorch.
+    if target == "consensus" and strength and use_native(backend, [a[0] for a in A], max(a[0].shape[0] for a in A)):
+        options: Any = {"on": on, "reflections": reflections, "strength": strength, "sketch_seed": sketch_seed}
+        return native_consensus(A, B, weights, A_ref=A_ref, B_ref=B_ref, **options, careful=find)
+    return find(A, B, weights, A_ref=A_ref, B_ref=B_ref)
+
+
+def _in_gram_space(
+    A: Sequence[Clients],
+    B: Sequence[Clients],
+    weights: Sequence[float] | Tensor,
+    *,
+    A_ref: Sequence[Tensor],
+    B_ref: Sequence[Tensor],
+    target: Target,
+    on: str,
+    reflections: bool,
+    strength: float | None,
+) -> Together:
+    """``align_together`` of checked inputs by PyTorch."""
+    n = len(A[0])
     shares = normalize_weights(weights, n, A[0][0].device)
-    R, measured = list(A_ref), torch.zeros(3, len(A), dtype=torch.float64, device=shares.device)
+    R, measured = list(A_ref), torch.zeros(4, len(A), dtype=torch.float64, device=shares.device)
     undetermined = torch.zeros(len(A), n, dtype=torch.int64, device=shares.device)
     aligner = _Aligner(target, on, reflections, strength)
     near = None
@@ -95,9 +126,9 @@ def align_together(
     eyes = [torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for x in R]
     residual = torch.stack([(x.mT @ x - eye).abs().amax((1, 2)) for x, eye in zip(R, eyes, strict=True)])
     mean_A, mean_B, finite = weighted_average(A, B, [shares.to(x.dtype)[:, None, None] * x for x in R])
-    strengths, error, update_norm = measured
     counts = undetermined if target == "reference" else None
-    return Together(mean_A, mean_B, R, residual, finite, strengths, error, update_norm, counts)
+    strengths, error, norm, plain = measured
+    return Together(mean_A, mean_B, R, residual, finite, strengths, error, norm, plain, counts)
 
 
 class _Aligner:
@@ -109,32 +140,33 @@ class _Aligner:
 
     def __init__(self, target: Target, on: str, reflections: bool, strength: float | None):
         self.target, self.on, self.reflections, self.strength = target, on, reflections, strength
-        self.uses = 4
+        self.uses = 5
         self.uses += _SWEEPS if target != "reference" else 0
         self.uses += 4 * _STEPS if target == "error" else 0
         self.uses += len(STRENGTHS) if strength is None else 0
 
-    def __call__(self, grams: Grams, floor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def __call__(self, grams: Grams, floor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Align; the last of the n clients is the reference, and the floors (G,) are those of ``rotations``.
 
         Returns:
-            R (G, n, r, r); how many directions the rotation towards the reference leaves undetermined, (G, n); and λ, error
-            and update norm, each (G,).
+            R (G, n, r, r); how many directions the rotation towards the reference leaves undetermined, (G, n); and λ, error,
+            update norm and the plain average's error, each (G,).
         """
         eye = torch.eye(grams.A.r, dtype=torch.float64, device=grams.w.device).expand(len(grams.size), grams.A.n, -1, -1)
+        plain = grams.at(eye).error
         R, _, undetermined = self._procrustes(self._towards_reference(grams, eye), floor)
         if self.target != "reference":
             on = "AB" if self.target == "error" else self.on
             sweeps = _FIRST_SWEEPS if self.target == "error" else CONSENSUS_SWEEPS
             R = consensus(grams, R, reflections=self.reflections, floor=floor, on=on, sweeps=sweeps)
         if self.target == "error":
-            R = select(grams.at(R).error < grams.at(eye).error, R, eye)
+            R = select(grams.at(R).error < plain, R, eye)
             R = least_error_rotations(grams, R)
         if self.target != "reference":
             R = R @ self._procrustes(_mean_towards_reference(grams, R), floor).R[:, None]
         R, strength = self._soften(grams, R)
-        error = grams.at(R).error.clamp(min=0) * grams.size
-        return R, undetermined, strength, error.sqrt(), (grams.update.clamp(min=0) * grams.size).sqrt()
+        error, norm, plain = ((x.clamp(min=0) * grams.size).sqrt() for x in (grams.at(R).error, grams.update, plain))
+        return R, undetermined, strength, error, norm, plain
 
     def _procrustes(self, M: Tensor, floor: Tensor) -> Rotations:
         floors = floor.reshape(-1, *[1] * (M.dim() - 3)).expand(M.shape[:-2])

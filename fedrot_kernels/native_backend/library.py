@@ -19,6 +19,16 @@ _OUTPUTS = [(name, ctypes.c_void_p) for name in ("R", "residual", "undetermined"
 _SKETCHES = [(name, ctypes.c_void_p) for name in ("shifts", "signs", "estimates", "lost")]
 
 
+class Sweeps(ctypes.Structure):
+    """``fedrot::Sweeps`` of native.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("others", "consensus", "slowest")),
+        *((name, ctypes.c_int32) for name in ("most", "on")),
+        ("unsure", ctypes.c_void_p),
+    )
+
+
 class Problem(ctypes.Structure):
     """``fedrot::Problem`` of native.cpp."""
 
@@ -34,6 +44,7 @@ class Problem(ctypes.Structure):
         ("sketches", ctypes.c_void_p),
         ("total", ctypes.c_float),
         ("adds", ctypes.c_int32),
+        ("sweeps", ctypes.c_void_p),
     )
 
 

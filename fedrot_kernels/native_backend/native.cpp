@@ -1,6 +1,7 @@
 // Alignment and averaging of LoRA factors on a CPU: cross-covariance, rotation and rotated average of one adapter while its
 // factors are in the cache, for the instruction set of the machine. Called through ctypes; see library.py.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -75,6 +76,13 @@ inline float largest() {
   return INFINITY;
 }
 
+// The sweeps of a consensus; see groupwise/consensus.py.
+struct Sweeps {
+  double others, consensus, slowest;  // of tolerances.py
+  int32_t most, on;                   // on: 1 for A, 2 for B, 3 for both
+  uint8_t* unsure;                    // per adapter: a rotation was not sure, and nothing was averaged
+};
+
 struct Problem {
   int32_t adapters, clients, reflections, threads, n_steps;
   float strength, converged;
@@ -104,6 +112,7 @@ struct Problem {
   float* const* sketches;       // per adapter the sketches of B^T and then of A, (2, N, r, 32); or null
   float total;                  // the sum of the weights
   int32_t adds;                 // whether A_out and B_out are float32 sums to which the rotated factors are added
+  const Sweeps* sweeps;         // of the consensus that clients are rotated to, and not to the reference; or null
 
   bool is_aligned() const { return R != nullptr; }
   bool finds_rotations() const { return A_ref || B_ref; }

@@ -1,5 +1,6 @@
 """Alignment and averaging of a whole model in one call, adapter by adapter while its factors are in the cache."""
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
 from ..types import Aligned, Clients, Estimates
 from .call import Call
+from .library import Sweeps
 
 
 def align_average(
@@ -23,12 +25,14 @@ def align_average(
     strength: float,
     reflections: bool,
     sketch_seed: int | None = None,
+    sweeps: Sweeps | None = None,
     instructions: str | None = None,
 ) -> Aligned:
     """Align and average checked factors on a CPU; see ``dispatch.align_average``.
 
     Args:
         A, B, weights, A_ref, B_ref, strength, reflections, sketch_seed: as there; without a reference nothing is rotated.
+        sweeps: those of a consensus to which clients are rotated, and their mean to both references.
         instructions: the instruction set, at most what the machine has; by default that.
     """
     call, L, n = Call(A, B, instructions), len(A), len(A[0])
@@ -36,16 +40,18 @@ def align_average(
         [torch.empty_like(x, memory_format=torch.contiguous_format) for x in firsts]
         for firsts in (call.first_A, call.first_B)
     )
-    finite = torch.empty(L, dtype=torch.uint8)
+    finite = torch.ones(L, dtype=torch.uint8)
     shares = normalize_weights(weights, n, torch.device("cpu")).float()
     relative, total = relative_weights(weights, n)
     call.set(A_out=mean_A, B_out=mean_B, finite=finite)
     call.set(shares=shares, weights=torch.tensor(relative), total=total)
     estimates, lost = None, None
     if sketch_seed is not None:
-        estimates, lost = torch.empty(L, 7, dtype=torch.float64), torch.empty(L, SKETCH_SIZE, SKETCH_SIZE)
+        estimates, lost = torch.zeros(L, 7, dtype=torch.float64), torch.zeros(L, SKETCH_SIZE, SKETCH_SIZE)
         call.sketch(sketch_seed)
         call.set(estimates=estimates, lost=lost)
+    if sweeps is not None:
+        call.set(sweeps=ctypes.addressof(sweeps))
     search = Search(call, A, B, A_ref, B_ref, strength, reflections)
     search.run()
     found = None if estimates is None or lost is None else Estimates(estimates, lost.double().square().sum(0))
