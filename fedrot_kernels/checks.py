@@ -50,7 +50,7 @@ def normalize_weights(weights: Sequence[float] | Tensor, n: int, device: torch.d
             raise ValueError(f"expected one weight per client, ({n},), got {tuple(weights.shape)}")
         values = weights.to(device, torch.float64)
     else:
-        values = torch.tensor(read_weights(weights, n), dtype=torch.float64)
+        values = torch.tensor(read_weights(weights, n), dtype=torch.float64, device="cpu")
     values = values / values.amax()  # so that the sum cannot overflow
     values = values / values.sum()
     if values.device.type == "cpu" and device.type == "cuda":
@@ -167,7 +167,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """
     table = read_tensors(tensors)
     if table is not None and table.describe(1)[1]:
-        return torch.tensor(table.is_finite())
+        return torch.tensor(table.is_finite(), device="cpu")
     extremes = [x for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)]
     if not extremes:
         return torch.ones((), dtype=torch.bool, device=tensors[0].device)

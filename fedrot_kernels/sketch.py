@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import normalize_weights
 from .grouping import group_indices
 from .measures import product_norm
-from .precision import full_precision, widen, working_dtype
+from .precision import full_precision, working_dtype
 from .types import Clients, Estimates
 
 SKETCH_SIZE = 32  # k, the number of buckets on either side
@@ -39,7 +39,7 @@ class Projection:
     def matrix(self) -> Tensor:
         """Ω in float64; one entry ±1 a row."""
         signs = self.quads.view(len(self.shifts), -1).repeat_interleave(_QUAD, dim=1)
-        matrix = torch.zeros(len(signs), SKETCH_SIZE, SKETCH_SIZE)
+        matrix = torch.zeros(len(signs), SKETCH_SIZE, SKETCH_SIZE, dtype=torch.float32, device="cpu")
         matrix.scatter_(2, _places(self.shifts)[:, :, None], signs[:, :, None])
         return matrix.flatten(0, 1)[: self.d].double()
 
@@ -48,9 +48,9 @@ class Projection:
 def projection(seed: int, factor: str, d: int) -> Projection:
     """Draw the projection of one factor, "A" or "B", of width d; the same for the same arguments."""
     state = int.from_bytes(sha256(f"{seed} {factor} {d}".encode()).digest()[:8], "little") >> 1
-    generator, blocks = torch.Generator().manual_seed(state), -(-d // SKETCH_SIZE)
-    shifts = torch.randint(SKETCH_SIZE // _QUAD, (blocks,), generator=generator, dtype=torch.uint8)
-    quads = 2 * torch.randint(2, (blocks, SKETCH_SIZE // _QUAD), generator=generator).float() - 1
+    generator, blocks = torch.Generator("cpu").manual_seed(state), -(-d // SKETCH_SIZE)
+    shifts = torch.randint(SKETCH_SIZE // _QUAD, (blocks,), generator=generator, dtype=torch.uint8, device="cpu")
+    quads = 2 * torch.randint(2, (blocks, SKETCH_SIZE // _QUAD), generator=generator, device="cpu").float() - 1
     signs = quads.repeat_interleave(_QUAD, dim=1)
     # XOR is its own inverse: bucket j holds dimension j ⊕ 4 m.
     return Projection(d, shifts, quads.flatten(), signs.gather(1, _places(shifts)).flatten())
@@ -58,7 +58,7 @@ def projection(seed: int, factor: str, d: int) -> Projection:
 
 def _places(shifts: Tensor) -> Tensor:
     """The bucket of every dimension of every block, (blocks, 32)."""
-    return torch.arange(SKETCH_SIZE) ^ (_QUAD * shifts.long()[:, None])
+    return torch.arange(SKETCH_SIZE, device="cpu") ^ (_QUAD * shifts.long()[:, None])
 
 
 @full_precision
@@ -95,7 +95,7 @@ def estimate_errors(
         left = torch.stack([sketch(_stacked(B[i]).mT, "B", seed) for i in group])
         right = torch.stack([sketch(_stacked(A[i]), "A", seed) for i in group])
         rotations = None if R is None else torch.stack([R[i] for i in group])
-        means = (torch.stack([widen(mean[i]) for i in group]) for mean in (mean_B, mean_A))
+        means = (torch.stack([mean[i].double() for i in group]) for mean in (mean_B, mean_A))
         numbers[group], lost = _estimate(left, right, rotations, shares, product_norm(*means))
         squares += lost.square().sum(0)
     return Estimates(numbers.cpu(), squares.cpu())
@@ -135,18 +135,21 @@ def sum_and_deviation(values: Tensor) -> tuple[Tensor, Tensor]:
 
     Values of a row share a bucket of Ψ, and those of a column one of Ω. A two-way analysis of variance therefore estimates
     the variance of their mean, as (MS_rows + MS_columns − MS_residuals)/k². It takes buckets to be drawn alike. Where the
-    error lies in few dimensions some buckets hold more than others, and the estimate is too large.
+    error lies in few dimensions some buckets hold more than others, and the estimate is too large. It is at least half
+    of what independent values have, because the difference can be negative.
     """
     mean = values.mean((-2, -1))
     rows, columns = values.mean(-1) - mean[..., None], values.mean(-2) - mean[..., None]
     residuals = values - mean[..., None, None] - rows[..., :, None] - columns[..., None, :]
     between = SKETCH_SIZE * (rows.square().sum(-1) + columns.square().sum(-1)) / (SKETCH_SIZE - 1)
-    variance = between - residuals.square().sum((-2, -1)) / (SKETCH_SIZE - 1) ** 2
-    return SKETCH_SIZE**2 * mean, SKETCH_SIZE * variance.clamp(min=0).sqrt()
+    within = residuals.square().sum((-2, -1)) / (SKETCH_SIZE - 1) ** 2
+    return SKETCH_SIZE**2 * mean, SKETCH_SIZE * torch.maximum(between - within, within / 2).sqrt()
 
 
 def root(square: float, deviation: float) -> tuple[float, float]:
     """The root of an estimate and the root's standard deviation."""
-    if not square > 0:
+    if math.isnan(square):
+        return square, square
+    if square <= 0:
         return 0.0, math.sqrt(deviation)
     return math.sqrt(square), deviation / (2 * math.sqrt(square))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_adapters
 from .dispatch import use_native
 from .precision import full_precision
 from .rotations import frame_rotations
@@ -37,9 +38,13 @@ def find_rotations(
         rank_mask: (G, r, 1), as in ``frame_rotations``.
         backend: as in ``align_average``.
 
+    Raises:
+        ValueError, TypeError: as for ``align_average``.
+
     Returns:
         R (G, r, r), residuals and undetermined directions (G,); see ``Rotations``.
     """
+    check_adapters([[x] for x in A], [[x] for x in B], A_ref, B_ref)
     if rank_mask is None and use_native(backend, A, A[0].shape[0]):
         from .native_backend.one_client import find_rotations as native  # not at the top: it imports the torch backend
 
@@ -76,12 +81,22 @@ def add_client_(
         R: (G, r, r), or None for no rotation.
         weight: the client's weight.
         sketch_seed: the seed of the sketches to return, or None.
-        backend: as in ``align_average``.
+        backend: as in ``align_average``. Sums that are not contiguous float32 are added to by PyTorch.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
 
     Returns:
         The sketches of Bᵀ and of A as they came, (G, r, 32) each; None without a seed.
     """
-    if sum_A.dtype == torch.float32 and use_native(backend, A, A[0].shape[0]):
+    check_adapters([[x] for x in A], [[x] for x in B], None, None)
+    (r, d_in), G = A[0].shape, len(A)
+    shapes = {"sum_A": (sum_A, (G, r, d_in)), "sum_B": (sum_B, (G, B[0].shape[0], r)), "R": (R, (G, r, r))}
+    for name, (x, shape) in shapes.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} is {tuple(x.shape)}, but {G} adapters of these shapes have {shape}")
+    direct = all(x.dtype == torch.float32 and x.is_contiguous() for x in (sum_A, sum_B))
+    if direct and use_native(backend, A, r):
         from .native_backend.one_client import add_client
 
         return add_client(sum_A, sum_B, A, B, R, weight, sketch_seed)

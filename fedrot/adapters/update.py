@@ -154,7 +154,7 @@ def _unpack(update: Update, first: Update | None) -> Update:
 def _signature(tensors: StateDict) -> Signature:
     """Keys and kinds of tensors, empty for a state dict that must be parsed. A fraction of a microsecond per tensor."""
     values = list(tensors.values())
-    if type(tensors) is not dict or not {*map(type, values)} <= {Tensor, Parameter}:
+    if not values or type(tensors) is not dict or not {*map(type, values)} <= {Tensor, Parameter}:
         return ()
     if (table := read_tensors(values)) is not None:
         return tuple(tensors), table.kinds

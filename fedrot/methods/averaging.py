@@ -87,8 +87,9 @@ def stream_round(round: Round, prepare: Prepare) -> Averages:
                 undetermined[places[a.key_A]].append(left)
     state_dict = mean.state_dict()
     rotated = [torch.stack(per_client) for per_client in R] if R[0] else None
-    counts = torch.tensor(undetermined) if R[0] else None
-    finite = is_finite(list(state_dict.values()))
+    counts = torch.tensor(undetermined, device="cpu") if R[0] else None
+    idle = [client for client, weight in zip(round.clients, round.weights, strict=True) if not weight]
+    finite = is_finite([*state_dict.values(), *(x for client in idle for x in client.values())])
     return Averages(state_dict, A, B, rotated, None, finite, undetermined=counts)
 
 

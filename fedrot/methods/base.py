@@ -24,6 +24,7 @@ class Method(ABC):
         cost: the server's work for one adapter from N clients, d = d_in + d_out.
         exact: whether, or when, the result is Σ wᵢsᵢBᵢAᵢ.
         ablation: whether the method is an ablation of a paper, and no method to use.
+        rescales: whether clients' factors are rescaled before they are averaged; then no report tells of the plain average.
         uses: the options that play a part in the method, beside those that play one in all.
         default_strength: λ where the options leave it open.
         needs_shared_start: whether clients must begin with the same adapter.
@@ -45,6 +46,7 @@ class Method(ABC):
     cost: ClassVar[str]
     exact: ClassVar[str]
     ablation: ClassVar[bool] = False
+    rescales: ClassVar[bool] = False
     uses: ClassVar[frozenset[str]] = frozenset()
     default_strength: ClassVar[float] = 0.5
     needs_shared_start: ClassVar[bool] = False

@@ -24,6 +24,7 @@ class Scalar(Method):
     cost = "N r d"
     exact = "no"
     ablation = True
+    rescales = True
     uses = frozenset({"align_on"})
 
     def needs_reference(self, round: int) -> bool:

@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 _EXPERT = re.compile(r"\[\d+\]$")
 _WORSE = 1.1  # times the plain average's error, from which on rotating did harm
+_ROUNDING = 1e-6  # of the update: errors below it are those of float32
 _CURE = 'take method="fedrot-adaptive", which rotates only as far as it helps, or align_on="A"'
 
 
@@ -103,7 +104,9 @@ class Report:
     def rotating_hurt(self) -> bool:
         """Whether the result loses more than 1.1 times what the plain average would."""
         error, plain = self.error, self.plain_error
-        return self.target is not None and error is not None and plain is not None and error > _WORSE * plain
+        if self.target is None or error is None or plain is None:
+            return False
+        return error > _WORSE * plain and error > _ROUNDING * self._update_norm
 
     @property
     def undetermined(self) -> int:
@@ -162,6 +165,11 @@ class Report:
             every = sum(a.directions or 0 for a in self.adapters)
             lines.append(f"undetermined, so as near to unrotated as can be: {self.undetermined} of {every} directions")
         return "\n".join(lines)
+
+
+def without_plain_errors(adapters: Iterable[AdapterReport]) -> tuple[AdapterReport, ...]:
+    """The reports of adapters whose clients were not averaged as they came, nor rotated."""
+    return tuple(replace(a, plain_error=None) for a in adapters)
 
 
 def is_unrotated(adapters: Iterable[AdapterReport]) -> bool:

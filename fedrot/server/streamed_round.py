@@ -15,7 +15,7 @@ from ..methods.round import Averages
 from ..methods.running_mean import shares_of
 from ..ranks.padding import pad, revive_dead_ranks
 from ..ranks.scaling import round_scalings
-from ..report.report import Report, is_unrotated
+from ..report.report import Report, is_unrotated, without_plain_errors
 from .finish import AveragedRound, factors_except
 from .partial import PartialAggregate, check_mergeable, compatibility
 from .stream import StreamedRound
@@ -137,6 +137,8 @@ def average_stream(streamed: StreamedRound, method: Method, index: int) -> Avera
     layout = streamed.layout
     shares = shares_of(tuple(streamed.weights.values()))
     adapters, deviation = streamed.adapter_reports()
+    if method.rescales:
+        adapters = without_plain_errors(adapters)
     target = None if is_unrotated(adapters) else method.target(index, "the reference")
     report = Report(method.name, index, tuple(streamed.weights), shares, streamed.dropped, adapters, target, deviation)
     mean = streamed.mean.state_dict() | streamed.frozen

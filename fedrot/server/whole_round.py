@@ -13,7 +13,7 @@ from ..methods.running_mean import shares_of
 from ..ranks.padding import widest_client
 from ..ranks.prepare import PreparedRound, prepare_round
 from ..report.measure import adapter_reports
-from ..report.report import Report, is_unrotated
+from ..report.report import Report, is_unrotated, without_plain_errors
 from .finish import AveragedRound, factors_except
 
 
@@ -55,6 +55,8 @@ def average_whole(
         check_frozen(client, prepared.reference or first, factors_except(layout, method.trains(index)), method.name)
     shares = shares_of(prepared.weights)
     adapters, deviation = adapter_reports(layout, averages, shares, options)
+    if averaging.rescales:
+        adapters = without_plain_errors(adapters)
     names = tuple(client.name for client in given)
     target = None if is_unrotated(adapters) else averaging.target(index, _name_reference(prepared))
     report = Report(method.name, index, names, shares, prepared.dropped, adapters, target, deviation)

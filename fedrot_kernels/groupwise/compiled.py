@@ -45,5 +45,5 @@ def native_consensus(
             of_rest = estimate_errors(of_A, of_B, rest.R, weights, rest.A, rest.B, sketch_seed)
             estimates.numbers[left] = of_rest.numbers
             estimates = Estimates(estimates.numbers, estimates.squares + of_rest.squares)
-    strengths = torch.full((len(A),), strength, dtype=torch.float64)
+    strengths = torch.full((len(A),), strength, dtype=torch.float64, device="cpu")
     return Together(mean_A, mean_B, R, residual, finite, strengths, None, None, None, None, estimates)

@@ -15,7 +15,16 @@ from ..types import Clients
 from .library import INSTRUCTION_SETS, Careful, Problem, load
 from .tensors import read_tensors
 
+# The fields that are not float32, or in the factors' dtype.
+_OF_DTYPE = {"estimates": torch.float64, "undetermined": torch.int64} | dict.fromkeys(
+    ("doubtful", "finite", "shifts"), torch.uint8
+)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def floats(*shape: int) -> Tensor:
+    """Memory for the library's float32 values, whatever PyTorch's default dtype and device are."""
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
 class Call:
@@ -57,6 +66,12 @@ class Call:
     def set(self, **fields: float | Tensor | Sequence[Tensor] | None) -> None:
         """Set fields of the structure: numbers, tensors by their address, lists of tensors by that of a table of them."""
         for name, value in fields.items():
+            tensors = [value] if isinstance(value, Tensor) else value if isinstance(value, Sequence) else []
+            dtype = _OF_DTYPE.get(name, torch.float32)
+            if name not in ("A_out", "B_out") or "adds" in fields:
+                assert all(x.dtype == dtype for x in tensors), name
+            if name not in ("A_ref", "B_ref"):  # the library may write to it, and not to a copy
+                assert all(x.is_contiguous() and x.device.type == "cpu" for x in tensors), name
             if isinstance(value, Tensor):
                 self._kept.append(value)
                 self._fields[name] = value.data_ptr()

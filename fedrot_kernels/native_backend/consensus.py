@@ -36,7 +36,7 @@ def consensus_average(
         The averages, without numbers of undetermined directions; and the adapters whose rotations float32 does not find, or
         whose factors are not finite, and which hold no results.
     """
-    unsure = torch.zeros(len(A), dtype=torch.uint8)
+    unsure = torch.zeros(len(A), dtype=torch.uint8, device="cpu")
     found = align_average(
         A,
         B,

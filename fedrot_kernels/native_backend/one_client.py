@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..sketch import SKETCH_SIZE
 from ..types import Rotations
-from .call import Call
+from .call import Call, floats
 from .whole_model import Search
 
 
@@ -32,14 +32,14 @@ def add_client(
 ) -> tuple[Tensor, Tensor] | None:
     """Add a client's factors to sums; see ``streams.add_client_``."""
     call = Call([[x] for x in A], [[x] for x in B])
-    finite = torch.empty(len(A), dtype=torch.uint8)
-    own = torch.tensor([weight])
+    finite = torch.empty(len(A), dtype=torch.uint8, device="cpu")
+    own = torch.tensor([weight], dtype=torch.float32, device="cpu")
     call.set(A_out=list(sum_A), B_out=list(sum_B), adds=1, shares=own, weights=own, finite=finite)
     if R is not None:
         call.set(R=list(R.float().contiguous()))
     sketches = None
     if seed is not None:
-        sketches = torch.empty(len(A), 2, call.ranks[0], SKETCH_SIZE)
+        sketches = floats(len(A), 2, call.ranks[0], SKETCH_SIZE)
         call.sketch(seed)
         call.set(sketches=list(sketches))
     call.run()

@@ -11,7 +11,7 @@ from ..sketch import SKETCH_SIZE
 from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
 from ..types import Aligned, Clients, Estimates
-from .call import Call
+from .call import Call, floats
 from .library import Sweeps
 
 
@@ -40,14 +40,15 @@ def align_average(
         [torch.empty_like(x, memory_format=torch.contiguous_format) for x in firsts]
         for firsts in (call.first_A, call.first_B)
     )
-    finite = torch.ones(L, dtype=torch.uint8)
+    finite = torch.ones(L, dtype=torch.uint8, device="cpu")
     shares = normalize_weights(weights, n, torch.device("cpu")).float()
     relative, total = relative_weights(weights, n)
     call.set(A_out=mean_A, B_out=mean_B, finite=finite)
-    call.set(shares=shares, weights=torch.tensor(relative), total=total)
+    call.set(shares=shares, weights=torch.tensor(relative, dtype=torch.float32, device="cpu"), total=total)
     estimates, lost = None, None
     if sketch_seed is not None:
-        estimates, lost = torch.zeros(L, 7, dtype=torch.float64), torch.zeros(L, SKETCH_SIZE, SKETCH_SIZE)
+        estimates = torch.zeros(L, 7, dtype=torch.float64, device="cpu")
+        lost = floats(L, SKETCH_SIZE, SKETCH_SIZE)
         call.sketch(sketch_seed)
         call.set(estimates=estimates, lost=lost)
     if sweeps is not None:
@@ -83,13 +84,13 @@ class Search:
         L, n = len(A), len(A[0])
         self._call, self._strength, self._reflections = call, strength, reflections
         self.R: list[Tensor] = []
-        self.residual, self.undetermined = torch.zeros(L, n), torch.zeros(L, n, dtype=torch.int64)
-        self._doubtful = torch.zeros(L, n, dtype=torch.uint8)
+        self.residual, self.undetermined = floats(L, n), torch.zeros(L, n, dtype=torch.int64, device="cpu")
+        self._doubtful = torch.zeros(L, n, dtype=torch.uint8, device="cpu")
         if A_ref is None and B_ref is None:
             return
         self._exact = ExactProducts(A, B, A_ref, B_ref)
         sizes = [n * r * r for r in call.ranks]
-        self.R = [x.view(n, r, r) for x, r in zip(torch.empty(sum(sizes)).split(sizes), call.ranks, strict=True)]
+        self.R = [x.view(n, r, r) for x, r in zip(floats(sum(sizes)).split(sizes), call.ranks, strict=True)]
         call.set(
             A_ref=None if A_ref is None else [x.detach().to("cpu", torch.float32) for x in A_ref],
             B_ref=None if B_ref is None else [x.detach().to("cpu", torch.float32) for x in B_ref],

@@ -141,3 +141,31 @@ def test_the_switch_keeps_it_off():
             [sys.executable, "-c", command], capture_output=True, text=True, env={"FEDROT_NATIVE": value, "PATH": ""}
         )
         assert said.stdout.strip() == expected, said.stderr
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_and_device_play_no_part(default):
+    """The library writes float32, float64 and integers into memory of its own, whatever PyTorch makes by default."""
+    A, B, A_ref, B_ref = model([(4, 33, 20), (16, 40, 30)], 3)
+    sums = [(torch.zeros(1, *a[0].shape), torch.zeros(1, *b[0].shape)) for a, b in zip(A, B, strict=True)]
+
+    def everything():
+        aligned = fk.align_average(A, B, [1.0, 2.0, 3.0], A_ref=A_ref, strength=0.5, sketch_seed=11)
+        plain = fk.average_factors(A, B, [1.0, 2.0, 3.0], sketch_seed=11)
+        together = fk.align_together(A, B, [1.0, 2.0, 3.0], A_ref=A_ref, B_ref=B_ref, target="consensus", sketch_seed=11)
+        for (sum_A, sum_B), a, b in zip(sums, A, B, strict=True):
+            fk.add_client_(sum_A.zero_(), sum_B.zero_(), a[:1], b[:1], None, 1.5, sketch_seed=11)
+        found = [*aligned.A, *aligned.B, *aligned.R, *plain.A, *plain.B, *together.A, *together.B]
+        return [
+            x.clone() for x in (*found, aligned.estimates.numbers, plain.estimates.squares, *(y for z in sums for y in z))
+        ]
+
+    expected = everything()
+    torch.set_default_dtype(default)
+    torch.set_default_device("meta")
+    try:
+        found = everything()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

@@ -62,3 +62,30 @@ def test_without_errors_nothing_is_said_of_plain_averaging():
     assert result.report == again.report  # the same seed, the same estimates
     a, _ = factor_keys(reference)[0]
     assert torch.equal(result.state_dict[a], again.state_dict[a])
+
+
+@pytest.mark.parametrize("exact", [True, "estimate"])
+def test_rounding_is_no_harm(exact):
+    reference, clients = turned_clients(KINDS["linear"], 3)
+    for updates, weights in (([clients[0]] * 5, None), ([clients[0]] * 5, [1, 2, 3, 4, 5.3]), (clients, [0, 0, 1])):
+        report = fedrot.aggregate(updates, weights, reference, report_error=exact).report
+        assert report.error <= 1e-6 and not report.rotating_hurt
+
+
+def test_clients_that_are_rescaled_have_no_plain_error():
+    reference, clients = turned_clients(KINDS["linear"], 3)
+    for exact in (True, "estimate"):
+        report = fedrot.aggregate(clients, WEIGHTS, reference, method="scalar", report_error=exact).report
+        assert report.error is not None and report.plain_error is None
+    assert added(started(reference, method="scalar"), clients, range(3)).finish().report.plain_error is None
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_estimates_of_large_factors_are_no_zeros(backend):
+    reference, clients = turned_clients(KINDS["linear"], 3, noise=0.3)
+    big = [{key: 1e12 * x for key, x in update.items()} for update in (reference, *clients)]
+    small = fedrot.aggregate(clients, WEIGHTS, reference, method="fedit", backend=backend).report
+    large = fedrot.aggregate(big[1:], WEIGHTS, big[0], method="fedit", backend=backend).report
+    for a, b in zip(small.adapters, large.adapters, strict=True):
+        assert b.update_norm == pytest.approx(1e24 * a.update_norm, rel=1e-4)
+        assert b.error == pytest.approx(1e24 * a.error, rel=1e-4)

@@ -10,6 +10,7 @@ import torch
 
 import fedrot
 from fedrot import PartialAggregate
+from fedrot.adapters.config import plain_config
 from fedrot_kernels.sketch import SKETCH_SIZE as SIZE
 
 from ..dense import UNEQUAL, lora_config
@@ -215,3 +216,15 @@ def test_tensors_take_the_memory_of_one_update_however_many_there_are():
     round = stream._streamed
     assert len(round.angles) * round.angles.itemsize == 8 * (53 + 6) * len(factor_keys(reference))
     stream.finish()
+
+
+def test_an_empty_update_is_refused_whatever_began_the_round(tmp_path):
+    reference, clients = inputs("fedrot", KINDS["linear"])
+    fedrot.write_adapter(tmp_path / "client", clients[0], plain_config(lora_config(KINDS["linear"])))
+    begun = [started(reference) for _ in range(3)]
+    begun[0].add(clients[0], 1.0, "client 0")
+    begun[1].add(tmp_path / "client")
+    begun[2].merge(added(started(reference), clients, range(1)).partial())
+    for stream in begun:
+        with refused("another", "lacks", A):
+            stream.add({}, 1.0, "another")
