@@ -226,5 +226,5 @@ def test_an_empty_update_is_refused_whatever_began_the_round(tmp_path):
     begun[1].add(tmp_path / "client")
     begun[2].merge(added(started(reference), clients, range(1)).partial())
     for stream in begun:
-        with refused("another", "lacks", A):
+        with refused("another lacks", "lora_A"):
             stream.add({}, 1.0, "another")
