@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..tolerances import CONSENSUS, CONSENSUS_SWEEPS, OTHERS, SLOWEST
+from ..stopping import CONSENSUS, CONSENSUS_SWEEPS, OTHERS, SLOWEST
 from ..torch_backend.procrustes import rotations
 from .gram import Grams, Mean
 

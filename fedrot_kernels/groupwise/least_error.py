@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops import polar
-from ..tolerances import CURVATURE_RIDGE, LEAST_ERROR, LEAST_ERROR_STEPS
+from ..stopping import LEAST_ERROR, LEAST_ERROR_STEPS
+from ..tolerances import CURVATURE_RIDGE
 from .gram import Grams, Means, select
 
 # Half of the step that would be right if all clients moved alike. Where each moves by itself, N times that is right.

@@ -11,7 +11,8 @@ from ..checks import check_adapters, check_strength, normalize_weights
 from ..dispatch import align_average, use_native
 from ..grouping import group_indices
 from ..precision import full_precision, working_dtype
-from ..tolerances import CONSENSUS_SWEEPS, EQUAL_ERRORS, ERROR_ROUNDING, FACTOR_FLOOR, PREFERRED_STRENGTH, PRODUCT_FLOOR
+from ..stopping import CONSENSUS_SWEEPS
+from ..tolerances import EQUAL_ERRORS, ERROR_ROUNDING, FACTOR_FLOOR, PREFERRED_STRENGTH, PRODUCT_FLOOR
 from ..torch_backend.procrustes import rotations, soften
 from ..torch_backend.products import relative_to_reference
 from ..torch_backend.whole_model import weighted_average

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..tolerances import CONSENSUS, CONSENSUS_SWEEPS, OTHERS, SLOWEST
+from ..stopping import CONSENSUS, CONSENSUS_SWEEPS, OTHERS, SLOWEST
 from ..types import Aligned, Clients
 from .library import Sweeps
 from .whole_model import align_average
