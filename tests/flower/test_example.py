@@ -229,7 +229,7 @@ def test_every_option_reaches_the_strategy(options, tmp_path, monkeypatch):
     with pytest.raises(Made) as caught:
         run_locally(tmp_path / "run", 2, **options)
     strategy = caught.value.args[0]
-    expected = AggregationOptions(**{"on_invalid": "drop"} | options)
+    expected = AggregationOptions(**{"on_invalid": "drop", "report_error": True} | options)  # exact, as in fedrot simulate
     assert strategy.options == replace(expected, strength=make_method(expected).strength)
 
 
