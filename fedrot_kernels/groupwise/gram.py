@@ -98,8 +98,9 @@ class Mean:
         """Add D (G, r, k) to the weights of client i."""
         self.W[:, i] += D
         rows = slice(i * self.factor.r, (i + 1) * self.factor.r)
-        for S, x, d in zip(self.factor.S, self.sums, D, strict=False):  # no S where there is K
-            x += S[rows].mT @ d
+        if self.sums:  # which are kept where no Gram matrix is formed
+            for S, x, d in zip(self.factor.S, self.sums, D, strict=True):
+                x += S[rows].mT @ d
 
     def square(self) -> Tensor:
         """‖F̄‖², (G,)."""
