@@ -10,6 +10,14 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_X86 1
+#include <immintrin.h>
+#endif
+
+// Loops over arrays of vectors, which stay in registers only if the compiler unrolls them at once.
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace fedrot {
 
 struct BFloat16 {
@@ -253,10 +261,9 @@ namespace baseline {
 }
 #undef LANES
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_X86 1
+#ifdef HAS_X86
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define LANES 8
 namespace avx2 {
 #include "kernels.inc"
@@ -264,7 +271,7 @@ namespace avx2 {
 #undef LANES
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define LANES 16
 namespace avx512 {
 #include "kernels.inc"
@@ -288,14 +295,15 @@ inline Align implementation(int32_t level) {
 
 extern "C" {
 
-// 0 for the least instructions of the architecture, 1 for AVX2 with FMA, 2 for AVX-512.
+// 0 for the least instructions of the architecture, 1 for AVX2 with FMA and F16C, 2 for AVX-512.
 int32_t fedrot_level() {
 #ifdef HAS_X86
   __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+  return 1;
 #endif
   return 0;
 }
