@@ -6,6 +6,8 @@ to ``TOLERANCE`` wherever eps ‖M‖_F over that sum is below it. PyTorch does 
 float64: all rotations are the exact ones of the factors as they are given.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -43,10 +45,17 @@ def frames(S, seed, d=200):
     return ((U * root) @ W).float(), ((V * root) @ W).float()
 
 
-def exact(M, strength, reflections):
-    """R_λ by the definition, in float64."""
-    R = reference.polar(M) if reflections else reference.special_orthogonal(M)
-    return reference.soften(R, strength)
+def exact(M, reflections):
+    """Rotations of a batch by the definition, in float64."""
+    return torch.stack([reference.polar(m) if reflections else reference.special_orthogonal(m) for m in M])
+
+
+@functools.lru_cache(maxsize=1)  # the same for every strength, and most of the work
+def determined_rotations(r, reflections):
+    """Frames, their rotations, and which of these their rounding determines."""
+    F, F_ref = frames(spectra(r), seed=r)
+    M = F.double() @ F_ref.double().mT
+    return F, F_ref, exact(M, reflections), bounds(M, reflections) <= TOLERANCE
 
 
 def bounds(M, reflections):
@@ -57,15 +66,13 @@ def bounds(M, reflections):
     return EPS * torch.linalg.matrix_norm(M) / (weakest + second)
 
 
-@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("strength", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("reflections", [False, True])
 @pytest.mark.parametrize("r", RANKS)
-def test_rotations_are_the_exact_ones_wherever_they_are_determined(r, strength, reflections):
-    F, F_ref = frames(spectra(r), seed=r)
-    M = F.double() @ F_ref.double().mT
+def test_rotations_are_the_exact_ones_wherever_they_are_determined(r, reflections, strength):
+    F, F_ref, rotations, determined = determined_rotations(r, reflections)
     R = fk.frame_rotations([(F, F_ref)], strength=strength, reflections=reflections).R
-    expected = torch.stack([exact(m, strength, reflections) for m in M])
-    determined = bounds(M, reflections) <= TOLERANCE
+    expected = torch.stack([reference.soften(x, strength) for x in rotations])
     assert determined.float().mean() > 0.3
     assert torch.linalg.matrix_norm(R.double() - expected)[determined].max() <= TOLERANCE
 
@@ -77,7 +84,7 @@ def test_ill_conditioned_rotations_are_the_exact_ones_too(r, reflections):
     F, F_ref = frames(spectra(r), seed=r + 200)
     M = F.double() @ F_ref.double().mT
     R, residual, undetermined = fk.frame_rotations([(F, F_ref)], reflections=reflections)
-    expected = torch.stack([exact(m, 1.0, reflections) for m in M])
+    expected = exact(M, reflections)
     assert not undetermined.any() and residual.max() <= 1e-6
     error, kappa = torch.linalg.matrix_norm(R.double() - expected), torch.linalg.cond(M)
     assert (error <= 1e-5 + 3 * bounds(M, reflections)).all()  # 3: weak directions may be many
@@ -109,7 +116,7 @@ def test_whole_models_have_the_exact_rotations(on, dtype):
             on
         ]
         determined = bounds(M, False) <= TOLERANCE
-        expected = torch.stack([exact(m, 1.0, False) for m in M])
+        expected = exact(M, False)
         assert determined.sum() >= 3
         for R in (result.R[i], separate.R[i]):
             assert torch.linalg.matrix_norm(R.double() - expected)[determined].max() <= TOLERANCE

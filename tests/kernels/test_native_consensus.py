@@ -1,6 +1,8 @@
 """The consensus of the compiled library against PyTorch's in float64: every instruction set, ranks, dtypes, threads, what it
 leaves to PyTorch, and the errors that it estimates."""
 
+import functools
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ from fedrot_kernels.groupwise import consensus as torch_consensus
 from fedrot_kernels.native_backend import consensus as native_consensus
 from fedrot_kernels.native_backend.consensus import consensus_average
 
+from .groups import HARD, clients, hard_clients, spread
 from .test_native import HERE, SETS, inside
-from .test_together import HARD, clients, hard_clients, spread
 
 pytestmark = pytest.mark.skipif(HERE is None, reason="the compiled library is not built, or switched off")
 BY_GRAM, BY_FACTORS = 5, 15  # numbers of clients whose sweeps run on a Gram matrix, and on the factors
@@ -36,19 +38,25 @@ def to_the_end(monkeypatch):
         monkeypatch.setattr(module, "CONSENSUS", 1e-14)
 
 
+@functools.lru_cache(maxsize=1)  # the same for every instruction set, and by far the most of the work
+def given_and_expected(r, n):
+    """Two adapters of a rank, the clients' weights, and the exact result."""
+    widths = [(2 * r + 3, 3 * r + 5), (1040, 4 * r)] if r <= 16 else [(2 * r + 3, 3 * r + 5)]
+    A, B, A_ref, B_ref = near_a_reference(r, widths, n, seed=r)
+    weights = [0.0 if i == 1 else 1.0 + i % 3 for i in range(n)]
+    return A, B, A_ref, B_ref, weights, exactly(A, B, weights, A_ref=A_ref, B_ref=B_ref)
+
+
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("n", [1, 2, BY_GRAM, BY_FACTORS])
 @pytest.mark.parametrize("r", [*range(1, 10), 12, 16, 17, 24, 33, 64, 128])
 def test_every_rank_on_every_instruction_set(r, n, instructions, to_the_end):
     """Odd widths, unaligned memory between NaNs: rotations to those of float64, means to rounding of those by them."""
-    widths = [(2 * r + 3, 3 * r + 5), (1040, 4 * r)] if r <= 16 else [(2 * r + 3, 3 * r + 5)]
-    A, B, A_ref, B_ref = near_a_reference(r, widths, n, seed=r)
-    weights = [0.0 if i == 1 else 1.0 + i % 3 for i in range(n)]
+    A, B, A_ref, B_ref, weights, exact = given_and_expected(r, n)
     placed = [[[inside(x, i % 5 + 1) for i, x in enumerate(of_adapter)] for of_adapter in factors] for factors in (A, B)]
     refs = {"A_ref": [inside(x, 1) for x in A_ref], "B_ref": [inside(x, 3) for x in B_ref]}
     options = {"on": "AB", "reflections": False, "strength": 1.0}
     found, left = consensus_average(*placed, weights, **refs, **options, instructions=instructions)
-    exact = exactly(A, B, weights, A_ref=A_ref, B_ref=B_ref)
     assert not left and bool(found.finite) and found.residual.max() <= 2e-6
     w = (torch.tensor(weights, dtype=torch.float64) / sum(weights))[:, None, None]
     for i in range(len(A)):
