@@ -98,8 +98,9 @@ def check_adapters(
         if not known:
             check_clients(a, n, f"adapter {i}, A", A[0][0].device)
             check_clients(b, n, f"adapter {i}, B", A[0][0].device)
-        (A0, B0), shapes = (a[0], b[0]), f"A {tuple(a[0].shape)} and B {tuple(b[0].shape)}"
+        A0, B0 = a[0], b[0]
         if A0.dim() != 2 or B0.dim() != 2 or A0.shape[0] != B0.shape[1] or not A0.numel() or not B0.numel():
+            shapes = f"A {tuple(A0.shape)} and B {tuple(B0.shape)}"
             raise ValueError(f"adapter {i}: expected (r, d_in) and (d_out, r) per client, got {shapes}")
         if A0.dtype != B0.dtype:
             raise ValueError(f"adapter {i}: A is {A0.dtype} and B {B0.dtype}; both must have one dtype")

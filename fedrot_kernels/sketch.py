@@ -1,6 +1,5 @@
 """Sketches of factors, by which the aggregation error is estimated for a fraction of its cost."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -146,10 +145,7 @@ def sum_and_deviation(values: Tensor) -> tuple[Tensor, Tensor]:
     return SKETCH_SIZE**2 * mean, SKETCH_SIZE * torch.maximum(between - within, within / 2).sqrt()
 
 
-def root(square: float, deviation: float) -> tuple[float, float]:
-    """The root of an estimate and the root's standard deviation."""
-    if math.isnan(square):
-        return square, square
-    if square <= 0:
-        return 0.0, math.sqrt(deviation)
-    return math.sqrt(square), deviation / (2 * math.sqrt(square))
+def root(square: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+    """The roots of estimates, which may be negative, and the roots' standard deviations; NaN stays NaN."""
+    found = square.clamp(min=0).sqrt()
+    return found, torch.where(square <= 0, deviation.sqrt(), deviation / (2 * found))

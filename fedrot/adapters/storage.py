@@ -73,6 +73,8 @@ class Storage:
 
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Lay canonical tensors where a state dict has them, under the caller's keys; missing ones are left out."""
+        if not self.specs_differ:
+            return {given: tensors[key] for key, given in self.saved.items() if key in tensors}
         packed = {}
         for key, given in self.saved.items():
             sources = self.sources(key)

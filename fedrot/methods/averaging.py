@@ -32,7 +32,11 @@ def average_round(round: Round, options: AggregationOptions, on: tuple[Factor, .
     averaged = [key for key in layout.specs if key not in layout.counters]
     given = [[client.tensors[client.keys_given[key]] for key in averaged] for client in round.clients]
     tensors = dict(zip(averaged, zip(*given, strict=True), strict=True))
-    A, B = ([matrices(tensors[key]) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
+    shapes = {key: layout.specs[key].shape for keys in layout.factor_keys for key in keys}
+    A, B = (
+        [[*tensors[key]] if len(shapes[key]) == 2 else matrices(tensors[key]) for key in keys]
+        for keys in zip(*layout.factor_keys, strict=True)
+    )
     mean: dict[str, Tensor] = {}
     checks: list[Tensor] = []
     if layout.other_keys:
@@ -60,8 +64,8 @@ def average_round(round: Round, options: AggregationOptions, on: tuple[Factor, .
         factors = fk.average_factors(A, B, round.weights, backend=backend, sketch_seed=sketch_seed)
     checks.append(factors.finite)
     for (key_A, key_B), mean_A, mean_B in zip(layout.factor_keys, factors.A, factors.B, strict=True):
-        mean[key_A] = mean_A.view(layout.specs[key_A].shape)
-        mean[key_B] = mean_B.view(layout.specs[key_B].shape)
+        mean[key_A] = mean_A if mean_A.shape == shapes[key_A] else mean_A.view(shapes[key_A])
+        mean[key_B] = mean_B if mean_B.shape == shapes[key_B] else mean_B.view(shapes[key_B])
     sound = bool(torch.stack(checks).all())
     return Averages(mean, A, B, R, residual, sound, undetermined=undetermined, estimates=factors.estimates)
 

@@ -71,13 +71,12 @@ def adapter_reports(
 
 def read_estimates(estimates: Estimates) -> tuple[list[Errors], float]:
     """The errors of every adapter, and the standard deviation of the whole model's error."""
-    errors = []
-    for lost, lost_deviation, plain, plain_deviation, added, added_deviation, mean in estimates.numbers.tolist():
-        error, error_deviation = root(lost, lost_deviation)
-        norm, norm_deviation = root(mean + added, added_deviation)
-        errors.append(Errors(error, norm, root(plain, plain_deviation)[0], (error_deviation, norm_deviation)))
-    total, deviation = sum_and_deviation(estimates.squares)
-    return errors, root(float(total), float(deviation))[1]
+    lost, lost_deviation, plain, plain_deviation, added, added_deviation, mean = estimates.numbers.T
+    errors, norms = root(lost, lost_deviation), root(mean + added, added_deviation)
+    values = (*errors, *norms, root(plain, plain_deviation)[0])
+    rows = zip(*(x.tolist() for x in values), strict=True)
+    deviation = root(*sum_and_deviation(estimates.squares))[1]
+    return [Errors(error, norm, other, (e, n)) for error, e, norm, n, other in rows], float(deviation)
 
 
 def count_directions(R: Tensor) -> Tensor:

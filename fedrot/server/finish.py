@@ -100,6 +100,8 @@ def finish(
         base,
         None if base is None else first.storage.base_config(base, own or {}),
         tuple(
-            given for key, given in first.storage.saved.items() if not personal.keys().isdisjoint(first.storage.sources(key))
+            given
+            for key, given in (first.storage.saved.items() if personal else ())
+            if not personal.keys().isdisjoint(first.storage.sources(key))
         ),
     )

@@ -3,13 +3,14 @@
 import ctypes
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..schedule import SHORT
-from ..sketch import projection
+from ..sketch import Projection, projection
 from ..tolerances import CONVERGED
 from ..types import Clients
 from .library import INSTRUCTION_SETS, Careful, Problem, load
@@ -25,6 +26,32 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def floats(*shape: int) -> Tensor:
     """Memory for the library's float32 values, whatever PyTorch's default dtype and device are."""
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
+class _Projections(NamedTuple):
+    """The addresses of the shifts and of the signs of the projections of A and B, per adapter two, and what lies there."""
+
+    shifts: "array[int]"
+    signs: "array[int]"
+    kept: list[Projection]  # or the addresses would not be those of anything
+
+
+@lru_cache(maxsize=8)
+def _projections(seed: int, widths: tuple[tuple[int, int], ...]) -> _Projections:
+    """The projections of a seed for adapters of these d_in and d_out."""
+    pairs = [(projection(seed, "A", d_in), projection(seed, "B", d_out)) for d_in, d_out in widths]
+    shifts = [x.shifts for pair in pairs for x in pair]
+    signs = [x for on_A, on_B in pairs for x in (on_A.buckets, on_B.quads)]
+    assert _is_writable(shifts, torch.uint8) and _is_writable(signs, torch.float32)
+    tables = [array("Q", [x.data_ptr() for x in tensors]) for tensors in (shifts, signs)]
+    return _Projections(tables[0], tables[1], [x for pair in pairs for x in pair])
+
+
+def _is_writable(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
+    """Whether the library can take them as they are: contiguous, on a CPU, and of the dtype, if one is named."""
+    if dtype in (None, torch.float32) and (table := read_tensors(tensors)) is not None:
+        return table.is_float32() if dtype else table.describe(1)[1]
+    return all(x.dtype == (dtype or x.dtype) and x.is_contiguous() and x.device.type == "cpu" for x in tensors)
 
 
 class Call:
@@ -66,28 +93,32 @@ class Call:
     def set(self, **fields: float | Tensor | Sequence[Tensor] | None) -> None:
         """Set fields of the structure: numbers, tensors by their address, lists of tensors by that of a table of them."""
         for name, value in fields.items():
-            tensors = [value] if isinstance(value, Tensor) else value if isinstance(value, Sequence) else []
             dtype = _OF_DTYPE.get(name, torch.float32)
-            if name not in ("A_out", "B_out") or "adds" in fields:
-                assert all(x.dtype == dtype for x in tensors), name
-            if name not in ("A_ref", "B_ref"):  # the library may write to it, and not to a copy
-                assert all(x.is_contiguous() and x.device.type == "cpu" for x in tensors), name
             if isinstance(value, Tensor):
+                assert _is_writable([value], dtype), name
                 self._kept.append(value)
                 self._fields[name] = value.data_ptr()
             elif isinstance(value, Sequence):
+                # The library writes to them, and not to copies.
+                assert _is_writable(value, None if name in ("A_out", "B_out") and "adds" not in fields else dtype), name
                 self._fields[name] = self._addresses(value)
             elif value is not None:
                 self._fields[name] = value
 
+    def refer_to(self, A: Sequence[Tensor] | None, B: Sequence[Tensor] | None) -> None:
+        """Set the references, as float32 on a CPU."""
+        for name, references in (("A_ref", A), ("B_ref", B)):
+            if references is not None:
+                if not _is_writable(references, torch.float32):
+                    references = [x.detach().to("cpu", torch.float32) for x in references]
+                self._fields[name] = self._addresses(references)
+
     def sketch(self, seed: int) -> None:
         """Have every client's factors sketched, by the projections of a seed."""
-        pairs = zip(self.first_A, self.first_B, strict=True)
-        found = [(projection(seed, "A", a.shape[1]), projection(seed, "B", b.shape[0])) for a, b in pairs]
-        self.set(
-            shifts=[x.shifts for pair in found for x in pair],
-            signs=[x for on_A, on_B in found for x in (on_A.buckets, on_B.quads)],
-        )
+        widths = tuple((a.shape[1], b.shape[0]) for a, b in zip(self.first_A, self.first_B, strict=True))
+        tables = _projections(seed, widths)
+        self._kept.append(tables)
+        self._fields |= {"shifts": tables.shifts.buffer_info()[0], "signs": tables.signs.buffer_info()[0]}
 
     def run(self, careful: Callable[[int], None] | None = None) -> None:
         """Make the call.

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from .library import load
 
 _KIND = 40  # bytes of fedrot::Kind
-_ALIKE, _PLAIN, _FLOATING = 1, 2, 4
+_ALIKE, _PLAIN, _FLOATING, _FLOAT32 = 1, 2, 4, 8
 
 
 class TensorTable:
@@ -40,6 +40,13 @@ class TensorTable:
         assert library is not None
         found = library.fedrot_describe(self.kinds, len(self) // n, n)
         return bool(found & _ALIKE), found & _PLAIN != 0 and found & _FLOATING != 0
+
+    def is_float32(self) -> bool:
+        """Whether all are contiguous, on a CPU, and float32."""
+        library = load()
+        assert library is not None
+        found: int = library.fedrot_describe(self.kinds, 1, len(self))
+        return found & _PLAIN != 0 and found & _FLOAT32 != 0
 
     def is_finite(self) -> bool:
         """Whether tensors that are contiguous, on a CPU and floating-point hold no NaN and no Inf."""

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,12 +89,10 @@ class Search:
         self._doubtful = torch.zeros(L, n, dtype=torch.uint8, device="cpu")
         if A_ref is None and B_ref is None:
             return
-        self._exact = ExactProducts(A, B, A_ref, B_ref)
-        sizes = [n * r * r for r in call.ranks]
-        self.R = [x.view(n, r, r) for x, r in zip(floats(sum(sizes)).split(sizes), call.ranks, strict=True)]
+        self._factors = A, B, A_ref, B_ref
+        self.R = _rotations(n, call.ranks)
+        call.refer_to(A_ref, B_ref)
         call.set(
-            A_ref=None if A_ref is None else [x.detach().to("cpu", torch.float32) for x in A_ref],
-            B_ref=None if B_ref is None else [x.detach().to("cpu", torch.float32) for x in B_ref],
             strength=strength,
             reflections=reflections,
             R=self.R,
@@ -106,6 +105,10 @@ class Search:
         """Make the call."""
         self._call.run(self._careful)
 
+    @cached_property
+    def _exact(self) -> ExactProducts:
+        return ExactProducts(*self._factors)
+
     def _careful(self, adapter: int) -> None:
         clients = self._doubtful[adapter].nonzero().squeeze(-1)
         M = torch.stack([self._exact(adapter, i) for i in clients.tolist()])
@@ -114,3 +117,11 @@ class Search:
         self.R[adapter][clients] = found.R.float()
         self.residual[adapter, clients] = found.residual.float()
         self.undetermined[adapter, clients] = found.undetermined
+
+
+def _rotations(n: int, ranks: Sequence[int]) -> list[Tensor]:
+    """Memory for the rotations of n clients, (n, r, r) per adapter."""
+    if len(set(ranks)) == 1:
+        return list(floats(len(ranks), n, ranks[0], ranks[0]).unbind())
+    sizes = [n * r * r for r in ranks]
+    return [x.view(n, r, r) for x, r in zip(floats(sum(sizes)).split(sizes), ranks, strict=True)]
