@@ -3,11 +3,12 @@
 from .dispatch import align_average, average, average_factors, backends
 from .groupwise.together import align_together
 from .measures import aggregation_error, error_bound, product_norm, rotation_angle
+from .native_backend.stream import ClientTensors, Stream
 from .ops import cross_covariance, polar, procrustes, rotate_average
 from .precision import full_precision, widen, working_dtype
 from .rotations import frame_rotations
 from .sketch import estimate_errors
-from .streams import add_client_, find_rotations
+from .streams import add_client_, find_rotations, open_stream
 from .tolerances import FACTOR_FLOOR, PRODUCT_FLOOR
 from .torch_backend.procrustes import soften, special_orthogonal
 from .torch_backend.products import rotate_add_
@@ -19,9 +20,11 @@ __all__ = [
     "Aligned",
     "Averaged",
     "Backend",
+    "ClientTensors",
     "Clients",
     "Estimates",
     "Rotations",
+    "Stream",
     "Target",
     "Together",
     "add_client_",
@@ -37,6 +40,7 @@ __all__ = [
     "find_rotations",
     "frame_rotations",
     "full_precision",
+    "open_stream",
     "polar",
     "procrustes",
     "product_norm",

@@ -16,7 +16,7 @@ from .sketch import estimate_errors
 from .tolerances import LARGEST_TRITON_RANK
 from .types import Aligned, Averaged, Backend, Clients
 
-_COMPILED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_COMPILED_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
 
 @full_precision
@@ -144,7 +144,7 @@ def use_triton(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be auto, native, torch or triton, got {backend!r}")
-    fits = _are_compiled(samples, rank)
+    fits = are_compiled([x.dtype for x in samples], rank)
     if backend == "triton" and not fits:
         raise ValueError(
             f"the Triton kernels take float16, bfloat16 and float32 of rank up to {LARGEST_TRITON_RANK}; use torch"
@@ -160,7 +160,7 @@ def use_native(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
     Raises:
         ValueError: "native" for inputs that the library does not take, or where it was not built.
     """
-    fits = _are_compiled(samples, rank) and all(x.device.type == "cpu" for x in samples)
+    fits = are_compiled([x.dtype for x in samples], rank) and all(x.device.type == "cpu" for x in samples)
     if backend == "native" and instruction_set() is None:
         raise ValueError("the compiled library is not there: install fedrot where there is a C++ compiler; or use torch")
     if backend == "native" and not fits:
@@ -181,9 +181,9 @@ def backends() -> dict[str, str]:
     }
 
 
-def _are_compiled(samples: Sequence[Tensor], rank: int) -> bool:
+def are_compiled(dtypes: Sequence[torch.dtype], rank: int) -> bool:
     """Whether there are compiled kernels for tensors of these dtypes and this rank."""
-    return all(x.dtype in _COMPILED_DTYPES for x in samples) and rank <= LARGEST_TRITON_RANK
+    return {*dtypes} <= _COMPILED_DTYPES and rank <= LARGEST_TRITON_RANK
 
 
 class _Implementation(Protocol):

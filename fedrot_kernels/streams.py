@@ -1,17 +1,19 @@
-"""One client of a stream: its rotations towards a reference, and its share of sums that are kept."""
+"""The clients of a stream, one by one: their rotations towards a reference, and their shares of sums that are kept."""
 
+from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .checks import check_adapters
-from .dispatch import use_native
+from .dispatch import are_compiled, use_native
+from .native_backend.library import instruction_set
+from .native_backend.stream import ClientTensors, Stream
 from .precision import full_precision
 from .rotations import frame_rotations
 from .sketch import sketch
 from .tolerances import FACTOR_FLOOR
-from .torch_backend.products import rotate_add_
 from .types import Backend, Rotations
 
 
@@ -61,8 +63,8 @@ def find_rotations(
 
 @full_precision
 def add_client_(
-    sum_A: Tensor,
-    sum_B: Tensor,
+    sum_A: Sequence[Tensor] | Tensor,
+    sum_B: Sequence[Tensor] | Tensor,
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     R: Tensor | None,
@@ -74,8 +76,8 @@ def add_client_(
     """Add weight · RᵀA to sum_A and weight · B R to sum_B, in place, of G adapters of one shape.
 
     Args:
-        sum_A: (G, r, d_in), float32 or float64.
-        sum_B: (G, d_out, r), likewise.
+        sum_A: G tensors (r, d_in), float32 or float64.
+        sum_B: G tensors (d_out, r), likewise.
         A: G tensors (r, d_in).
         B: G tensors (d_out, r).
         R: (G, r, r), or None for no rotation.
@@ -90,23 +92,49 @@ def add_client_(
         The sketches of Bᵀ and of A as they came, (G, r, 32) each; None without a seed.
     """
     check_adapters([[x] for x in A], [[x] for x in B], None, None)
-    (r, d_in), G = A[0].shape, len(A)
-    shapes = {"sum_A": (sum_A, (G, r, d_in)), "sum_B": (sum_B, (G, B[0].shape[0], r)), "R": (R, (G, r, r))}
-    for name, (x, shape) in shapes.items():
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} is {tuple(x.shape)}, but {G} adapters of these shapes have {shape}")
-    direct = all(x.dtype == torch.float32 and x.is_contiguous() for x in (sum_A, sum_B))
+    (r, d_in), G, sums_A, sums_B = A[0].shape, len(A), list(sum_A), list(sum_B)
+    given = {"sum_A": (sums_A, (r, d_in)), "sum_B": (sums_B, (B[0].shape[0], r))}
+    given |= {} if R is None else {"R": (list(R), (r, r))}
+    for name, (tensors, shape) in given.items():
+        if len(tensors) != G or any(x.shape != shape for x in tensors):
+            found = " and ".join(str(shape) for shape in {tuple(x.shape) for x in tensors})
+            raise ValueError(f"{name} is {len(tensors)} of {found}, but {G} adapters of these shapes have {shape}")
+    direct = all(x.dtype == torch.float32 and x.is_contiguous() for x in (*sums_A, *sums_B))
     if direct and use_native(backend, A, r):
         from .native_backend.one_client import add_client
 
-        return add_client(sum_A, sum_B, A, B, R, weight, sketch_seed)
+        return add_client(sums_A, sums_B, A, B, R, weight, sketch_seed)
     stacked_A, stacked_B = torch.stack([*A]), torch.stack([*B])
-    if R is None:
-        sum_A.add_(stacked_A, alpha=weight)
-        sum_B.add_(stacked_B, alpha=weight)
-    else:
-        rotate_add_(sum_A, stacked_A, R, weight)
-        rotate_add_(sum_B.mT, stacked_B.mT, R, weight)
+    turned_A, turned_B = stacked_A, stacked_B
+    if R is not None:
+        turned_A = R.mT.to(sums_A[0].dtype) @ stacked_A.to(sums_A[0].dtype)
+        turned_B = stacked_B.to(sums_B[0].dtype) @ R.to(sums_B[0].dtype)
+    torch._foreach_add_(sums_A, list(turned_A), alpha=weight)
+    torch._foreach_add_(sums_B, list(turned_B), alpha=weight)
     if sketch_seed is None:
         return None
     return sketch(stacked_B.mT, "B", sketch_seed), sketch(stacked_A, "A", sketch_seed)
+
+
+def open_stream(
+    clients: ClientTensors,
+    sums: Sequence[Tensor],
+    undetermined: "array[int]",
+    directions: "array[int]",
+) -> Stream | None:
+    """A stream by the compiled library, which looks at a client in one call and adds it in another.
+
+    Args:
+        clients, sums, undetermined, directions: see ``Stream``.
+
+    Returns:
+        None if the library is not there, or does not take such tensors.
+    """
+    ranks = [r for r, _, _ in clients.shapes]
+    if (
+        instruction_set() is None
+        or any(x.device.type != "cpu" for x in sums)
+        or not are_compiled(clients.dtypes, max(ranks))
+    ):
+        return None
+    return Stream(clients, sums, undetermined, directions)

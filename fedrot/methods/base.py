@@ -1,6 +1,7 @@
 """The decisions of a method: which factors clients train and share, and how a round's updates become one."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from fedrot_kernels import Rotations
@@ -11,6 +12,21 @@ from ..adapters.update import StateDict, Update
 from ..errors import UpdateError
 from ..options import AggregationOptions, Factor
 from .round import Averages, Round
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How clients are rotated towards the reference.
+
+    Attributes:
+        on: the factors that count; without any, clients are not rotated.
+        strength: λ.
+        reflections: whether rotations are in O(r), not SO(r).
+    """
+
+    on: tuple[Factor, ...] = ()
+    strength: float = 1.0
+    reflections: bool = False
 
 
 class Method(ABC):
@@ -93,6 +109,10 @@ class Method(ABC):
             reference: words for the reference, or for the client that stands in for it.
         """
         return None
+
+    def alignment(self, round: int) -> Alignment | None:
+        """What ``prepare`` does in the round of this index, if it does no more than to rotate towards the reference."""
+        return Alignment() if type(self).prepare is Method.prepare else None
 
     @abstractmethod
     def aggregate(self, round: Round) -> Averages:

@@ -6,7 +6,7 @@ from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..options import Factor
 from .averaging import average_round, stream_round
-from .base import Method
+from .base import Alignment, Method
 from .consensus import FedRotConsensus
 from .rotation import aligned_factors, rotations
 from .round import Averages, Round
@@ -40,6 +40,10 @@ class FedRot(Method):
     def target(self, round: int, reference: str) -> str | None:
         """See ``Method.target``."""
         return reference if self._on(round) else None
+
+    def alignment(self, round: int) -> Alignment:
+        """See ``Method.alignment``."""
+        return Alignment(self._on(round), self.strength, self.options.reflections)
 
     def aggregate(self, round: Round) -> Averages:
         """See ``Method.aggregate``."""

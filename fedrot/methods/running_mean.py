@@ -27,23 +27,18 @@ class RunningMean:
     Attributes:
         unit: the unit that weights are measured in, so that any magnitude fits the sums' dtype; 0 before the first client.
         total_weight: Σ wᵢ, in units.
-        groups: for every group of the layout the sums Σ wᵢ RᵢᵀAᵢ (G, r, d_in) and Σ wᵢ BᵢRᵢ (G, d_out, r).
-        sums: canonical key → sum; those of factors are matrices in the memory of ``groups``.
+        sums: canonical key → sum, of factors as matrices: of A and B of the layout's groups in turn, then of the others.
+            Every sum has storage of its own.
     """
 
     def __init__(self, layout: Layout, device: torch.device):
         self.layout = layout
         self.unit = self.total_weight = 0.0
-        self.groups: list[tuple[Tensor, Tensor]] = []
         self.sums: dict[str, Tensor] = {}
-        for group in layout.groups:
-            first, G = group.adapters[0], len(group.adapters)
-            dtype = working_dtype(first.dtype)
-            A = torch.zeros(G, first.rank, first.d_in, dtype=dtype, device=device)
-            B = torch.zeros(G, first.d_out, first.rank, dtype=dtype, device=device)
-            self.groups.append((A, B))
-            for i, a in enumerate(group.adapters):
-                self.sums[a.key_A], self.sums[a.key_B] = A[i], B[i]
+        for a in (a for group in layout.groups for a in group.adapters):
+            dtype = working_dtype(a.dtype)
+            self.sums[a.key_A] = torch.zeros(a.rank, a.d_in, dtype=dtype, device=device)
+            self.sums[a.key_B] = torch.zeros(a.d_out, a.rank, dtype=dtype, device=device)
         for key in layout.other_keys:
             spec = layout.specs[key]
             self.sums[key] = torch.zeros(spec.shape, dtype=working_dtype(spec.dtype), device=device)
@@ -66,19 +61,31 @@ class RunningMean:
             watch: is called with the sketches of the client's factors of every group.
             sketch_seed: the seed of the sketches; None for none.
         """
+        weight, share = self.count(weight)
         if weight == 0:
             return
-        self._keep_in_range(weight)
-        weight = weight / self.unit
-        self.total_weight += weight
-        for g, (group, (sum_A, sum_B)) in enumerate(zip(self.layout.groups, self.groups, strict=True)):
+        for g, group in enumerate(self.layout.groups):
             A, B, R = group.all_A(update), group.all_B(update), rotations[g] if rotations is not None else None
+            sum_A, sum_B = group.all_A(self.sums), group.all_B(self.sums)
             sketches = add_client_(sum_A, sum_B, A, B, R, weight, sketch_seed=sketch_seed)
             if watch is not None and sketches is not None:
-                watch(g, *sketches, R, weight / self.total_weight)
+                watch(g, *sketches, R, share)
         for key in self.layout.other_keys:
             total, x = self.sums[key], update[key]
             total.add_(x if x.shape == total.shape else x.reshape(total.shape), alpha=weight)
+
+    def count(self, weight: float) -> tuple[float, float]:
+        """Count a client's weight, whose tensors are to be added.
+
+        Returns:
+            The weight in units, and its share in the weights so far.
+        """
+        if weight == 0:
+            return 0.0, 0.0
+        self._keep_in_range(weight)
+        weight = weight / self.unit
+        self.total_weight += weight
+        return weight, weight / self.total_weight
 
     @torch.no_grad()
     def merge(self, other: "RunningMean") -> float:
@@ -99,18 +106,18 @@ class RunningMean:
     def _keep_in_range(self, weight: float) -> None:
         """Take a weight as the unit if it is too large in units of the present one."""
         if weight > self.unit * WEIGHT_RANGE:
-            for total in self.sums.values():
-                total.mul_(self.unit / weight)
+            if self.total_weight:
+                for total in self.sums.values():
+                    total.mul_(self.unit / weight)
             self.total_weight *= self.unit / weight
             self.unit = weight
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The mean under canonical keys, in the updates' shapes and dtypes, every tensor with storage of its own."""
+        """The mean under canonical keys, in the updates' shapes and dtypes, in the memory of the sums where that will do."""
         mean = {}
-        for key in self.sums:
+        for key, total in self.sums.items():
             spec = self.layout.specs[key]
-            x = (self.sums[key] / self.total_weight).to(spec.dtype)
-            mean[key] = x.reshape(spec.shape)
+            mean[key] = total.div_(self.total_weight).to(spec.dtype).reshape(spec.shape)
         return mean
 
 

@@ -30,15 +30,28 @@ class Sketch:
         layout: the layout of the result.
         device: the device of the updates.
         seed: the seed of Ψ and Ω; sketches can be merged if they have one seed.
+        rotates: whether clients may be rotated. Otherwise the plain average is the result, and both have the same sums.
+
+    Attributes:
+        sums: for every group of the layout (G, S, 64 r + 1024) with S = 2, or 1 without rotations: p̄ᵀ (r, k), q̄ (r, k) and
+            ΨᵀEΩ (k, k) of the rotated factors, then those of the factors as they came.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, seed: int):
+    def __init__(self, layout: Layout, device: torch.device, seed: int, *, rotates: bool = True):
         self.layout, self.seed = layout, seed
+        self._sides = _SIDES if rotates else _SIDES[:1]
+        self.sums: list[Tensor] = []
         self._parts: list[dict[str, Tensor]] = []
         for group in layout.groups:
-            G, a = len(group.adapters), group.adapters[0]
-            shapes = {name: (G, *shape) for name, shape in part_shapes(a).items()}
-            self._parts.append({n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()})
+            G, r, k = len(group.adapters), group.adapters[0].rank, SKETCH_SIZE
+            sums = torch.zeros(G, len(self._sides), 2 * k * r + k * k, dtype=torch.float64, device=device)
+            parts: dict[str, Tensor] = {}
+            for side, name in enumerate(_SIDES):
+                left, right, lost = sums[:, min(side, len(self._sides) - 1)].split((k * r, k * r, k * k), dim=1)
+                parts |= {f"{name}left": left.view(G, r, k).mT, f"{name}right": right.view(G, r, k)}
+                parts[f"{name}lost"] = lost.view(G, k, k)
+            self.sums.append(sums)
+            self._parts.append(parts)
 
     @full_precision
     def add(self, index: int, of_B: Tensor, of_A: Tensor, R: Tensor | None, share: float) -> None:
@@ -51,7 +64,7 @@ class Sketch:
             share: the client's part of the sum of all weights so far, its own among them.
         """
         left, right = of_B.double().mT, of_A.double()
-        for side, turned in zip(_SIDES, (R, None), strict=True):
+        for side, turned in zip(self._sides, (R, None), strict=False):
             theirs = (left, right) if turned is None else (left @ turned.double(), turned.mT.double() @ right)
             _merge(self._parts[index], side, {side + "left": theirs[0], side + "right": theirs[1]}, share)
 
@@ -59,7 +72,7 @@ class Sketch:
         """Add the ``parts`` of another sketch; ``share`` is the part of its clients in the sum of all weights."""
         for group, mine in zip(self.layout.groups, self._parts, strict=True):
             theirs = {n: torch.stack([parts[a.key_A][n] for a in group.adapters]).to(x.device) for n, x in mine.items()}
-            for side in _SIDES:
+            for side in self._sides:
                 _merge(mine, side, theirs, share)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:

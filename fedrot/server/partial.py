@@ -38,6 +38,7 @@ class PartialAggregate:
         config = stream.reference.config if stream.reference is not None else None
         stream.first = replace(stream.first, specs=stream.layout.specs, config=config or stream.first.config)
         stream.reference = None
+        stream.__dict__.pop("compiled", None)
         if name is not None:
             stream.weights = {f"{name}/{client}": weight for client, weight in stream.weights.items()}
             stream.dropped = {f"{name}/{client}": why for client, why in stream.dropped.items()}

@@ -62,7 +62,8 @@ def write_stream(path: str | os.PathLike[str], stream: StreamedRound, options: M
     tensors["weights"] = torch.tensor([*stream.weights.values()], dtype=torch.float64)
     keys = [key_A for key_A, _ in stream.layout.factor_keys]
     tensors["angles"] = stream.angle_table(keys).contiguous()
-    counts = [(stream.undetermined[key], stream.directions[key]) for key in keys]
+    rotated = stream.counts()
+    counts = [rotated.get(key, (0, 0)) for key in keys]
     tensors["undetermined"] = torch.tensor(counts, dtype=torch.float64)
     with replace_file(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
@@ -123,9 +124,8 @@ def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound
     ranks = torch.tensor([a.rank for a in layout.adapters]) * len(weights)
     if bool((left < 0).any() or (left > every).any() or (every > ranks).any() or (tables["undetermined"] % 1).any()):
         raise UpdateError(f"{name}: its numbers of directions are not ones of {len(weights)} clients; send it again")
-    if bool(every.any()):  # otherwise no client was rotated
-        stream.undetermined.update(dict(zip(columns, map(int, left.tolist()), strict=True)))
-        stream.directions.update(dict(zip(columns, map(int, every.tolist()), strict=True)))
+    for i, a in enumerate(stream.adapters):
+        stream.undetermined[i], stream.directions[i] = int(left[columns[a.key_A]]), int(every[columns[a.key_A]])
     return stream
 
 

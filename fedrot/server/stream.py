@@ -1,7 +1,7 @@
 """The sums that are kept of updates that are added one by one."""
 
 from array import array
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
@@ -9,15 +9,17 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from fedrot_kernels import Rotations, product_norm, rotation_angle
+from fedrot_kernels import Estimates, Rotations, product_norm, rotation_angle
 
 from ..adapters.checks import carry
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
+from ..methods.base import Alignment
 from ..methods.running_mean import RunningMean
-from ..report.measure import count_directions, read_estimates
+from ..report.measure import Errors, count_directions, read_estimates
 from ..report.report import AdapterReport
 from ..report.sketch import Sketch
+from .compiled import CompiledStream, compile_stream
 
 
 class StreamedRound:
@@ -28,6 +30,7 @@ class StreamedRound:
         layout: the layout of the first client's update.
         reference: the adapter that clients are aligned to, or None.
         seed: the seed of the sketch that estimates the aggregation error, or None for no sketch.
+        alignment: how clients are aligned to the reference; None if otherwise, or if none are added here.
 
     Attributes:
         weights: client → weight, in the order they came.
@@ -35,21 +38,31 @@ class StreamedRound:
         frozen: key → the factor that no client trained.
         counters: key → the integers that the result has.
         angles: in degrees, every client's rotation angles of all adapters, in the order of the layout's groups.
-        undetermined: key of A → in how many directions nothing determined the rotations of that adapter, over all clients;
-            empty where no client was rotated.
-        directions: key of A → how many directions there were in all, likewise.
+        undetermined: in how many directions nothing determined the rotations of an adapter, over all clients; per adapter,
+            in the order of the layout's groups.
+        directions: how many directions there were in all, likewise; zeros where no client was rotated.
     """
 
-    def __init__(self, first: Update, layout: Layout, reference: Update | None, seed: int | None):
+    def __init__(
+        self,
+        first: Update,
+        layout: Layout,
+        reference: Update | None,
+        seed: int | None,
+        alignment: Alignment | None = None,
+    ):
         self.first, self.layout, self.reference = first.without_tensors(), layout, reference
         self.frozen: dict[str, Tensor] = {}
         self.counters: dict[str, Tensor] = {}
         self.dropped: dict[str, str] = {}
         self.weights: dict[str, float] = {}
         self.angles = array("d")
-        self.undetermined, self.directions = Counter[str](), Counter[str]()
+        self.adapters = [a for group in layout.groups for a in group.adapters]
+        self.undetermined, self.directions = (array("q", bytes(8 * len(self.adapters))) for _ in range(2))
         self.mean = RunningMean(layout, first.device)
-        self.sketch = None if seed is None else Sketch(layout, first.device, seed)
+        rotates = alignment is None or bool(alignment.on)
+        self.sketch = None if seed is None else Sketch(layout, first.device, seed, rotates=rotates)
+        self._alignment = alignment
 
     @property
     def seen(self) -> int:
@@ -67,6 +80,36 @@ class StreamedRound:
             digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @cached_property
+    def compiled(self) -> CompiledStream | None:
+        """The compiled library's side of the stream; None if it does not take it."""
+        return compile_stream(
+            self.first,
+            self.layout,
+            self.reference,
+            self.mean,
+            self.sketch,
+            self._alignment,
+            self.undetermined,
+            self.directions,
+        )
+
+    def look(self, client: Update) -> bool | None:
+        """Have the compiled library look at a client, which adds nothing yet.
+
+        Returns:
+            Whether the client is finite; None if the library cannot add this one.
+        """
+        if self._alignment is None or self.compiled is None:
+            return None
+        return self.compiled.look(client)
+
+    def add_looked_at(self, name: str, weight: float) -> None:
+        """Add the client that was looked at last; see ``CompiledStream.add``."""
+        assert self.compiled is not None
+        self.angles.extend(self.compiled.add(name, weight))
+        self.weights[name] = weight
+
     def add(self, name: str, weight: float, tensors: StateDict, rotations: list[Rotations] | None) -> None:
         """Add a client that has been checked, in the form that ``Method.prepare`` gave it."""
         R = None if rotations is None else [found.R for found in rotations]
@@ -74,15 +117,13 @@ class StreamedRound:
         self.mean.add(tensors, weight, R, watch, seed)
         self.weights[name] = weight
         if rotations is None:
-            self.angles.extend([0.0] * len(self.layout.adapters))
+            self.angles.extend([0.0] * len(self.adapters))
             return
-        keys = [a.key_A for group in self.layout.groups for a in group.adapters]
         for found in rotations:
             self.angles.extend(rotation_angle(found.R).tolist())
         left = [count for found in rotations for count in found.undetermined.tolist()]
         every = [count for found in rotations for count in count_directions(found.R).tolist()]
-        self.undetermined.update(dict(zip(keys, left, strict=True)))
-        self.directions.update(dict(zip(keys, every, strict=True)))
+        self._count(left, every)
 
     def merge(self, other: "StreamedRound") -> None:
         """Add another stream's clients, which have been checked. The other stays as it is."""
@@ -91,49 +132,74 @@ class StreamedRound:
             self.sketch.merge(other.sketch.parts(), share)
         else:
             self.sketch = None
+            self.__dict__.pop("compiled", None)  # which sketches
         self.weights |= other.weights
         self.dropped |= other.dropped
         self.frozen = self.frozen or {key: x.to(self.first.device, copy=True) for key, x in other.frozen.items()}
         if other.counters:
             theirs = replace(other.first, tensors=other.counters, keys_given={key: key for key in other.counters})
             self.counters = carry(self.counters, theirs, self.layout)
-        table = other.angle_table([a.key_A for group in self.layout.groups for a in group.adapters])
-        self.angles.frombytes(table.numpy().tobytes())
-        self.undetermined.update(other.undetermined)
-        self.directions.update(other.directions)
+        keys = [a.key_A for a in self.adapters]
+        self.angles.frombytes(other.angle_table(keys).numpy().tobytes())
+        places = {a.key_A: i for i, a in enumerate(other.adapters)}
+        self._count(*([counts[places[key]] for key in keys] for counts in (other.undetermined, other.directions)))
 
     def angle_table(self, keys: list[str]) -> Tensor:
         """The rotation angles (N, L) in float64: a row per client, a column per adapter in the order of these keys of A."""
         if not self.angles:
             return torch.empty(len(self.weights), len(keys), dtype=torch.float64)
-        columns = {a.key_A: i for i, a in enumerate(a for group in self.layout.groups for a in group.adapters)}
+        columns = {a.key_A: i for i, a in enumerate(self.adapters)}
         table = torch.frombuffer(self.angles, dtype=torch.float64).view(len(self.weights), -1)
         return table[:, [columns[key] for key in keys]]
 
-    def adapter_reports(self) -> tuple[tuple[AdapterReport, ...], float | None]:
-        """The reports of all adapters, whose errors are estimates, and the standard deviation of the whole model's error."""
-        angles = self.angle_table([key_A for key_A, _ in self.layout.factor_keys]).T.tolist()
-        pairs = list(zip(self.layout.adapters, map(tuple, angles), strict=True))
-        if self.sketch is None:
-            return tuple(
-                AdapterReport(a.module, a.rank, None, None, per_client, None, None, *self._counts(a.key_A))
-                for a, per_client in pairs
-            ), None
-        mean_norms: dict[str, float] = {}
-        for group, sums in zip(self.layout.groups, self.mean.groups, strict=True):
-            A, B = (x.double() / self.mean.total_weight for x in sums)
-            mean_norms |= zip((a.key_A for a in group.adapters), product_norm(B, A).tolist(), strict=True)
-        errors, deviation = read_estimates(self.sketch.estimates(mean_norms))
-        rows = zip(pairs, errors, strict=True)
-        return tuple(
-            AdapterReport(
-                *(a.module, a.rank, of.error, of.update_norm, per_client, None, of.deviations),
-                *self._counts(a.key_A),
-                of.plain_error,
-            )
-            for (a, per_client), of in rows
-        ), deviation
+    def average(self) -> tuple[dict[str, Tensor], Estimates | None, bool]:
+        """Make the averages, which the sums do not survive.
 
-    def _counts(self, key: str) -> tuple[int | None, int | None]:
-        """The undetermined directions of an adapter, and all of them; None where no client was rotated."""
-        return self.undetermined.get(key), self.directions.get(key)
+        Returns:
+            The mean under canonical keys, in the updates' shapes and dtypes; estimates of the errors if there is a sketch;
+            and whether the mean is known to be finite.
+        """
+        if self.compiled is not None:
+            return self.compiled.close()
+        estimates = None if self.sketch is None else self.sketch.estimates(self._mean_norms())
+        return self.mean.state_dict(), estimates, False
+
+    def _mean_norms(self) -> dict[str, float]:
+        """Key of A → ‖B̄Ā‖_F."""
+        norms: dict[str, float] = {}
+        for group in self.layout.groups:
+            sums = group.all_A(self.mean.sums), group.all_B(self.mean.sums)
+            A, B = (torch.stack(x).double() / self.mean.total_weight for x in sums)
+            norms |= zip((a.key_A for a in group.adapters), product_norm(B, A).tolist(), strict=True)
+        return norms
+
+    def adapter_reports(self, estimates: Estimates | None) -> tuple[tuple[AdapterReport, ...], float | None]:
+        """The reports of all adapters, and the standard deviation of the whole model's error.
+
+        Args:
+            estimates: of the errors, or None.
+        """
+        angles = self.angle_table([key_A for key_A, _ in self.layout.factor_keys]).T.tolist()
+        errors, deviation = [Errors()] * len(angles), None
+        if estimates is not None:
+            errors, deviation = read_estimates(estimates)
+        counts = self.counts()
+        reports = []
+        for a, per_client, of in zip(self.layout.adapters, map(tuple, angles), errors, strict=True):
+            undetermined, directions = counts.get(a.key_A, (None, None))
+            found = (of.error, of.update_norm, per_client, None, of.deviations, undetermined, directions, of.plain_error)
+            reports.append(AdapterReport(a.module, a.rank, *found))
+        return tuple(reports), deviation
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Key of A → its undetermined directions, and all of them; empty where no client was rotated."""
+        if not any(self.directions):
+            return {}
+        counts = zip(self.undetermined, self.directions, strict=True)
+        return dict(zip((a.key_A for a in self.adapters), counts, strict=True))
+
+    def _count(self, undetermined: Iterable[int], directions: Iterable[int]) -> None:
+        """Add numbers of directions, per adapter in the order of the layout's groups."""
+        for counts, more in ((self.undetermined, undetermined), (self.directions, directions)):
+            for i, n in enumerate(more):
+                counts[i] += n

@@ -58,7 +58,8 @@ def begin_stream(
     whole = method.returns() == ("A", "B")
     layout, target = start_round([first], method.unequal_ranks, reference, config, whole=whole)
     method.check(layout)
-    return StreamedRound(first, layout, target, options.seed if options.report_error else None)
+    seed = options.seed if options.report_error else None
+    return StreamedRound(first, layout, target, seed, method.alignment(index))
 
 
 def open_next(streamed: StreamedRound | None, update: UpdateLike, name: str | None, configs: Any) -> Update:
@@ -83,7 +84,8 @@ def add_client(streamed: StreamedRound, client: Update, weight: float, method: M
     """
     layout = streamed.layout
     check_next(client, streamed.first, layout, streamed.reference, method.unequal_ranks)
-    if not is_valid(client, method.options.on_invalid, streamed.dropped):
+    finite = streamed.look(client)
+    if not finite and not is_valid(client, method.options.on_invalid, streamed.dropped):
         return
     if not streamed.weights:
         streamed.frozen = untrained_factors(streamed, client, method, index)
@@ -92,8 +94,12 @@ def add_client(streamed: StreamedRound, client: Update, weight: float, method: M
         streamed.counters = carry(streamed.counters, client, layout)
     if method.unequal_ranks == "pad":
         s = round_scalings([streamed.first, client], layout, streamed.reference, method.unequal_ranks)
-        client = client if s is None else pad(client, layout, s.per_client[1], s.result)
-    streamed.add(client.name, weight, *method.prepare(index, client, streamed.seen, layout, streamed.reference))
+        if s is not None:
+            client, finite = pad(client, layout, s.per_client[1], s.result), None
+    if finite:
+        streamed.add_looked_at(client.name, weight)
+    else:
+        streamed.add(client.name, weight, *method.prepare(index, client, streamed.seen, layout, streamed.reference))
 
 
 def untrained_factors(streamed: StreamedRound, first: Update, method: Method, index: int) -> dict[str, Tensor]:
@@ -136,16 +142,18 @@ def average_stream(streamed: StreamedRound, method: Method, index: int) -> Avera
         raise nothing_left(streamed.dropped)
     layout = streamed.layout
     shares = shares_of(tuple(streamed.weights.values()))
-    adapters, deviation = streamed.adapter_reports()
+    mean, estimates, is_finite = streamed.average()
+    adapters, deviation = streamed.adapter_reports(estimates)
     if method.rescales:
         adapters = without_plain_errors(adapters)
     target = None if is_unrotated(adapters) else method.target(index, "the reference")
     report = Report(method.name, index, tuple(streamed.weights), shares, streamed.dropped, adapters, target, deviation)
-    mean = streamed.mean.state_dict() | streamed.frozen
+    mean |= streamed.frozen
     if method.unequal_ranks == "pad" and streamed.reference is not None:
         mean = revive_dead_ranks(mean, layout, streamed.reference)
     s = round_scalings([streamed.first], layout, streamed.reference, method.unequal_ranks)
     config = s.config if s else streamed.first.config
     averages = Averages(mean, [], [], None, None, False)
     counters = streamed.counters
-    return AveragedRound(streamed.first, layout, streamed.reference, averages, report, config, counters, may_overflow=True)
+    overflows = not is_finite
+    return AveragedRound(streamed.first, layout, streamed.reference, averages, report, config, counters, overflows)

@@ -20,7 +20,7 @@ from .tensors import read_tensors
 _OF_DTYPE = {"estimates": torch.float64, "undetermined": torch.int64} | dict.fromkeys(
     ("doubtful", "finite", "shifts"), torch.uint8
 )
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def floats(*shape: int) -> Tensor:
@@ -84,7 +84,7 @@ class Call:
             "strength": 1.0,
             "converged": CONVERGED[torch.float32],
             "shapes": self._table("q", shapes),
-            "dtypes": self._table("i", [_DTYPES[a.dtype] for a in self.first_A]),
+            "dtypes": self._table("i", [DTYPES[a.dtype] for a in self.first_A]),
             "A": self._addresses([x for clients in A for x in clients]),
             "B": self._addresses([x for clients in B for x in clients]),
             "steps": self._table("f", [c for step in SHORT for c in step]),

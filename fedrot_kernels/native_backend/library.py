@@ -48,6 +48,19 @@ class Problem(ctypes.Structure):
     )
 
 
+class Stream(ctypes.Structure):
+    """``fedrot::Stream`` of stream_state.inc."""
+
+    _fields_ = (
+        ("problem", Problem),
+        ("others", ctypes.c_int32),
+        ("sides", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("places", "numels", "kinds", "sums", "sketches", "angles")),
+        *((name, ctypes.c_void_p) for name in ("undetermined", "directions", "finite", "out", "numbers", "squares")),
+        *((name, ctypes.c_double) for name in ("weight", "share", "total")),
+    )
+
+
 @cache
 def load() -> ctypes.CDLL | None:
     """Load the library; None where it was not built or cannot be loaded.
@@ -65,6 +78,9 @@ def load() -> ctypes.CDLL | None:
             except OSError:  # of another machine
                 continue
             library.fedrot_align_average.argtypes = [ctypes.POINTER(Problem), ctypes.c_int32]
+            stream, address, size, level = ctypes.POINTER(Stream), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+            library.fedrot_stream.argtypes = [stream, ctypes.c_int32, level]
+            library.fedrot_stream_look.argtypes = [stream, address, ctypes.c_char_p, size, level]
             library.fedrot_describe.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
             library.fedrot_finite.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
             library.fedrot_zero.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]

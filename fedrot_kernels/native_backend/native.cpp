@@ -255,6 +255,8 @@ inline void flip_if_reflected(float* R, const double* M, int r, int ld, double* 
   }
 }
 
+#include "stream_state.inc"
+
 #define LANES 4
 namespace baseline {
 #include "kernels.inc"
@@ -291,6 +293,20 @@ inline Align implementation(int32_t level) {
   return baseline::align;
 }
 
+// Calls work(item, scratch) for all items, in threads, until one has failed.
+template <class Work>
+void in_threads(int32_t threads, int32_t items, const std::atomic<bool>& failed, Work work) {
+  std::atomic<int32_t> next{0};
+  auto run = [&] {
+    Scratch scratch;
+    for (int32_t i; !failed && (i = next++) < items;) work(i, scratch);
+  };
+  std::vector<std::thread> others;
+  for (int32_t t = 1; t < (threads < items ? threads : items); t++) others.emplace_back(run);
+  run();
+  for (auto& thread : others) thread.join();
+}
+
 }  // namespace fedrot
 
 extern "C" {
@@ -310,20 +326,13 @@ int32_t fedrot_level() {
 
 int32_t fedrot_align_average(fedrot::Problem* problem, int32_t level) {
   std::atomic<bool> failed{false};
-  std::atomic<int32_t> next{0};
   problem->failed = &failed;
   fedrot::Align align = fedrot::implementation(level);
-  auto work = [&] {
-    fedrot::Scratch scratch;
-    for (int32_t i; !failed && (i = next++) < problem->adapters;) align(*problem, i, scratch);
-  };
-  std::vector<std::thread> threads;
-  int32_t wanted = problem->threads < problem->adapters ? problem->threads : problem->adapters;
-  for (int32_t t = 1; t < wanted; t++) threads.emplace_back(work);
-  work();
-  for (auto& thread : threads) thread.join();
+  fedrot::in_threads(problem->threads, problem->adapters, failed,
+                     [&](int32_t adapter, fedrot::Scratch& scratch) { align(*problem, adapter, scratch); });
   return failed;
 }
 }
 
 #include "tensors.inc"
+#include "stream_calls.inc"

@@ -28,13 +28,19 @@ def find_rotations(
 
 
 def add_client(
-    sum_A: Tensor, sum_B: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], R: Tensor | None, weight: float, seed: int | None
+    sum_A: Sequence[Tensor],
+    sum_B: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    R: Tensor | None,
+    weight: float,
+    seed: int | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Add a client's factors to sums; see ``streams.add_client_``."""
     call = Call([[x] for x in A], [[x] for x in B])
     finite = torch.empty(len(A), dtype=torch.uint8, device="cpu")
     own = torch.tensor([weight], dtype=torch.float32, device="cpu")
-    call.set(A_out=list(sum_A), B_out=list(sum_B), adds=1, shares=own, weights=own, finite=finite)
+    call.set(A_out=sum_A, B_out=sum_B, adds=1, shares=own, weights=own, finite=finite)
     if R is not None:
         call.set(R=list(R.float().contiguous()))
     sketches = None

@@ -15,17 +15,18 @@ _ALIKE, _PLAIN, _FLOATING, _FLOAT32 = 1, 2, 4, 8
 
 
 class TensorTable:
-    """Tensors as the library sees them; it does not keep them alive.
+    """Tensors as the library sees them.
 
     Args:
+        tensors: the tensors, which are kept alive.
         addresses: where each lies.
         kinds: dtype, shape, device and contiguity of each, as bytes that can be compared.
     """
 
-    __slots__ = ("addresses", "kinds")
+    __slots__ = ("addresses", "kinds", "tensors")
 
-    def __init__(self, addresses: "array[int]", kinds: bytes):
-        self.addresses, self.kinds = addresses, kinds
+    def __init__(self, tensors: Sequence[Tensor], addresses: "array[int]", kinds: bytes):
+        self.tensors, self.addresses, self.kinds = tensors, addresses, kinds
 
     def __len__(self) -> int:
         return len(self.addresses)
@@ -80,7 +81,7 @@ def read_tensors(tensors: Sequence[Tensor]) -> TensorTable | None:
             return None
     except (RuntimeError, BufferError):  # tensors without storage, such as sparse ones
         return None
-    return TensorTable(addresses, bytes(kinds))
+    return TensorTable(tensors, addresses, bytes(kinds))
 
 
 _PLAIN_TYPES = {Tensor, Parameter}
