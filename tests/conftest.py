@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from .dense import KIND, UNEQUAL
 from .peft_models import client_updates, save_clients
@@ -15,7 +16,19 @@ from .refusals import LINEAR
 torch.set_num_threads(1)
 
 # First, so that no worker is left alone with one of them in the end.
-_LONGEST = ["test_compile_matrix.py", "test_deployment.py", "test_privacy.py", "test_example.py"]
+_LONGEST = [
+    "test_deployment.py",
+    "test_compile_matrix.py",
+    "test_polar_kernels.py",
+    "test_whole_model_kernels.py",
+    "test_privacy.py",
+    "test_example.py",
+    "test_wheel.py",
+    "test_editable.py",
+    "test_workers.py",
+    "test_methods.py",
+    "test_run.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,6 +46,13 @@ def cache_home(tmp_path_factory) -> Iterator[Path]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch) -> None:
+    """Figures are made, but not drawn, which takes longer than a short simulation; tests marked ``drawn`` draw theirs."""
+    if request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(b"not drawn"))
 
 
 @pytest.fixture

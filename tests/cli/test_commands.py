@@ -1,55 +1,17 @@
 """The commands as typed, with what they print and leave, and what bad input leaves behind: nothing."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import fedrot
-import fedrot_kernels
 from fedrot.cli.commands import main
-from fedrot.simulation import SimulationConfig
 
-SHORT = ["--rounds=1", "--local_steps=2", "--clients=3", "--batch_size=4"]
-
-
-def base_model():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Three clients' PEFT folders."""
-    paths = []
-    for seed in range(3):
-        model = get_peft_model(base_model(), LoraConfig(r=2, target_modules=["0", "2"]))
-        torch.manual_seed(seed + 1)
-        for p in model.parameters():
-            if p.requires_grad:
-                torch.nn.init.normal_(p)
-        paths.append(str(tmp_path / f"client{seed}"))
-        model.save_pretrained(paths[-1])
-    return paths
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], x) for key, x in expected.items())
-
-
-def assert_written(folder, expected):
-    """The adapter and its configuration."""
-    state_dict, config = fedrot.read_adapter(folder)
-    assert_equal(state_dict, expected.state_dict)
-    assert config == expected.config
+from .adapters import assert_equal, assert_written, base_model
 
 
 def test_methods_lists_ablations_last_and_apart(capsys):
@@ -58,40 +20,6 @@ def test_methods_lists_ablations_last_and_apart(capsys):
     named = [line.split()[0] for line in table.splitlines()]
     assert named == ["method", *(name for name, method in fedrot.METHODS.items() if not method.ablation)]
     assert notes.endswith("Ablations of the paper, for comparisons only: random-rotation, scalar.\n")
-
-
-def test_the_module_is_the_command():
-    run = subprocess.run([sys.executable, "-m", "fedrot.cli", "--version"], capture_output=True, text=True, check=True)
-    states = ", ".join(f"{name} {state}" for name, state in fedrot_kernels.backends().items())
-    assert run.stdout == f"fedrot {fedrot.__version__} ({states})\n"
-    run = subprocess.run([sys.executable, "-m", "fedrot.cli", "inspect", "nowhere"], capture_output=True, text=True)
-    said = "fedrot: error: client 0 (nowhere): there is no folder nowhere; pass a folder that save_pretrained wrote\n"
-    assert (run.returncode, run.stderr) == (1, said)
-
-
-def run_for_nobody(*arguments, unbuffered):
-    """Run a command whose output nobody reads, as after ``| head``, written in one piece or as it is printed."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1" if unbuffered else ""}
-    with os.fdopen(writing, "wb") as output:
-        command = [sys.executable, "-m", "fedrot.cli", *arguments]
-        return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-@pytest.mark.parametrize("command", ["methods", "inspect", "--help"])
-def test_a_reader_that_ends_early_ends_the_command_quietly(folders, command):
-    for unbuffered in (True, False):
-        run = run_for_nobody(command, *(folders if command == "inspect" else []), unbuffered=unbuffered)
-        # argparse itself passes over an error in writing its help.
-        assert run.stderr == "" and run.returncode in ((0, 141) if command == "--help" else (141,))
-
-
-@pytest.mark.parametrize("command", ["aggregate", "merge"])
-def test_a_result_is_written_whoever_reads_the_report(folders, tmp_path, command):
-    run = run_for_nobody(command, *folders, "--output", str(tmp_path / "merged"), unbuffered=True)
-    assert (run.returncode, run.stderr) == (141, "")
-    assert_written(tmp_path / "merged", getattr(fedrot, command)(folders))
 
 
 def test_aggregate_writes_what_the_api_returns(folders, tmp_path, capsys):
@@ -298,58 +226,3 @@ def test_a_wrong_command_line_exits_with_2(arguments):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-
-
-def test_simulate_takes_yaml_and_options(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("method: fedit\nlr: 3e-3\nlora: {r: 2, lora_alpha: 4}\n")
-    output = tmp_path / "run"
-    options = ["--config", str(tmp_path / "config.yaml"), "--lora.r", "3", "--output", str(output), *SHORT]
-    assert main(["simulate", *options]) == 0
-    config = SimulationConfig(**yaml.safe_load((output / "config.yaml").read_text()))
-    assert (config.method, config.lr, config.lora) == ("fedit", 3e-3, {"r": 3, "lora_alpha": 4})
-    adapter = json.loads((output / "adapter/adapter_config.json").read_text())
-    assert (adapter["r"], adapter["lora_alpha"]) == (3, 4)
-    assert "accuracy" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("metod: fedit", "metod"),
-        ("rounds: 2.5", "rounds"),
-        ("partition: diriclet", "partition"),
-    ],
-)
-def test_a_wrong_configuration_names_the_field(tmp_path, capsys, text, message):
-    (tmp_path / "config.yaml").write_text(text)
-    assert main(["simulate", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run")]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--method=fedavg"], "unknown method 'fedavg'"),
-        (["--strength=-1"], "strength must be between"),
-        (["--rounds=0"], "rounds must be at least 1"),
-        (["--lora.rank=4"], "lora: .*rank"),
-        (["--partition=column"], "partition_column go together"),
-        (["--task=text-classification"], "the task of digits is image-classification"),
-        (["--dataset=glue"], 'the model "digits" and the dataset "digits" go together'),
-    ],
-)
-def test_wrong_values_leave_no_run(tmp_path, capsys, options, message):
-    assert main(["simulate", *options, "--output", str(tmp_path / "run")]) == 1
-    assert re.search(message, capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_core_needs_neither_transformers_nor_peft():
-    script = (
-        "import sys, fedrot, fedrot_kernels, fedrot.cli\n"
-        "loaded = {'transformers', 'peft', 'datasets', 'matplotlib', 'pandas'} & sys.modules.keys()\n"
-        "assert not loaded, loaded"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)

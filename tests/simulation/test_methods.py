@@ -172,6 +172,7 @@ def test_what_does_not_go_together_is_refused(options, message):
         SimulationConfig(**options)
 
 
+@pytest.mark.drawn
 def test_every_client_reports_its_size_and_label_histogram(task, tmp_path):
     result = run(task, tmp_path / "run", rounds=1)
     _, *rows = (result.folder / "partition.csv").read_text().splitlines()

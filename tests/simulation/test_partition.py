@@ -102,6 +102,7 @@ def bars(axis):
     return np.array([[(bar.get_y(), bar.get_height()) for bar in container] for container in axis.containers])
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("clients", [3, 50, 150])
 def test_the_plot_stacks_the_classes_of_every_client(clients, tmp_path):
     table = histograms(share_out(clients=clients), LABELS, CLASSES)
@@ -119,6 +120,7 @@ def test_the_plot_stacks_the_classes_of_every_client(clients, tmp_path):
     assert (tmp_path / "partition.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.drawn
 def test_the_plot_of_named_clients_without_classes_shows_sizes(tmp_path):
     names = [f"package{i}" for i in range(40)]
     table = pd.DataFrame({"size": range(1, 41)}, pd.Index(names, name="client"))

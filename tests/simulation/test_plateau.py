@@ -206,6 +206,7 @@ def test_runs_that_do_not_go_together_are_refused(folder, tmp_path):
         read_runs([folder, tmp_path / "other"])
 
 
+@pytest.mark.drawn
 def test_the_report_is_tables_and_a_plot(folder, tmp_path, capsys):
     report([folder], tmp_path / "out")
     assert capsys.readouterr().out == f"{folder}: 12 of 12 runs are finished\n"

@@ -11,6 +11,8 @@ from fedrot.simulation.metrics import shown_measures, shown_score
 from fedrot.simulation.plots import plot_geometry, plot_run
 from fedrot.simulation.sweep.plots import plot_comparison, plot_sweep
 
+pytestmark = pytest.mark.drawn
+
 ROUNDS, SEEDS = 4, 3
 
 

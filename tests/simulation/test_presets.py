@@ -1,6 +1,7 @@
 """The presets of comparisons: the paper's tables as written and as released, their reductions, and options over them."""
 
 import dataclasses
+import functools
 import re
 from importlib import resources
 
@@ -15,14 +16,25 @@ from fedrot.simulation.sweep.layers import overlay, split_options
 from fedrot.simulation.sweep.presets import describe_presets, load_preset
 
 
-@pytest.mark.parametrize("name", describe_presets())
-def test_every_preset_is_runs(name):
+def options_of(name):
+    """A preset's options, with those that its users must give."""
     options = load_preset(name)
     if name.startswith(("text-", "beyond-text", "plateau-")):
         options |= {"model": "encoder", "dataset": "train.tsv"}
     if name == "table5-code":
         options["execute_generated_code"] = True
-    runs, notes = Comparison.of(options).runs()
+    return options
+
+
+@functools.cache
+def runs_and_notes(name):
+    """What a preset compares, which several tests look at and takes as long as a short run."""
+    return Comparison.of(options_of(name)).runs()
+
+
+@pytest.mark.parametrize("name", describe_presets())
+def test_every_preset_is_runs(name):
+    options, (runs, notes) = options_of(name), runs_and_notes(name)
     assert len({run.config.seed for run in runs}) == 3
     variants = {own.get("method", "fedrot") for own in options.get("variants", {}).values()}
     assert {run.config.method for run in runs} == set(options["methods"]) | variants
@@ -32,7 +44,7 @@ def test_every_preset_is_runs(name):
 
 def test_presets_follow_the_paper():
     def configs(name):
-        return [run.config for run in Comparison.of(load_preset(name)).runs()[0]]
+        return [run.config for run in runs_and_notes(name)[0]]
 
     table1 = configs("table1-qnli")
     assert len(table1) == 5 * 3 * 3
@@ -51,8 +63,7 @@ def test_presets_follow_the_paper():
 
 
 def test_presets_of_the_plateau():
-    own = {"model": "encoder", "dataset": "train.tsv"}
-    sst2, pairs = (Comparison.of(load_preset(name) | own).runs()[0] for name in ("plateau-sst2", "plateau-pairs"))
+    (sst2, _), (pairs, _) = map(runs_and_notes, ("plateau-sst2", "plateau-pairs"))
     methods = {"fedit", "fedrot", "ffa-lora", "rolora", "fedrot O hard"}
     places = {(dtype, n) for dtype in ("float32", "float16") for n in (10, 50)}
     for runs, found, length in ((sst2, places, 16), (pairs, {("float32", 10)}, 40)):
@@ -77,7 +88,7 @@ RELEASED = [name for name in describe_presets() if name.startswith("released-")]
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_presets_follow_the_released_scripts_beside_the_paper(name):
-    written, released = (Comparison.of(load_preset(n)).runs()[0] for n in (name.removeprefix("released-"), name))
+    (written, _), (released, _) = map(runs_and_notes, (name.removeprefix("released-"), name))
     hard = [run for run in released if run.columns["method"] == "fedrot O hard"]
     others = [run for run in released if run not in hard]
     own = {"client_weights": "equal", "dtype": "float16", "eval_every": 1, "rounds": 500 if name.endswith("rte") else 250}

@@ -63,7 +63,7 @@ def test_several_processes_give_the_bits_of_one_and_take_up_what_is_left(alone, 
     other = folder / left.replace("fedit", "fedrot-0.5") / WEIGHTS
     save_file(changed := {name: x * 1.5 for name, x in load_file(other).items()}, other, metadata={"format": "pt"})
     shutil.rmtree(folder / left)
-    assert main(["compare", "--resume", str(folder), "--workers", "3"]) == 0
+    assert main(["compare", "--resume", str(folder), "--workers", "2"]) == 0
     assert table.splitlines()[0] in capsys.readouterr().out
     again = load_file(folder / left / WEIGHTS)
     assert all(torch.equal(again[name], x) for name, x in changed.items())
@@ -77,13 +77,13 @@ def test_several_processes_give_the_bits_of_one_and_take_up_what_is_left(alone, 
 
 @pytest.mark.slow
 def test_an_error_ends_the_other_runs_after_their_round_and_names_its_own(tmp_path, capfd):
-    folder, long = tmp_path / "out", 5000
-    options = ["--methods", "fedit", "--starts=shared", "--seeds=0", "--rounds=30", "--local-steps=2", "--clients=2"]
+    folder, short, long = tmp_path / "out", 10, 5000
+    options = ["--methods", "fedit", "--starts=shared", "--seeds=0", f"--rounds={short}", "--local-steps=2", "--clients=2"]
     options += [f"--variants.long.rounds={long}", "--variants.bad.lr=1e38", "--eval-every=5000", "--optimizer=sgd"]
     assert main(["compare", *options, "--workers=2", "--output", str(folder)]) == 1
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fedrot: error: ")]
     assert error.startswith("fedrot: error: shared-bad-seed0: ") and "NaN" in error
-    assert len((folder / "shared-fedit-seed0/metrics.jsonl").read_text().splitlines()) == 30
+    assert len((folder / "shared-fedit-seed0/metrics.jsonl").read_text().splitlines()) == short
     stopped = folder / "shared-long-seed0"
     _, rounds_done = load_checkpoint(stopped)
     assert 0 < rounds_done < long and not (stopped / "adapter").exists()
@@ -102,14 +102,15 @@ def in_group(process, group):
 def test_an_interrupted_comparison_leaves_what_any_number_of_processes_can_resume(tmp_path):
     options = ["--methods", "fedit", "fedrot", "--strengths=0.5", "--starts=shared", "--seeds=0", "--rounds=8"]
     options += ["--local-steps=10", "--clients=4", "--batch-size=4"]
-    command = [sys.executable, "-m", "fedrot.cli", "compare"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([*command, *options, f"--output={whole}"], check=True, capture_output=True)
+    assert main(["compare", *options, f"--output={whole}"]) == 0
 
     # As in a terminal, whose interrupt goes to all processes of a group. Shells tell background jobs to ignore it.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        [*command, *options, "--workers=2", f"--output={cut}"],
+        [sys.executable, "-m", "fedrot.cli", "compare", *options, "--workers=2", f"--output={cut}"],
+        # One thread, as here: some sums depend on the number of threads, and so the bits on when the interrupt comes.
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=heed,
@@ -122,14 +123,11 @@ def test_an_interrupted_comparison_leaves_what_any_number_of_processes_can_resum
     _, messages = process.communicate()
     assert process.returncode == 130
     assert f"go on with: fedrot compare --resume {cut} --workers 2" in messages and "Traceback" not in messages
-    deadline = time.monotonic() + 30
-    while group := [p for p in psutil.process_iter(["cmdline"]) if in_group(p, process.pid)]:
-        assert time.monotonic() < deadline, f"still there: {[p.info for p in group]}"
+    while [p for p in psutil.process_iter() if in_group(p, process.pid)]:  # the last of them end after it
         time.sleep(0.01)
     assert not (cut / "results.csv").exists()
     assert not [path for path in cut.rglob(".*") if path.name.startswith(".")], "nothing half-written stays"
-    resumed = subprocess.run([*command, f"--resume={cut}"], capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
+    assert main(["compare", f"--resume={cut}"]) == 0
     assert contents(cut) == contents(whole)
 
 
