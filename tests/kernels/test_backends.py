@@ -1,4 +1,4 @@
-"""``fedrot.aggregate`` on the Triton kernels (interpreted where there is no GPU) gives what PyTorch gives."""
+"""``fedrot.aggregate`` on the Triton kernels (executed on the CPU where there is no GPU) gives what PyTorch gives."""
 
 import math
 
@@ -11,12 +11,10 @@ from ..peft_models import KINDS, turned_clients
 
 WEIGHTS = [1.0, 2.0, 4.5]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# bfloat16 cannot be interpreted; float64 has no kernels.
-KINDS_OF_KERNELS = [
-    name
-    for name, kind in KINDS.items()
-    if kind.dtype != torch.float64 and (DEVICE == "cuda" or kind.dtype != torch.bfloat16)
-]
+KINDS_OF_KERNELS = [name for name, kind in KINDS.items() if kind.dtype != torch.float64]
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_device")
 
 
 def on_device(update):
