@@ -14,7 +14,7 @@ CORE := tests/adapters tests/ranks tests/methods tests/report tests/server tests
 simulate: .venv/simulate
 	$(BIN)/fedrot compare
 
-test: .venv/test .venv/docs
+test: .venv/test,docs
 	$(PYTEST) -m "not exhaustive"
 	$(MKDOCS)
 
@@ -45,7 +45,11 @@ docs: .venv/docs
 clean:
 	rm -rf .venv build dist site *.egg-info
 
+# One extra, or several with commas between them, which builds the compiled library once. pip would compile Python files on one
+# core; some of them are templates, which cannot be compiled.
+comma := ,
 .venv/%: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
-	touch $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	touch $@ $(addprefix .venv/,$(subst $(comma), ,$*))
