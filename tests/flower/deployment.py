@@ -21,7 +21,7 @@ _ENVIRONMENT = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # instead of a second, before every start of an app
     "OMP_NUM_THREADS": "1",
 }
-_LIMIT = 300.0  # seconds to wait for anything, on a machine that has much else to do
+_LIMIT = 900.0  # seconds to wait for anything, on a machine that has much else to do
 
 
 class Command:

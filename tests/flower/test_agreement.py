@@ -17,8 +17,8 @@ from ..mixtures import EXPERTS
 from ..peft_models import KINDS, Kind
 from ..refusals import refused
 from .local_grid import LocalGrid, client_app, fresh_model, train
+from .strategy_runs import configs, start_of
 from .test_client import message_of
-from .test_strategy import configs, start_of
 
 KIND = KINDS["linear"]
 BASE, CONFIG, COUNT = EXPERTS["Qwen3-MoE, all linear"]

@@ -15,7 +15,7 @@ from fedrot.flower import FedRot, from_arrays, receive, reply, to_arrays
 from ..peft_models import KINDS
 from ..refusals import refused
 from .local_grid import LocalGrid, client_app, fresh_model, train
-from .test_strategy import assert_equal, configs, options_of, start_of
+from .strategy_runs import assert_equal, configs, options_of, start_of
 
 KIND = KINDS["modules to save"]
 

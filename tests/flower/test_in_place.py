@@ -16,7 +16,7 @@ from fedrot.flower.arrays import _HEADERS, _read_header, _write_header, open_arr
 from ..peft_models import KINDS, client_updates
 from ..refusals import refused
 from .local_grid import LocalGrid
-from .test_strategy import configs, start_of
+from .strategy_runs import configs, start_of
 
 DTYPES = ["<f2", "<f4", "<f8", "<i2", "<i4", "<i8", "|i1", "|u1", "|b1"]
 

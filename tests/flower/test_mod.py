@@ -14,7 +14,7 @@ from fedrot.flower import AlignMod, FedRot, align_mod, from_arrays, to_arrays
 
 from ..peft_models import KINDS
 from .local_grid import LocalGrid, client_app
-from .test_strategy import start_of
+from .strategy_runs import start_of
 
 KIND = KINDS["modules to save"]
 OPTIONS = [

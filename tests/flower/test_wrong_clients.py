@@ -15,35 +15,8 @@ from fedrot.flower import FedRot, from_arrays, to_arrays
 
 from ..peft_models import KINDS
 from .local_grid import LocalGrid, client_app, fresh_model
-from .test_strategy import assert_equal, start_of
-
-KIND = KINDS["modules to save"]
-KEY = next(key for key in start_of(KIND) if factor_of(key) == "A")
-HEAD = "base_model.model.classifier.weight"
-
-
-def changed(change):
-    """A reply whose tensors are changed by a function from state dict to state dict."""
-
-    def spoil(message):
-        message.content["arrays"] = to_arrays(change(from_arrays(message.content["arrays"])))
-
-    return spoil
-
-
-def with_entry(key, value):
-    def change(state):
-        state[key].view(-1)[1] = value
-        return state
-
-    return changed(change)
-
-
-def metrics(**values):
-    def spoil(message):
-        message.content["metrics"] = MetricRecord({key.replace("_", "-"): x for key, x in values.items()})
-
-    return spoil
+from .strategy_runs import assert_equal, start_of
+from .wrong_replies import HEAD, KEY, KIND, changed, metrics, run, with_entry
 
 
 def without(record):
@@ -87,12 +60,6 @@ WRONG = {
     "an infinite count": (metrics(num_examples=math.inf), ["num-examples", "inf"]),
     "an exception": (raises, ["error 2", "the disk is full"]),
 }
-
-
-def run(spoil, rounds=1, **options):
-    grid = LocalGrid({0: client_app(KIND), 1: client_app(KIND, spoil=spoil), 2: client_app(KIND)})
-    strategy = FedRot(fraction_evaluate=0.0, **options)
-    return strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=rounds), strategy
 
 
 def without_client_1():
@@ -165,32 +132,6 @@ def test_extreme_clients_end_no_method(method):
         assert len(strategy.result.report.dropped) == (abs(value) > 1)
 
 
-def test_names_are_one_short_line_and_two_of_a_name_are_told_apart():
-    names = ["client 0\nround 1: all is well", "twin", "twin", "x" * 500, "twin (node 98)", "node 94", ""]
-    grid = LocalGrid({c: client_app(KIND, name=name) for c, name in enumerate(names)})
-    strategy = FedRot(fraction_evaluate=0.0)
-    strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
-    names = strategy.result.report.clients
-    assert len(set(names)) == 7
-    assert {"client 0 round 1: all is well", "twin (node 99)", "twin (node 98) (node 96)"} <= set(names)
-    assert max(map(len, names)) == 80
-
-
-def test_metrics_that_not_all_have_are_left_out_and_said_so(caplog):
-    def spoil(message):
-        message.content["metrics"] = MetricRecord({"num-examples": 2, "train-loss": math.nan, "f1": [0.5, 1.0]})
-
-    everyone = LocalGrid({c: client_app(KIND, spoil=spoil) for c in range(3)})
-    with caplog.at_level(logging.WARNING, "flwr"):
-        result, strategy = run(spoil)
-        same = FedRot(fraction_evaluate=0.0).start(everyone, to_arrays(start_of(KIND)), num_rounds=1)
-    assert strategy.result.report.dropped == {}
-    assert not {"train-loss", "f1"} & result.train_metrics_clientapp[1].keys()
-    assert same.train_metrics_clientapp[1]["f1"] == pytest.approx([0.5, 1.0])
-    assert "train-loss" not in same.train_metrics_clientapp[1]
-    assert caplog.text.count("train-loss") == 2 and caplog.text.count("'f1'") == 1
-
-
 def test_a_reply_of_a_client_without_fedrot_is_taken():
     """Plain Flower: ArrayRecord(state_dict), any record names, and no client record."""
 
@@ -205,21 +146,6 @@ def test_a_reply_of_a_client_without_fedrot_is_taken():
     _, strategy = run(spoil)
     assert strategy.result.report.dropped == {}
     assert strategy.result.report.clients == ("client 0", "client 2", "node 99")
-
-
-def test_evaluation_drops_wrong_answers_too(caplog):
-    grid = LocalGrid({c: client_app(KIND) for c in range(3)})
-    strategy = FedRot()
-    strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
-    config = ConfigRecord()
-    messages = list(strategy.configure_evaluate(1, to_arrays(start_of(KIND)), config, grid))
-    replies = grid.send_and_receive(messages)
-    whole = strategy.aggregate_evaluate(1, replies)["size"]
-    del replies[0].content["metrics"]["num-examples"]
-    with caplog.at_level(logging.WARNING, "flwr"):
-        assert strategy.aggregate_evaluate(1, replies)["size"] == pytest.approx(whole)
-    assert "evaluation of round 1: dropped client" in caplog.text
-    assert strategy.aggregate_evaluate(1, []) is None
 
 
 @pytest.mark.parametrize("method", ["flexlora", "flora"])
@@ -289,58 +215,7 @@ def test_clients_without_examples_are_too_few_and_named():
         assert [c for c in range(3) if f"client {c}: its number of examples is 0" in said] == [*idle]
 
 
-def test_an_evaluation_without_examples_names_the_clients(caplog):
-    grid = LocalGrid({c: client_app(KIND) for c in range(2)})
-    strategy = FedRot()
-    strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
-    messages = list(strategy.configure_evaluate(1, to_arrays(start_of(KIND)), ConfigRecord(), grid))
-    replies = grid.send_and_receive(messages)
-    for reply in replies:
-        reply.content["metrics"]["num-examples"] = 0
-    with caplog.at_level(logging.WARNING, "flwr"):
-        assert strategy.aggregate_evaluate(1, replies) is None
-    for client in range(2):
-        assert f"evaluation of round 1: dropped client {client}: its number of examples is 0" in caplog.text
-
-
 def test_a_personal_factor_that_is_sent_is_refused():
     state = start_of(KIND)
     _, strategy = run(changed(lambda s: s | {k: x for k, x in state.items() if factor_of(k) == "B"}), method="fedsa-lora")
     assert "keep it" in strategy.result.report.dropped["client 1"]
-
-
-def test_reasons_are_one_short_line(caplog):
-    def breaks(message):
-        raise ValueError("\x1b[31mno\nround 9: dropped client 2: forged" + "x" * 10**5 + "the disk is full")
-
-    with caplog.at_level(logging.WARNING, "flwr"):
-        _, strategy = run(breaks)
-        run(changed(lambda s: s | {"evil\nround 9: \x1b[31m" * 1000: torch.ones(1)}))
-    (why,) = strategy.result.report.dropped.values()
-    logged = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
-    assert len(logged) == 2
-    assert why.endswith("the disk is full") and "[31m" not in why
-    for text in (why, *logged):
-        assert len(text) < 600 and text.isprintable()
-
-
-def test_clients_metrics_do_not_pass_for_the_servers(caplog):
-    grid = LocalGrid({c: client_app(KIND, spoil=metrics(num_examples=1, clients=99)) for c in range(3)})
-    with caplog.at_level(logging.WARNING, "flwr"):
-        result = FedRot(fraction_evaluate=0.0).start(grid, to_arrays(start_of(KIND)), num_rounds=1)
-    assert result.train_metrics_clientapp[1]["clients"] == 3
-    assert "'clients' is left out" in caplog.text
-
-
-def test_a_metrics_function_of_the_users_sees_what_clients_sent():
-    seen = []
-
-    def average(contents, weighted_by):
-        seen.extend(contents)
-        return MetricRecord({"highest": max(content["metrics"]["train-loss"] for content in contents)})
-
-    grid = LocalGrid({c: client_app(KIND) for c in range(3)})
-    strategy = FedRot(fraction_evaluate=0.0, train_metrics_aggr_fn=average)
-    result = strategy.start(grid, to_arrays(start_of(KIND)), num_rounds=1)
-    assert result.train_metrics_clientapp[1]["highest"] == 1.0
-    assert [content["client"]["name"] for content in seen] == ["client 0", "client 1", "client 2"]
