@@ -11,16 +11,15 @@ from fedrot.simulation.metrics import shown_measures, shown_score
 from fedrot.simulation.plots import plot_geometry, plot_run
 from fedrot.simulation.sweep.plots import plot_comparison, plot_sweep
 
-pytestmark = pytest.mark.drawn
-
 ROUNDS, SEEDS = 4, 3
 
 
 @pytest.fixture
-def png(tmp_path):
+def png(tmp_path, request):
+    """A path at which a plot is in the end, drawn if the test is of a kind of plot as a whole."""
     path = tmp_path / "plot.png"
     yield path
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes().startswith(b"\x89PNG" if request.node.get_closest_marker("drawn") else b"not drawn")
 
 
 def rows(methods=("fedit", "fedrot"), starts=("shared", "independent"), **columns):
@@ -48,6 +47,7 @@ def mean_by(table, x, measure, **chosen):
     return np.array([values.index, values], float)
 
 
+@pytest.mark.drawn
 def test_the_comparison_draws_means_by_round_in_a_column_per_start(png):
     table = rows()
     figure = plot_comparison(table, png)
@@ -114,6 +114,7 @@ def test_rows_without_a_score_are_refused():
         shown_score(rows().drop(columns=["accuracy", "loss"]))
 
 
+@pytest.mark.drawn
 def test_a_run_shows_the_rounds_that_were_evaluated(png):
     metrics = [{"round": r, "method": "fedit", "relative_error": 0.1 * r} for r in range(1, 5)]
     metrics[1]["accuracy"], metrics[3]["accuracy"] = 0.5, 0.7
@@ -122,6 +123,7 @@ def test_a_run_shows_the_rounds_that_were_evaluated(png):
     np.testing.assert_allclose(lines(below)["fedit"], [[1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4]])
 
 
+@pytest.mark.drawn
 def test_every_method_has_a_style_of_its_own(png):
     methods = [*METHODS, "fedrot λ=1", "random-rotation λ=1"]
     figure = plot_comparison(rows(methods, ["shared"]), png)
@@ -178,6 +180,7 @@ def geometry_rows(**columns):
     return table.assign(**columns)
 
 
+@pytest.mark.drawn
 def test_the_geometry_has_a_panel_for_every_part(png):
     table = geometry_rows()
     axes = np.reshape(plot_geometry(table, png).axes, (4, 2))
@@ -196,6 +199,7 @@ def test_the_geometry_has_a_panel_for_every_part(png):
     assert all(axis.get_yscale() == "linear" and axis.get_ylim()[0] == 0 for axis in axes.flat)
 
 
+@pytest.mark.drawn
 def test_more_than_a_decade_is_drawn_on_a_logarithmic_axis_without_its_zeros(png):
     table = geometry_rows()
     table.loc[table["round"] == 1, "turn_per_distance_B"] = 0
