@@ -1,6 +1,7 @@
 """Aligning and averaging the factors of LoRA adapters: tensors in, tensors out."""
 
 from .dispatch import align_average, average, average_factors, backends
+from .errors import measure_errors
 from .groupwise.together import align_together
 from .measures import aggregation_error, error_bound, product_norm, rotation_angle
 from .native_backend.stream import ClientTensors, Stream
@@ -40,6 +41,7 @@ __all__ = [
     "find_rotations",
     "frame_rotations",
     "full_precision",
+    "measure_errors",
     "open_stream",
     "polar",
     "procrustes",

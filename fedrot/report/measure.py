@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedrot_kernels import Estimates, aggregation_error, estimate_errors, full_precision, rotation_angle, widen
+from fedrot_kernels import Backend, Estimates, estimate_errors, full_precision, measure_errors, rotation_angle
 from fedrot_kernels.grouping import group_indices
 from fedrot_kernels.sketch import root, sum_and_deviation
 
@@ -14,8 +14,6 @@ from ..adapters.layout import Layout
 from ..methods.round import Averages
 from ..options import AggregationOptions
 from .report import AdapterReport
-
-_ENTRIES = 1 << 19  # of factors that are copied at a time to measure errors
 
 
 class Errors(NamedTuple):
@@ -52,7 +50,9 @@ def adapter_reports(
         estimates = averages.estimates or _estimate(layout, averages, shares, options.seed)
         errors, deviation = read_estimates(estimates)
     else:
-        errors = _measure(layout, averages, shares)
+        backend: Backend = "torch" if options.backend == "torch" else "auto"  # the others do not measure every dtype
+        found = measure_errors(averages.A, averages.B, averages.R, shares, backend=backend)
+        errors = [Errors(*values) for values in found.tolist()]
     undetermined: Sequence[int | None] = [None] * L
     directions = undetermined
     if averages.undetermined is not None and averages.R is not None:
@@ -101,31 +101,3 @@ def _estimate(layout: Layout, averages: Averages, shares: Sequence[float], seed:
     """Estimate errors of averages that the kernels did not make."""
     mean_A, mean_B = ([averages.mean[key].flatten(1) for key in keys] for keys in zip(*layout.factor_keys, strict=True))
     return estimate_errors(averages.A, averages.B, averages.R, shares, mean_A, mean_B, seed)
-
-
-def _measure(layout: Layout, averages: Averages, shares: Sequence[float]) -> list[Errors]:
-    """Measure errors, some adapters of equal shape at a time. One synchronisation with a device."""
-    indices: list[int] = []
-    columns: list[Tensor] = []  # per adapter: error, norm, the plain average's error
-    w = torch.tensor(shares, dtype=torch.float64, device=averages.A[0][0].device)
-    for group in group_indices((a.rank, a.d_in, a.d_out, a.dtype) for a in layout.adapters):
-        a = layout.adapters[group[0]]
-        size = max(1, _ENTRIES // (len(shares) * a.rank * (a.d_in + a.d_out)))
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            indices += part
-            A, B = (_stacked([factors[i] for i in part]) for factors in (averages.A, averages.B))
-            error, norm = aggregation_error(A, B, w)
-            values = [error, norm, error]
-            if averages.R is not None:
-                R = torch.stack([averages.R[i] for i in part])
-                values[0] = aggregation_error(R.mT @ A, B @ R, w)[0]
-            columns.append(torch.stack(values))
-    rows = dict(zip(indices, torch.cat(columns, dim=1).T.tolist(), strict=True))
-    return [Errors(*rows[i]) for i in range(len(layout.adapters))]
-
-
-def _stacked(part: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Stack one factor of G adapters from N clients, (G, N, …), in working precision."""
-    S = torch.stack([x for per_client in part for x in per_client])
-    return widen(S).view(len(part), -1, *S.shape[1:])

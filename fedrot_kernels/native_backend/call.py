@@ -17,9 +17,9 @@ from .library import INSTRUCTION_SETS, Careful, Problem, load
 from .tensors import read_tensors
 
 # The fields that are not float32, or in the factors' dtype.
-_OF_DTYPE = {"estimates": torch.float64, "undetermined": torch.int64} | dict.fromkeys(
-    ("doubtful", "finite", "shifts"), torch.uint8
-)
+_OF_DTYPE = {"undetermined": torch.int64}
+_OF_DTYPE |= dict.fromkeys(("estimates", "errors"), torch.float64)
+_OF_DTYPE |= dict.fromkeys(("doubtful", "finite", "shifts", "unsure"), torch.uint8)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -45,6 +45,8 @@ class Problem(ctypes.Structure):
         ("total", ctypes.c_float),
         ("adds", ctypes.c_int32),
         ("sweeps", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
+        ("unsure", ctypes.c_void_p),
     )
 
 

@@ -121,6 +121,8 @@ struct Problem {
   float total;                  // the sum of the weights
   int32_t adds;                 // whether A_out and B_out are float32 sums to which the rotated factors are added
   const Sweeps* sweeps;         // of the consensus that clients are rotated to, and not to the reference; or null
+  double* errors;               // per adapter the result's error, the update's norm and the plain average's error; or null
+  uint8_t* unsure;              // per adapter: its errors were not measured
 
   bool is_aligned() const { return R != nullptr; }
   bool finds_rotations() const { return A_ref || B_ref; }
@@ -129,7 +131,8 @@ struct Problem {
 // Memory of one thread.
 struct Scratch {
   std::vector<double> doubles, more, wide;
-  std::vector<float> floats, A_ref, sum_A, sum_B, sketches, vectors;
+  std::vector<float> floats, A_ref, sum_A, sum_B, sketches, vectors, panel, means;
+  std::vector<double> grams[2][2];
   double scale_A, scale_B;
 
   void reserve(size_t r, size_t values, size_t in_vectors, size_t size_A, size_t size_B) {
