@@ -54,10 +54,32 @@ def measure_errors(
         return _by_torch(A, B, R, weights)
     from .native_backend.errors import measure_errors as native  # not at the top: it imports the torch backend
 
-    errors, left = native(A, B, R, weights)
-    if left:
-        errors[left] = _by_torch(*([x[i] for i in left] for x in (A, B)), R and [R[i] for i in left], weights, torch.float64)
+    fitting = [i for i, (a, b) in enumerate(zip(A, B, strict=True)) if _fits(n, a[0].shape, b[0].shape[0])]
+    errors, rest = torch.zeros(len(A), 3, dtype=torch.float64, device="cpu"), set(range(len(A))) - {*fitting}
+    if fitting:
+        errors[fitting], left = native(*_chosen(A, B, R, fitting), weights)
+        if left:
+            left = [fitting[i] for i in left]
+            errors[left] = _by_torch(*_chosen(A, B, R, left), weights, torch.float64)
+    if rest:
+        errors[sorted(rest)] = _by_torch(*_chosen(A, B, R, sorted(rest)), weights)
     return errors
+
+
+def _fits(n: int, shape: torch.Size, d_out: int) -> bool:
+    """Whether Gram matrices of (n + 1) r rows take fewer products than the matrices E that they stand for."""
+    r, d_in = shape
+    return (n + 1) * r * (d_in + d_out) <= 4 * d_in * d_out
+
+
+Factors = Sequence[Clients]
+
+
+def _chosen(
+    A: Factors, B: Factors, R: Sequence[Tensor] | None, chosen: list[int]
+) -> tuple[Factors, Factors, list[Tensor] | None]:
+    """These adapters' factors and rotations."""
+    return [A[i] for i in chosen], [B[i] for i in chosen], None if R is None else [R[i] for i in chosen]
 
 
 def _by_torch(
