@@ -1,6 +1,7 @@
 """Metadata and dependencies of fedrot. The tested versions are in constraints.txt, the tools' settings in pyproject.toml."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -23,12 +24,15 @@ FLOWER = ["flwr[simulation]>=1.41,<2", "numpy>=2.1"]
 NVFLARE = ["nvflare>=2.9,<3", "numpy>=1.26"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 
+LIBRARY = runpy.run_path("fedrot_kernels/native_backend/library.py")
+
 # A plain library without Python's or PyTorch's ABI, loaded by ctypes. Where it cannot be built, PyTorch does its work.
 NATIVE = Extension(
     "fedrot_kernels.native_backend._native",
     sources=["fedrot_kernels/native_backend/native.cpp"],
     depends=sorted(map(str, Path("fedrot_kernels/native_backend").glob("*.inc"))),
     language="c++",
+    define_macros=[("FEDROT_SOURCES", f"{LIBRARY['hash_sources']()}ULL")],
     extra_compile_args=["-O3", "-std=c++17", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import warnings
 from functools import cache
+from hashlib import sha256
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -63,9 +65,29 @@ class Stream(ctypes.Structure):
     )
 
 
+def hash_sources() -> int:
+    """A hash of the sources beside this file, in 64 bits. setup.py builds it into the library."""
+    digest = sha256()
+    for path in sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".inc")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+def _is_current(library: ctypes.CDLL) -> bool:
+    """Whether a library was built from the sources beside this file, or by someone who did not say from which (0).
+
+    The structures of another one may have other fields, and it would read memory that is not theirs.
+    """
+    try:
+        library.fedrot_sources.restype = ctypes.c_uint64
+        return library.fedrot_sources() in (0, hash_sources())
+    except AttributeError:  # a library from before they were told apart
+        return False
+
+
 @cache
 def load() -> ctypes.CDLL | None:
-    """Load the library; None where it was not built or cannot be loaded.
+    """Load the library; None where it was not built, cannot be loaded, or was built from other sources, which is warned of.
 
     The environment variable ``FEDROT_NATIVE`` set to 0 keeps it off; a path names another library.
     """
@@ -78,6 +100,9 @@ def load() -> ctypes.CDLL | None:
             try:
                 library = ctypes.CDLL(str(path))
             except OSError:  # of another machine
+                continue
+            if not _is_current(library):
+                warnings.warn(f"{path} was built from other sources and is not used; pip install fedrot anew", stacklevel=2)
                 continue
             library.fedrot_align_average.argtypes = [ctypes.POINTER(Problem), ctypes.c_int32]
             stream, address, size, level = ctypes.POINTER(Stream), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

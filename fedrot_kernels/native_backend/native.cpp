@@ -314,6 +314,12 @@ void in_threads(int32_t threads, int32_t items, const std::atomic<bool>& failed,
 
 extern "C" {
 
+// A hash of the sources that the library was built from, by which library.py tells one of another version; 0 if it is unknown.
+#ifndef FEDROT_SOURCES
+#define FEDROT_SOURCES 0
+#endif
+uint64_t fedrot_sources() { return FEDROT_SOURCES; }
+
 // 0 for the least instructions of the architecture, 1 for AVX2 with FMA and F16C, 2 for AVX-512.
 int32_t fedrot_level() {
 #ifdef HAS_X86

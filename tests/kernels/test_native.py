@@ -143,6 +143,17 @@ def test_the_switch_keeps_it_off():
         assert said.stdout.strip() == expected, said.stderr
 
 
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    """Its structures may have other fields: an editable install whose sources moved on would crash."""
+    built = library.load()
+    if built.fedrot_sources() == 0:
+        pytest.skip("the library does not say what it was built from")
+    assert built.fedrot_sources() == library.hash_sources()
+    monkeypatch.setattr(library, "hash_sources", lambda: 1)
+    with pytest.warns(UserWarning, match="was built from other sources and is not used; pip install fedrot anew"):
+        assert library.load.__wrapped__() is None
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_default_dtype_and_device_play_no_part(default):
     """The library writes float32, float64 and integers into memory of its own, whatever PyTorch makes by default."""
