@@ -1,5 +1,4 @@
-"""Every kernel compiles for every architecture in every configuration. In a process of its own: kernels that were made for
-Triton's interpreter cannot be compiled.
+"""Every kernel compiles for every architecture in every configuration, in a process and a cache of its own.
 
 The whole matrix takes eight minutes of one core. Its committed table holds a hash of the code that it is of, so that a
 change of a kernel without a new table fails at once; a few configurations are compiled to see that the table is of this

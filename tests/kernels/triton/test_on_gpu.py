@@ -1,4 +1,4 @@
-"""What the interpreter cannot show: graphs, streams, and offsets beyond 2³¹ elements."""
+"""What only a card can show: graphs, streams, and offsets beyond 2³¹ elements."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import fedrot_kernels as fk
 from ..test_whole_model import model
 from .cases import DEVICE, DTYPES, GPU, place
 
-pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not GPU, reason="needs a card")
 
 SHAPES = [(4, 33, 20), (1, 7, 1), (8, 513, 33), (16, 1024, 512)]
 

@@ -22,7 +22,7 @@ SHARING = [r for r in RANKS if r <= 8]
 
 
 def grid(r, most=12):
-    """Spectra of rank r: all on a GPU; in the interpreter condition numbers 1, 1e3, 1e7 and low ranks."""
+    """Spectra of rank r: all on a card; without one condition numbers 1, 1e3, 1e7 and low ranks."""
     S = singular_values(r)
     if GPU:
         return S
@@ -63,7 +63,7 @@ def test_polar_is_orthogonal_and_optimal(r, floor):
     assert procrustes_gap(M, R) <= 2e-6 + 2 * r * floor
 
 
-@pytest.mark.skipif(not GPU, reason="the interpreter takes a minute for each")
+@pytest.mark.skipif(not GPU, reason="a thousand matrices take minutes without a card")
 @pytest.mark.parametrize("r", [64, 100, 128])
 @pytest.mark.parametrize("n", [1000])
 def test_more_large_matrices_than_programs(n, r):
@@ -74,7 +74,7 @@ def test_more_large_matrices_than_programs(n, r):
 
 
 def test_more_matrices_than_programs_on_scratch_memory():
-    """Programs go on to the next matrix in the same scratch; the interpreter has two of them."""
+    """Programs go on to the next matrix in the same scratch; where there is no card there are two of them."""
     M = with_singular_values(grid(33), seed=2).float()[:3]
     R, _ = procrustes(M)
     assert torch.equal(R[2:], procrustes(M[2:])[0])
@@ -260,17 +260,12 @@ def test_one_bad_matrix_leaves_the_others_untouched(r, bad):
 
 @pytest.mark.parametrize("r", SHARING)
 def test_matrices_that_share_a_program_are_as_alone(r):
-    """To the bit on a GPU. The interpreter multiplies with numpy, whose order of summation differs between processors and
-    with a matrix's place in the tile, so it gets matrices whose rotation is well determined: σ of 1 and one of 1/3."""
-    S = singular_values(r)[4 * CONDITION_NUMBERS.index(3.0) + 1].expand(5, r)
-    M = with_singular_values(grid(r, most=5) if GPU else S, seed=5).float()
+    """To the bit."""
+    M = with_singular_values(grid(r, most=5), seed=5).float()
     settings = {"strength": 0.9, "reflections": False, "floor": FLOOR}
     together, residual = procrustes(M, **settings)
     alone, far = map(torch.cat, zip(*(procrustes(m[None], **settings) for m in M), strict=True))
-    if GPU:
-        assert torch.equal(alone, together) and torch.equal(far, residual)
-    else:
-        assert (alone - together).abs().max() <= 4 * r * EPS  # two products in the last polar step, two in softening
+    assert torch.equal(alone, together) and torch.equal(far, residual)
 
 
 def test_ranks_of_one_launch_may_differ():
