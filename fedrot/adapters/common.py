@@ -127,7 +127,7 @@ def check_padded(client: Update, first: Update, layout: Layout, whose: str) -> N
         whose: the name of the update whose ranks the layout has, for errors.
     """
     check_kind(client, first)
-    if client.specs == first.specs:
+    if client.specs is first.specs or client.specs == first.specs:
         return
     layout.check_keys(client.specs, client.name, first.name)
     Layout.of(client.specs, client.name)  # refuses factors that do not fit each other

@@ -35,10 +35,14 @@ class RunningMean:
         self.layout = layout
         self.unit = self.total_weight = 0.0
         self.sums: dict[str, Tensor] = {}
-        for a in (a for group in layout.groups for a in group.adapters):
-            dtype = working_dtype(a.dtype)
-            self.sums[a.key_A] = torch.zeros(a.rank, a.d_in, dtype=dtype, device=device)
-            self.sums[a.key_B] = torch.zeros(a.d_out, a.rank, dtype=dtype, device=device)
+        for group in layout.groups:
+            first = group.adapters[0]
+            dtype = working_dtype(first.dtype)
+            A, B = (
+                torch.zeros(s, dtype=dtype, device=device) for s in ((first.rank, first.d_in), (first.d_out, first.rank))
+            )
+            for a in group.adapters:  # zeros_like takes half the time of zeros
+                self.sums[a.key_A], self.sums[a.key_B] = torch.zeros_like(A), torch.zeros_like(B)
         for key in layout.other_keys:
             spec = layout.specs[key]
             self.sums[key] = torch.zeros(spec.shape, dtype=working_dtype(spec.dtype), device=device)

@@ -4,7 +4,7 @@ B·A of a padded client stays what it was, and so does s·B·A, because B is mul
 is a partial isometry: only its first rᵢ rows are used; the others are zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ def pad(client: Update, layout: Layout, s_client: dict[str, float], s_result: di
     return Update(client.name, layout.specs, keys_given, tensors, client.device, None, narrow_ranks, here)
 
 
-def revive_dead_ranks(mean: dict[str, Tensor], layout: Layout, reference: Update) -> dict[str, Tensor]:
+def revive_dead_ranks(
+    mean: dict[str, Tensor], layout: Layout, reference: Update, adapters: Iterable[Adapter] | None = None
+) -> dict[str, Tensor]:
     """Give ranks that no client of a round has the reference's rows of A, where A and B are both zero.
 
     B·A stays what it is. A row of A and a column of B that are both zero would never have a gradient again.
@@ -53,8 +55,9 @@ def revive_dead_ranks(mean: dict[str, Tensor], layout: Layout, reference: Update
         mean: canonical key → mean, in the layout's shapes and dtypes.
         layout: the layout of the result.
         reference: the reference, in the layout's ranks.
+        adapters: those that can have such ranks; None for all of the layout.
     """
-    for a in layout.adapters:
+    for a in layout.adapters if adapters is None else adapters:
         A, B = mean[a.key_A], mean[a.key_B]
         dead = ~(A.flatten(1).any(1) | B.transpose(0, 1).flatten(1).any(1))
         if bool(dead.any()):

@@ -1,6 +1,7 @@
 """A stream by the compiled library: a client is looked at in one call and added in another."""
 
 from array import array
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,9 +12,26 @@ from fedrot_kernels.native_backend.tensors import TensorTable, read_tensors
 from ..adapters.layout import Adapter, Layout, as_matrix
 from ..adapters.update import Update
 from ..methods.base import Alignment
-from ..methods.rotation import check_rotations, trained_references
+from ..methods.rotation import LARGEST_RESIDUAL, check_rotations, trained_references
 from ..methods.running_mean import RunningMean
 from ..report.sketch import Sketch
+
+
+@dataclass(frozen=True)
+class StreamAverage:
+    """What a stream ends in.
+
+    Attributes:
+        mean: canonical key → mean, in the updates' shapes and dtypes, each with storage of its own.
+        estimates: of the errors, in the layout's order, if there is a sketch.
+        is_finite: whether the mean is known to be finite.
+        dead: the adapters that may have a rank without a row of A and a column of B that are not zero; None if all may.
+    """
+
+    mean: dict[str, Tensor]
+    estimates: Estimates | None
+    is_finite: bool
+    dead: list[Adapter] | None
 
 
 class CompiledStream:
@@ -64,19 +82,14 @@ class CompiledStream:
         Raises:
             UpdateError: the products of its factors overflow. Nothing was added.
         """
-        if self._is_aligned:
+        if self._is_aligned and not float(self._stream.residual.max()) <= LARGEST_RESIDUAL:  # which NaN passes through
             check_rotations(self._stream.residual[:, None], self._adapters, [client])
         self._stream.add(*self._mean.count(weight))
         self._client = None
         return self._stream.angles
 
-    def close(self) -> tuple[dict[str, Tensor], Estimates | None, bool]:
-        """Make the averages, in the memory of the sums where that will do.
-
-        Returns:
-            The mean under canonical keys; estimates of the errors, in the layout's order, if there is a sketch; and whether
-            the mean is finite.
-        """
+    def close(self) -> StreamAverage:
+        """Make the averages, in the memory of the sums where that will do."""
         specs, total, out = self._layout.specs, self._mean.total_weight, {}
         for key, x in self._mean.sums.items():
             dtype = specs[key].dtype
@@ -87,7 +100,8 @@ class CompiledStream:
             order = [places[a.key_A] for a in self._layout.adapters]
             estimates = estimates._replace(numbers=estimates.numbers[order])
         mean = {key: x if x.shape == specs[key].shape else x.view(specs[key].shape) for key, x in out.items()}
-        return mean, estimates, self._stream.is_finite
+        dead = [a for a, is_dead in zip(self._adapters, self._stream.dead, strict=True) if is_dead]
+        return StreamAverage(mean, estimates, self._stream.is_finite, dead)
 
 
 def compile_stream(
@@ -116,7 +130,7 @@ def compile_stream(
     if stream is None:
         return None
     if sketch is not None:
-        stream.sketch([x for of_group in sketch.sums for x in of_group], sketch.seed)
+        stream.sketch(sketch.sums, sketch.seed)
     on = () if alignment is None else alignment.on
     if alignment is not None and on:
         assert reference is not None

@@ -19,7 +19,7 @@ from ..methods.running_mean import RunningMean
 from ..report.measure import Errors, count_directions, read_estimates
 from ..report.report import AdapterReport
 from ..report.sketch import Sketch
-from .compiled import CompiledStream, compile_stream
+from .compiled import CompiledStream, StreamAverage, compile_stream
 
 
 class StreamedRound:
@@ -63,6 +63,7 @@ class StreamedRound:
         rotates = alignment is None or bool(alignment.on)
         self.sketch = None if seed is None else Sketch(layout, first.device, seed, rotates=rotates)
         self._alignment = alignment
+        self._first_has_layout = first.specs == layout.specs
 
     @property
     def seen(self) -> int:
@@ -93,6 +94,11 @@ class StreamedRound:
             self.undetermined,
             self.directions,
         )
+
+    def has_layout(self, client: Update) -> bool:
+        """Whether a client has the layout's ranks, and no configuration is known by which its scaling could be another."""
+        configs = client.config, self.first.config, None if self.reference is None else self.reference.config
+        return client.specs is self.first.specs and self._first_has_layout and configs == (None, None, None)
 
     def look(self, client: Update) -> bool | None:
         """Have the compiled library look at a client, which adds nothing yet.
@@ -152,17 +158,12 @@ class StreamedRound:
         table = torch.frombuffer(self.angles, dtype=torch.float64).view(len(self.weights), -1)
         return table[:, [columns[key] for key in keys]]
 
-    def average(self) -> tuple[dict[str, Tensor], Estimates | None, bool]:
-        """Make the averages, which the sums do not survive.
-
-        Returns:
-            The mean under canonical keys, in the updates' shapes and dtypes; estimates of the errors if there is a sketch;
-            and whether the mean is known to be finite.
-        """
+    def average(self) -> StreamAverage:
+        """Make the averages, which the sums do not survive."""
         if self.compiled is not None:
             return self.compiled.close()
         estimates = None if self.sketch is None else self.sketch.estimates(self._mean_norms())
-        return self.mean.state_dict(), estimates, False
+        return StreamAverage(self.mean.state_dict(), estimates, False, None)
 
     def _mean_norms(self) -> dict[str, float]:
         """Key of A → ‖B̄Ā‖_F."""

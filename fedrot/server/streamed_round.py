@@ -92,7 +92,7 @@ def add_client(streamed: StreamedRound, client: Update, weight: float, method: M
     check_frozen(client, streamed.frozen, streamed.frozen, method.name)
     if weight:
         streamed.counters = carry(streamed.counters, client, layout)
-    if method.unequal_ranks == "pad":
+    if method.unequal_ranks == "pad" and not streamed.has_layout(client):
         s = round_scalings([streamed.first, client], layout, streamed.reference, method.unequal_ranks)
         if s is not None:
             client, finite = pad(client, layout, s.per_client[1], s.result), None
@@ -142,18 +142,18 @@ def average_stream(streamed: StreamedRound, method: Method, index: int) -> Avera
         raise nothing_left(streamed.dropped)
     layout = streamed.layout
     shares = shares_of(tuple(streamed.weights.values()))
-    mean, estimates, is_finite = streamed.average()
-    adapters, deviation = streamed.adapter_reports(estimates)
+    found = streamed.average()
+    adapters, deviation = streamed.adapter_reports(found.estimates)
     if method.rescales:
         adapters = without_plain_errors(adapters)
     target = None if is_unrotated(adapters) else method.target(index, "the reference")
     report = Report(method.name, index, tuple(streamed.weights), shares, streamed.dropped, adapters, target, deviation)
-    mean |= streamed.frozen
+    mean = found.mean | streamed.frozen
     if method.unequal_ranks == "pad" and streamed.reference is not None:
-        mean = revive_dead_ranks(mean, layout, streamed.reference)
+        mean = revive_dead_ranks(mean, layout, streamed.reference, found.dead)
     s = round_scalings([streamed.first], layout, streamed.reference, method.unequal_ranks)
     config = s.config if s else streamed.first.config
     averages = Averages(mean, [], [], None, None, False)
     counters = streamed.counters
-    overflows = not is_finite
+    overflows = not found.is_finite
     return AveragedRound(streamed.first, layout, streamed.reference, averages, report, config, counters, overflows)

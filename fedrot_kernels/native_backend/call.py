@@ -28,7 +28,7 @@ def floats(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
-class _Projections(NamedTuple):
+class Projections(NamedTuple):
     """The addresses of the shifts and of the signs of the projections of A and B, per adapter two, and what lies there."""
 
     shifts: "array[int]"
@@ -37,17 +37,17 @@ class _Projections(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _projections(seed: int, widths: tuple[tuple[int, int], ...]) -> _Projections:
+def projections(seed: int, widths: tuple[tuple[int, int], ...]) -> Projections:
     """The projections of a seed for adapters of these d_in and d_out."""
     pairs = [(projection(seed, "A", d_in), projection(seed, "B", d_out)) for d_in, d_out in widths]
     shifts = [x.shifts for pair in pairs for x in pair]
     signs = [x for on_A, on_B in pairs for x in (on_A.buckets, on_B.quads)]
-    assert _is_writable(shifts, torch.uint8) and _is_writable(signs, torch.float32)
+    assert is_writable(shifts, torch.uint8) and is_writable(signs, torch.float32)
     tables = [array("Q", [x.data_ptr() for x in tensors]) for tensors in (shifts, signs)]
-    return _Projections(tables[0], tables[1], [x for pair in pairs for x in pair])
+    return Projections(tables[0], tables[1], [x for pair in pairs for x in pair])
 
 
-def _is_writable(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
+def is_writable(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
     """Whether the library can take them as they are: contiguous, on a CPU, and of the dtype, if one is named."""
     if dtype in (None, torch.float32) and (table := read_tensors(tensors)) is not None:
         return table.is_float32() if dtype else table.describe(1)[1]
@@ -95,12 +95,12 @@ class Call:
         for name, value in fields.items():
             dtype = _OF_DTYPE.get(name, torch.float32)
             if isinstance(value, Tensor):
-                assert _is_writable([value], dtype), name
+                assert is_writable([value], dtype), name
                 self._kept.append(value)
                 self._fields[name] = value.data_ptr()
             elif isinstance(value, Sequence):
                 # The library writes to them, and not to copies.
-                assert _is_writable(value, None if name in ("A_out", "B_out") and "adds" not in fields else dtype), name
+                assert is_writable(value, None if name in ("A_out", "B_out") and "adds" not in fields else dtype), name
                 self._fields[name] = self._addresses(value)
             elif value is not None:
                 self._fields[name] = value
@@ -109,14 +109,14 @@ class Call:
         """Set the references, as float32 on a CPU."""
         for name, references in (("A_ref", A), ("B_ref", B)):
             if references is not None:
-                if not _is_writable(references, torch.float32):
+                if not is_writable(references, torch.float32):
                     references = [x.detach().to("cpu", torch.float32) for x in references]
                 self._fields[name] = self._addresses(references)
 
     def sketch(self, seed: int) -> None:
         """Have every client's factors sketched, by the projections of a seed."""
         widths = tuple((a.shape[1], b.shape[0]) for a, b in zip(self.first_A, self.first_B, strict=True))
-        tables = _projections(seed, widths)
+        tables = projections(seed, widths)
         self._kept.append(tables)
         self._fields |= {"shifts": tables.shifts.buffer_info()[0], "signs": tables.signs.buffer_info()[0]}
 

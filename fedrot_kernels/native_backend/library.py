@@ -60,7 +60,7 @@ class Stream(ctypes.Structure):
         ("others", ctypes.c_int32),
         ("sides", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("places", "numels", "kinds", "sums", "sketches", "angles")),
-        *((name, ctypes.c_void_p) for name in ("undetermined", "directions", "finite", "out", "numbers", "squares")),
+        *((name, ctypes.c_void_p) for name in ("undetermined", "directions", "finite", "out", "dead", "numbers", "squares")),
         *((name, ctypes.c_double) for name in ("weight", "share", "total")),
     )
 

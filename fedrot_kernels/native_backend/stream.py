@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..schedule import SHORT
-from ..sketch import SKETCH_SIZE, projection
+from ..sketch import SKETCH_SIZE
 from ..tolerances import CONVERGED
 from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
 from ..types import Estimates
-from .call import DTYPES, floats
+from .call import DTYPES, floats, is_writable, projections
 from .library import INSTRUCTION_SETS, Problem, load
 from .library import Stream as Structure
 from .tensors import TensorTable
@@ -56,6 +56,7 @@ class Stream:
 
     Attributes:
         angles: the rotation angles of the client that was added last, per adapter, in degrees.
+        dead: whether a row of A and the column of B that it meets are zero in what ``close`` returned, per adapter.
         residual: of the client that was looked at last, per adapter; see ``Rotations``.
         is_finite: whether that client, or what ``close`` returned, holds neither NaN nor Inf.
     """
@@ -77,6 +78,7 @@ class Stream:
         L, n = len(members.shapes), len(members.others)
         self.angles, self.residual = array("d", bytes(8 * L)), floats(L)
         self._finite, self._all_finite = array("B", bytes(L + n)), array("B", b"\1" * (L + n))
+        self.dead = array("B", bytes(L))
         self._undetermined, self._doubtful = array("q", bytes(8 * L)), array("B", bytes(L))
         self._kept: list[object] = [sums, undetermined, directions]
         self._refs: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None] = None, None
@@ -107,6 +109,7 @@ class Stream:
             undetermined=_address(undetermined),
             directions=_address(directions),
             finite=_address(self._finite),
+            dead=_address(self.dead),
         )
         self._pointer = ctypes.byref(self._stream)
 
@@ -132,33 +135,35 @@ class Stream:
         p.strength, p.reflections, p.R = strength, reflections, self._table("Q", [here + 4 * i for i in squares[:-1]])
         for name, refs in (("A_ref", A_ref), ("B_ref", B_ref)):
             if refs is not None:
-                wide = [x.detach().resolve_neg().to("cpu", torch.float32).contiguous() for x in refs]
-                self._kept.append(wide)
-                setattr(p, name, self._table("Q", [x.data_ptr() for x in wide]))
+                if not is_writable(refs, torch.float32):
+                    refs = [x.detach().resolve_neg().to("cpu", torch.float32).contiguous() for x in refs]
+                self._kept.append(refs)
+                setattr(p, name, self._table("Q", [x.data_ptr() for x in refs]))
 
     def sketch(self, sums: Sequence[Tensor], seed: int) -> None:
         """Have every client's factors sketched.
 
         Args:
-            sums: per adapter (S, 64 r + 1024) float64, contiguous: the sums of its sketch, of the rotated factors and then
-                of the factors as they came, or S = 1 where clients are not rotated. They are the means of BᵀΨ (r, 32) and of
-                AΩ (r, 32), and ΨᵀEΩ (32, 32).
+            sums: for adapters in a row that are of one rank (G, S, 64 r + 1024) float64, contiguous: the sums of sketches of
+                the rotated factors, and then of the factors as they came, or S = 1 where clients are not rotated. They are
+                the means of BᵀΨ (r, 32) and of AΩ (r, 32), and ΨᵀEΩ (32, 32).
             seed: of the projections.
         """
         shapes = self._members.shapes
-        widths = {("A", d) for _, d, _ in shapes} | {("B", d) for _, _, d in shapes}
-        found = {key: projection(seed, *key) for key in widths}
-        pairs = [(found["A", d_in], found["B", d_out]) for _, d_in, d_out in shapes]
+        tables = projections(seed, tuple((d_in, d_out) for _, d_in, d_out in shapes))
         sizes = list(accumulate((2 * SKETCH_SIZE * r for r, _, _ in shapes), initial=0))
-        one = floats(sizes[-1])
-        self._kept += (found, one, sums)
-        p, s = self._stream.problem, self._stream
-        p.shifts = self._table("Q", [x.shifts.data_ptr() for pair in pairs for x in pair])
-        p.signs = self._table("Q", [x.data_ptr() for on_A, on_B in pairs for x in (on_A.buckets, on_B.quads)])
+        one, p, s = floats(sizes[-1]), self._stream.problem, self._stream
+        self._kept += (tables, one, sums)
+        p.shifts, p.signs = _address(tables.shifts), _address(tables.signs)
         p.sketches = self._table("Q", [one.data_ptr() + 4 * i for i in sizes[:-1]])
-        s.sides = len(sums[0])
-        assert all(x.is_contiguous() and x.dtype == torch.float64 and len(x) == s.sides for x in sums)
-        s.sketches = self._table("Q", [x.data_ptr() + side * x.nbytes // s.sides for x in sums for side in (0, s.sides - 1)])
+        s.sides = sums[0].shape[1]
+        addresses = []
+        for x in sums:
+            assert x.is_contiguous() and x.dtype == torch.float64 and x.shape[1] == s.sides
+            size, here = 8 * x.shape[2], x.data_ptr()
+            addresses += [here + size * (g * s.sides + side) for g in range(len(x)) for side in (0, s.sides - 1)]
+        assert len(addresses) == 2 * len(shapes)
+        s.sketches = self._table("Q", addresses)
 
     def look(self, client: TensorTable, factors: Factors) -> bool:
         """Find a client's rotations and sketches. The sums stay as they are.

@@ -1,6 +1,7 @@
 """Tensors read by the compiled library, many at a time: where they lie, and whether they are alike, finite or zero."""
 
 import ctypes
+import struct
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -74,14 +75,14 @@ def read_tensors(tensors: Sequence[Tensor]) -> TensorTable | None:
     if any(map(Tensor.is_neg, tensors)):  # views whose sign is a flag, which DLPack does not export
         return None
     n = len(tensors)
-    objects, addresses, kinds = array("Q", map(id, tensors)), array("Q", bytes(8 * n)), bytearray(_KIND * n)
-    into = (ctypes.c_char * len(kinds)).from_buffer(kinds)
+    addresses, kinds = array("Q", bytes(8 * n)), ctypes.create_string_buffer(_KIND * n)
+    objects = struct.pack(f"{n}Q", *map(id, tensors))
     try:
-        if _reader()(exchange, objects.buffer_info()[0], n, addresses.buffer_info()[0], into) < n:
+        if _reader()(exchange, objects, n, addresses.buffer_info()[0], kinds) < n:
             return None
     except (RuntimeError, BufferError):  # tensors without storage, such as sparse ones
         return None
-    return TensorTable(tensors, addresses, bytes(kinds))
+    return TensorTable(tensors, addresses, kinds.raw)
 
 
 _PLAIN_TYPES = {Tensor, Parameter}
@@ -103,5 +104,5 @@ def _reader() -> Callable[..., int]:
     """``fedrot_read``, called with the interpreter's lock held."""
     library, pointer = load(), ctypes.c_void_p
     assert library is not None
-    prototype = ctypes.PYFUNCTYPE(ctypes.c_int64, pointer, pointer, ctypes.c_int64, pointer, pointer)
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_int64, pointer, ctypes.c_char_p, ctypes.c_int64, pointer, pointer)
     return prototype(("fedrot_read", library))

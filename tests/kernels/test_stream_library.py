@@ -37,7 +37,7 @@ class Streamed:
         self.stream = fk.Stream(clients, self.sums, self.undetermined, self.directions, instructions)
         self.sides = 1 if A_ref is B_ref is None else 2
         self.sketches = [torch.zeros(self.sides, 2 * K * r + K * K, dtype=torch.float64) for r, _, _ in shapes]
-        self.stream.sketch(self.sketches, SEED)
+        self.stream.sketch([x[None] for x in self.sketches], SEED)
         if self.sides == 2:
             self.stream.rotate_towards(A_ref, B_ref, strength=strength, reflections=reflections)
         self.total, self.angles = 0.0, []
