@@ -53,7 +53,7 @@ def executed(arch: int, settings: Settings = DEFAULT) -> Iterator[Driver]:
         driver.tables.close(table)
         return table
 
-    before = triton.runtime.driver._active
+    before = triton.runtime.driver._active  # not .active, which looks for a card
     triton.runtime.driver.set_active(driver)
     try:
         with (

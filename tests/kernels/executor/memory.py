@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import library
 
-POISON = 0x7FA5  # as in memory.inc
+POISON = 0x7FA5  # as in global.inc
 
 
 @dataclass(frozen=True)

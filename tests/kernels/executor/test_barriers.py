@@ -12,12 +12,9 @@ import torch
 import fedrot_kernels as fk
 
 from ..test_whole_model import model
-from . import Fault, Settings, executed, why_not
+from . import Fault, Settings, executed
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to run on"),
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-]
+pytestmark = pytest.mark.slow
 # Per rank the kernels with several warps, and of how many barriers that were executed one is left out: a matrix of rank 64
 # takes a third of a second.
 KERNELS = {

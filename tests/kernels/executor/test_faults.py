@@ -6,14 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from . import Fault, NotModelled, Settings, executed, kernels, why_not
+from . import Fault, NotModelled, Settings, executed, kernels
 from .encoding import encode
 from .memory import POISON
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to run on"),
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])

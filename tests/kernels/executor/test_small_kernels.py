@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from . import Settings, executed, kernels, why_not
+from . import Settings, executed, kernels
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to run on"),
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-]
+pytestmark = pytest.mark.slow
 HALVES = [torch.float16, torch.bfloat16]
 EPS = torch.finfo(torch.float32).eps
 
@@ -121,22 +118,3 @@ def test_loops_of_unequal_length(device):
         while seen[-1] > 1:
             seen.append(3 * seen[-1] + 1 if seen[-1] % 2 else seen[-1] // 2)
         assert (max(seen), len(seen) - 1) == (most, count)
-
-
-def test_what_is_counted(arch):
-    """128 lanes read 4 and 8 sectors a warp, and write as many; a reduction over four warps takes one barrier or two."""
-    with executed(arch, Settings(counting=True)) as device:
-        x, y, out = random(256), random(256), torch.empty(256)
-        kernels.add[(2,)](x, y, out, 256, 128, num_warps=4)
-        launch, counts = device.launches[0]
-        names = [s.name for s in launch.program.kernel.statements]
-        sectors = {
-            kind: sum(n for n, name in zip(counts.sectors, names, strict=True) if kind in name) for kind in ("ld.", "st.")
-        }
-        assert sectors == {"ld.": 2 * 256 * 4 // 32, "st.": 256 * 4 // 32}
-        assert counts.sectors_of_launch == counts.sectors_by_cta == 3 * 256 * 4 // 32
-        issued = dict(zip(names, counts.issued, strict=True))
-        assert issued["ret"] == 2 * 4 and sum(counts.lanes) <= 32 * sum(counts.issued)
-        kernels.statistics[(1,)](x, torch.empty(1, 4), 256, num_warps=4)
-        launch, counts = device.launches[1]
-        assert sum(counts.wavefronts) >= sum(counts.ideal) > 0

@@ -12,8 +12,11 @@
 
 namespace {
 
+#include "values.inc"
+#include "lanes.inc"
 #include "arithmetic.inc"
-#include "memory.inc"
+#include "global.inc"
+#include "shared.inc"
 #include "warp.inc"
 #include "matrix.inc"
 #include "asynchronous.inc"
