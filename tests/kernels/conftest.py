@@ -9,7 +9,7 @@ import fedrot_kernels as fk
 from fedrot_kernels import dispatch
 
 GPU = torch.cuda.is_available()
-# Each architecture in one model of its tensor cores; the products' own tests take both models of both.
+# Each architecture in one model of its tensor cores; the tests of products take both models of both.
 EXECUTED = ("sm_80, truncating", "sm_90, rounding")
 
 collect_ignore_glob = [] if find_spec("triton") else ["executor/*", "triton/*"]

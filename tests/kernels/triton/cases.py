@@ -6,6 +6,8 @@ from ..spectra import orthogonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = DEVICE == "cuda"
+# For ``triton_device``: each architecture in both models of its tensor cores.
+BOTH_MODELS = ["card"] if GPU else [f"{a}, {m}" for a in ("sm_80", "sm_90") for m in ("rounding", "truncating")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANKS = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32)
 EPS = torch.finfo(torch.float32).eps

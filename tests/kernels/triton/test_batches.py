@@ -7,7 +7,9 @@ from fedrot_kernels import reference
 from fedrot_kernels.triton_backend.batches import cross_covariance, procrustes, rotate_average
 
 from ..spectra import orthogonality
-from .cases import DEVICE, DTYPES, assert_as_accurate, random, rotations, rounding, shares
+from .cases import BOTH_MODELS, DEVICE, DTYPES, assert_as_accurate, random, rotations, rounding, shares
+
+pytestmark = pytest.mark.parametrize("triton_device", BOTH_MODELS, indirect=True)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

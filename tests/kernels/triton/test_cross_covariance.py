@@ -8,8 +8,9 @@ from fedrot_kernels.triton_backend.cross_covariance import slice_length
 from fedrot_kernels.triton_backend.launch import padded_rank, rank_multiple
 from fedrot_kernels.triton_backend.whole_model import Model
 
-from .cases import DEVICE, DTYPES, EPS, GPU, LAYOUTS, RANKS, assert_as_accurate, place, random, rounding
+from .cases import BOTH_MODELS, DEVICE, DTYPES, EPS, GPU, LAYOUTS, RANKS, assert_as_accurate, place, random, rounding
 
+pytestmark = pytest.mark.parametrize("triton_device", BOTH_MODELS, indirect=True)
 LARGE = (33, 64, 100, 128)
 ODD = [(1, 5), (65, 130), (511, 513), (1, 1)]
 WIDE = [(8, 64), (512, 520), (128, 16)]

@@ -8,9 +8,23 @@ from fedrot_kernels.triton_backend.launch import padded_rank, rank_multiple
 from fedrot_kernels.triton_backend.rotate_average import tile_length
 from fedrot_kernels.triton_backend.whole_model import Model
 
-from .cases import DEVICE, DTYPES, GPU, LAYOUTS, RANKS, assert_as_accurate, place, random, rotations, rounding, shares
+from .cases import (
+    BOTH_MODELS,
+    DEVICE,
+    DTYPES,
+    GPU,
+    LAYOUTS,
+    RANKS,
+    assert_as_accurate,
+    place,
+    random,
+    rotations,
+    rounding,
+    shares,
+)
 from .cases import untouched_between as untouched
 
+pytestmark = pytest.mark.parametrize("triton_device", BOTH_MODELS, indirect=True)
 LARGE = (33, 64, 100, 128)
 
 

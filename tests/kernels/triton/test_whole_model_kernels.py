@@ -11,7 +11,21 @@ from fedrot_kernels.tolerances import PRODUCT_FLOOR
 
 from ..spectra import procrustes_gap
 from ..test_whole_model import by_definition, model, refs
-from .cases import DEVICE, DTYPES, EPS, GPU, LAYOUTS, assert_as_accurate, place, rounding, shares, untouched_between
+from .cases import (
+    BOTH_MODELS,
+    DEVICE,
+    DTYPES,
+    EPS,
+    GPU,
+    LAYOUTS,
+    assert_as_accurate,
+    place,
+    rounding,
+    shares,
+    untouched_between,
+)
+
+pytestmark = pytest.mark.parametrize("triton_device", BOTH_MODELS, indirect=True)
 
 # Padded rank 16 with smaller ones in between, 4 and 32; widths just beyond a tile and a slice, odd ones, one column.
 MIXED = [(4, 33, 20), (1, 7, 1), (3, 65, 48), (8, 513, 33), (12, 64, 130)]
