@@ -47,7 +47,7 @@ def projections(seed: int, widths: tuple[tuple[int, int], ...]) -> Projections:
     return Projections(tables[0], tables[1], [x for pair in pairs for x in pair])
 
 
-def is_writable(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
+def is_writable(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
     """Whether the library can take them as they are: contiguous, on a CPU, and of the dtype, if one is named."""
     if dtype in (None, torch.float32) and (table := read_tensors(tensors)) is not None:
         return table.is_float32() if dtype else table.describe(1)[1]
@@ -106,12 +106,15 @@ class Call:
                 self._fields[name] = value
 
     def refer_to(self, A: Sequence[Tensor] | None, B: Sequence[Tensor] | None) -> None:
-        """Set the references, as float32 on a CPU."""
-        for name, references in (("A_ref", A), ("B_ref", B)):
-            if references is not None:
-                if not is_writable(references, torch.float32):
-                    references = [x.detach().to("cpu", torch.float32) for x in references]
-                self._fields[name] = self._addresses(references)
+        """Set the references. Those that the library cannot read are copied as float32."""
+        given = {name: refs for name, refs in (("A_ref", A), ("B_ref", B)) if refs is not None}
+        if not all(is_writable(refs, torch.float32) for refs in given.values()):
+            dtypes = [[x.dtype for x in refs] for refs in given.values()]
+            if dtypes[0] == dtypes[-1] and DTYPES.keys() >= {*dtypes[0]} and all(is_writable(refs) for refs in given.values()):
+                self._fields["ref_dtypes"] = self._table("i", [DTYPES[dtype] for dtype in dtypes[0]])
+            else:
+                given = {name: [x.detach().to("cpu", torch.float32) for x in refs] for name, refs in given.items()}
+        self._fields |= {name: self._addresses(refs) for name, refs in given.items()}
 
     def sketch(self, seed: int) -> None:
         """Have every client's factors sketched, by the projections of a seed."""

@@ -46,6 +46,7 @@ class Problem(ctypes.Structure):
         ("sketches", ctypes.c_void_p),
         ("total", ctypes.c_float),
         ("adds", ctypes.c_int32),
+        ("ref_dtypes", ctypes.c_void_p),
         ("sweeps", ctypes.c_void_p),
         ("errors", ctypes.c_void_p),
         ("unsure", ctypes.c_void_p),

@@ -20,6 +20,9 @@
 
 namespace fedrot {
 
+// Dtypes, as Python gives and gets them.
+enum : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 3, OTHER = 4 };
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -95,11 +98,11 @@ struct Problem {
   int32_t adapters, clients, reflections, threads, n_steps;
   float strength, converged;
   const int64_t* shapes;        // per adapter r, d_in, d_out
-  const int32_t* dtypes;        // per adapter 0 float32, 1 bfloat16, 2 float16
+  const int32_t* dtypes;        // per adapter float32, bfloat16 or float16
   const void* const* A;         // per adapter and client (r, d_in)
   const void* const* B;         // per adapter and client (d_out, r)
-  const float* const* A_ref;    // per adapter, or null
-  const float* const* B_ref;    // per adapter, or null
+  const void* const* A_ref;     // per adapter, or null
+  const void* const* B_ref;     // per adapter, or null
   const float* shares;          // per client, summing to 1
   const float* weights;         // per client, in any unit: by them factors are averaged that are not rotated
   const Step* steps;
@@ -120,6 +123,7 @@ struct Problem {
   float* const* sketches;       // per adapter the sketches of B^T and then of A, (2, N, r, 32); or null
   float total;                  // the sum of the weights
   int32_t adds;                 // whether A_out and B_out are float32 sums to which the rotated factors are added
+  const int32_t* ref_dtypes;    // of the references, per adapter as in dtypes; or null, and all are float32
   const Sweeps* sweeps;         // of the consensus that clients are rotated to, and not to the reference; or null
   double* errors;               // per adapter the result's error, the update's norm and the plain average's error; or null
   uint8_t* unsure;              // per adapter: its errors were not measured
@@ -131,7 +135,7 @@ struct Problem {
 // Memory of one thread.
 struct Scratch {
   std::vector<double> doubles, more, wide;
-  std::vector<float> floats, A_ref, sum_A, sum_B, sketches, vectors, panel, means;
+  std::vector<float> floats, A_ref, wide_A_ref, wide_B_ref, sum_A, sum_B, sketches, vectors, panel, means;
   std::vector<double> grams[2][2];
   double scale_A, scale_B;
 

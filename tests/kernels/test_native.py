@@ -58,6 +58,27 @@ def test_every_rank_and_width_on_every_instruction_set(r, dtype, instructions):
             assert ((mean - exact).abs() <= own * exact.abs() + 2 * r * EPS * F.double().abs().max() + 1e-7).all()
 
 
+@pytest.mark.parametrize("on", ["A", "B", "AB"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_references_are_read_where_they_lie(dtype, on, monkeypatch):
+    """They give the bits of the same numbers as float32, and no float32 copy of the model is made."""
+    A, B, A_ref, B_ref = model([(4, 33, 20), (16, 400, 30), (5, 7, 9)], 3, seed=1)
+    refs = {
+        f"{name}_ref": [x.to(dtype) for x in of_factor] for name, of_factor in (("A", A_ref), ("B", B_ref)) if name in on
+    }
+    wide = native(A, B, [1.0, 2.0, 0.5], **{name: [x.float() for x in of_factor] for name, of_factor in refs.items()})
+    convert = torch.Tensor.to
+
+    def to(x, *args, **kwargs):
+        assert x.dtype != dtype, "a reference is converted"
+        return convert(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    found = native(A, B, [1.0, 2.0, 0.5], **refs)
+    for of_one, of_other in ((found.A, wide.A), (found.B, wide.B), (found.R, wide.R)):
+        assert all(torch.equal(x, y) for x, y in zip(of_one, of_other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("instructions", SETS)
 def test_every_half_precision_number_is_read_and_written_as_torch_does(instructions, dtype):
