@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-_STATEMENT = re.compile(r"^\s*(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*?);")
+_STATEMENT = re.compile(r"^\s*(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*([^;]*);\s*(?://.*)?$")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}\[\]]+")
 _LABEL = re.compile(r"^\s*(\$\w+):")
 _PARAMETER = re.compile(r"\.param \.([a-z])(\d+)\b.*?(\w+)\s*,?\s*$")

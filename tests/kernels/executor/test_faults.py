@@ -171,7 +171,8 @@ def test_shared_memory_that_is_overwritten_before_a_wait(hopper):
     assert "may still read" in refuses("pending wgmma", late.execute)
 
 
-def test_what_is_not_modelled_says_its_line(device):
+@pytest.mark.parametrize("instruction", ["atom.global.add.f32 %r1, [%rd1], %r2;", "{ call x; }", "bar.sync 0; bar.sync 0;"])
+def test_what_is_not_modelled_says_its_line(device, instruction):
     launch = product(device)
-    with pytest.raises(NotModelled, match=r"line \d+: atom\.global\.add\.f32"):
-        edited(launch, r"bar\.sync\s+0;", "atom.global.add.f32 %r1, [%rd1], %r2;", 1)
+    with pytest.raises(NotModelled, match=r"line \d+: " + re.escape(instruction.rstrip(";"))):
+        edited(launch, r"bar\.sync\s+0;", instruction, 1)
