@@ -32,7 +32,8 @@ sanitize: .venv/test
 		fedrot_kernels/native_backend/native.cpp -o $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		OMP_NUM_THREADS=1 FEDROT_NATIVE=$(abspath $(SANITIZED)) $(BIN)/pytest -q tests/kernels/test_native.py \
-		tests/kernels/test_native_consensus.py tests/kernels/test_whole_model.py tests/kernels/test_errors.py
+		tests/kernels/test_native_consensus.py tests/kernels/test_whole_model.py tests/kernels/test_errors.py \
+		tests/kernels/test_native_least_error.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

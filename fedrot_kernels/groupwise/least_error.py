@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from ..ops import polar
-from ..stopping import LEAST_ERROR, LEAST_ERROR_STEPS
+from ..stopping import (
+    ERROR_ROUNDING_SQUARED,
+    FIRST_STEP,
+    LEAST_ERROR,
+    LEAST_ERROR_STEPS,
+    LONGER_STEP,
+    SHORTER_STEP,
+    UNBOUNDED_STEP,
+)
 from ..tolerances import CURVATURE_RIDGE
 from .gram import Grams, Means, select
-
-# Half of the step that would be right if all clients moved alike. Where each moves by itself, N times that is right.
-_FIRST_STEP = 0.5
-# Factors by which a step may become shorter or longer than the last one, and that of a step whose parabola has no minimum.
-_SHORTER, _LONGER, _UNBOUNDED = 0.1, 1000.0, 4.0
 
 
 def least_error_rotations(grams: Grams, R: Tensor) -> Tensor:
@@ -30,7 +33,7 @@ def least_error_rotations(grams: Grams, R: Tensor) -> Tensor:
     Returns:
         R (G, n, r, r), each in the same component of O(r) as it began, and of no larger error.
     """
-    now, step = grams.at(R), torch.full_like(grams.size, _FIRST_STEP)
+    now, step = grams.at(R), torch.full_like(grams.size, FIRST_STEP)
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     going = torch.ones_like(grams.size, dtype=torch.bool)
     for _ in range(LEAST_ERROR_STEPS):
@@ -40,7 +43,7 @@ def least_error_rotations(grams: Grams, R: Tensor) -> Tensor:
         found = grams.at(R_next)
         better, gain, step = going & (found.error < now.error), *_parabola(grams, Z, X, step, now, found)
         R, now = select(better, R_next, R), found.where(better, now)
-        going &= gain > LEAST_ERROR * now.error
+        going &= (gain > LEAST_ERROR * now.error) & (now.error > ERROR_ROUNDING_SQUARED * grams.update)
         if not bool(going.any()):
             break
     return R
@@ -55,8 +58,10 @@ def _parabola(grams: Grams, Z: Tensor, X: Tensor, step: Tensor, now: Means, foun
     slope = -2 * step * (grams.w * Z * X).sum((1, 2, 3))
     bend = found.error - now.error - slope
     gain = torch.where(bend > 0, slope.square() / (4 * bend), torch.where(slope < 0, torch.inf, 0))
-    best = torch.where(bend > 0, -slope / (2 * bend), _UNBOUNDED)
-    return gain, step * best.nan_to_num(_SHORTER).clamp(_SHORTER, _LONGER)
+    best = torch.where(bend > 0, -slope / (2 * bend), UNBOUNDED_STEP)
+    unknown = (bend.abs() <= ERROR_ROUNDING_SQUARED * grams.update) & (slope < 0)
+    gain, best = torch.where(unknown, torch.inf, gain), torch.where(unknown, LONGER_STEP, best)
+    return gain, step * best.nan_to_num(SHORTER_STEP).clamp(SHORTER_STEP, LONGER_STEP)
 
 
 def _gradient(grams: Grams, R: Tensor, means: Means) -> Tensor:

@@ -10,21 +10,21 @@ from torch import Tensor
 from ..checks import check_adapters, check_strength, normalize_weights
 from ..dispatch import align_average, use_native
 from ..grouping import group_indices
+from ..native_backend.least_error import MOST_ROWS
 from ..precision import full_precision, working_dtype
-from ..stopping import CONSENSUS_SWEEPS
+from ..stopping import CONSENSUS_SWEEPS, FIRST_SWEEPS
 from ..tolerances import EQUAL_ERRORS, ERROR_ROUNDING, FACTOR_FLOOR, PREFERRED_STRENGTH, PRODUCT_FLOOR
 from ..torch_backend.procrustes import rotations, soften
 from ..torch_backend.products import relative_to_reference
 from ..torch_backend.whole_model import weighted_average
 from ..types import Aligned, Backend, Clients, Rotations, Target, Together
 from .centred import Centred
-from .compiled import native_consensus
+from .compiled import native_consensus, native_least_error
 from .consensus import consensus
 from .gram import Grams, select
 from .least_error import least_error_rotations
 
 STRENGTHS = tuple(i / 10 for i in range(11))
-_FIRST_SWEEPS = 2  # from which the descent to the least error begins
 _SWEEPS, _STEPS = 10, 6  # of a consensus and a descent that are soon reached
 _ON = ("A", "B", "AB")
 _ENTRIES = 1 << 24  # entries of Gram matrices, or of factors in float64, that are kept at a time: 128 MB
@@ -51,8 +51,9 @@ def align_together(
     does not depend on the factors' length. PyTorch computes it in float64 on any device; for "error" the Gram matrices of
     factors of less precision are formed in float32, see ``centred``. Deterministic.
 
-    The consensus of float32, bfloat16 and float16 factors on a CPU is found in float32 by the compiled library, adapter by
-    adapter while the factors are in the cache. PyTorch finds that of adapters with ill-conditioned cross-covariances.
+    For float32, bfloat16 and float16 factors on a CPU the compiled library finds the consensus, in float32 while the factors
+    are in the cache, and the least error, by the same steps as PyTorch. PyTorch does adapters with ill-conditioned
+    cross-covariances.
 
     Args:
         A: as in ``align_average``.
@@ -67,7 +68,7 @@ def align_together(
         reflections: False for rotations, SO(r); True for O(r).
         strength: λ of ``soften``, in [0, 1]. None chooses it for every adapter: among 0, 0.1, …, 1 those whose predicted
             errors are within 1 % of the least, and of these the one nearest 0.5.
-        backend: as in ``align_average``; read where the target is "consensus".
+        backend: as in ``align_average``; read unless the target is "reference".
         sketch_seed: the seed by which the compiled library estimates errors; None for no estimates. PyTorch measures them.
 
     Raises:
@@ -83,9 +84,13 @@ def align_together(
         check_strength(strength)
     find = partial(_in_gram_space, target=target, on=on, reflections=reflections, strength=strength)
     # λ = 0, where all rotations are I, and a λ to be chosen are left to PyTorch.
-    if target == "consensus" and strength and use_native(backend, [a[0] for a in A], max(a[0].shape[0] for a in A)):
-        options: Any = {"on": on, "reflections": reflections, "strength": strength, "sketch_seed": sketch_seed}
-        return native_consensus(A, B, weights, A_ref=A_ref, B_ref=B_ref, **options, careful=find)
+    rank = max(a[0].shape[0] for a in A)
+    native = target != "reference" and strength and use_native(backend, [a[0] for a in A], rank)
+    options: Any = {"A_ref": A_ref, "B_ref": B_ref, "reflections": reflections, "strength": strength, "careful": find}
+    if native and target == "consensus":
+        return native_consensus(A, B, weights, **options, on=on, sketch_seed=sketch_seed)
+    if native and (len(A[0]) + 2) * rank <= MOST_ROWS:
+        return native_least_error(A, B, weights, **options)
     return find(A, B, weights, A_ref=A_ref, B_ref=B_ref)
 
 
@@ -158,7 +163,7 @@ class _Aligner:
         R, _, undetermined = self._procrustes(self._towards_reference(grams, eye), floor)
         if self.target != "reference":
             on = "AB" if self.target == "error" else self.on
-            sweeps = _FIRST_SWEEPS if self.target == "error" else CONSENSUS_SWEEPS
+            sweeps = FIRST_SWEEPS if self.target == "error" else CONSENSUS_SWEEPS
             R = consensus(grams, R, reflections=self.reflections, floor=floor, on=on, sweeps=sweeps)
         if self.target == "error":
             R = select(grams.at(R).error < plain, R, eye)

@@ -1,5 +1,6 @@
 """Consensus of the clients, adapter by adapter while their factors are in the cache."""
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,7 @@ def consensus_average(
         whose factors are not finite, and which hold no results.
     """
     unsure = torch.zeros(len(A), dtype=torch.uint8, device="cpu")
+    sweeps = Sweeps(OTHERS, CONSENSUS, SLOWEST, CONSENSUS_SWEEPS, _ON[on], unsure.data_ptr())
     found = align_average(
         A,
         B,
@@ -46,7 +48,7 @@ def consensus_average(
         strength=strength,
         reflections=reflections,
         sketch_seed=sketch_seed,
-        sweeps=Sweeps(OTHERS, CONSENSUS, SLOWEST, CONSENSUS_SWEEPS, _ON[on], unsure.data_ptr()),
+        fields={"sweeps": ctypes.addressof(sweeps)},
         instructions=instructions,
     )
     return found, unsure.nonzero().squeeze(-1).tolist()

@@ -31,6 +31,17 @@ class Sweeps(ctypes.Structure):
     )
 
 
+class Descent(ctypes.Structure):
+    """``fedrot::Descent`` of native.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("others", "first", "shorter", "longer", "unbounded")),
+        *((name, ctypes.c_double) for name in ("rounding", "least", "ridge", "strength")),
+        ("shares", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("sweeps", "most")),
+    )
+
+
 class Problem(ctypes.Structure):
     """``fedrot::Problem`` of native.cpp."""
 
@@ -50,6 +61,7 @@ class Problem(ctypes.Structure):
         ("sweeps", ctypes.c_void_p),
         ("errors", ctypes.c_void_p),
         ("unsure", ctypes.c_void_p),
+        ("descent", ctypes.c_void_p),
     )
 
 

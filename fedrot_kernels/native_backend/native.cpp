@@ -94,6 +94,13 @@ struct Sweeps {
   uint8_t* unsure;                    // per adapter: a rotation was not sure, and nothing was averaged
 };
 
+// The descent to the least error; see groupwise/least_error.py.
+struct Descent {
+  double others, first, shorter, longer, unbounded, rounding, least, ridge, strength;
+  const double* shares;  // per client, summing to 1
+  int32_t sweeps, most;
+};
+
 struct Problem {
   int32_t adapters, clients, reflections, threads, n_steps;
   float strength, converged;
@@ -127,6 +134,7 @@ struct Problem {
   const Sweeps* sweeps;         // of the consensus that clients are rotated to, and not to the reference; or null
   double* errors;               // per adapter the result's error, the update's norm and the plain average's error; or null
   uint8_t* unsure;              // per adapter: its errors were not measured
+  const Descent* descent;       // to the least error of clients that are averaged, which is measured; or null
 
   bool is_aligned() const { return R != nullptr; }
   bool finds_rotations() const { return A_ref || B_ref; }
@@ -240,7 +248,8 @@ inline const double* weakest_eigenvector(double* H, double* V, int r) {
 }
 
 // R <- R (I - 2 v v^T) where det R < 0, v the weakest eigenvector of H = R^T M.
-inline void flip_if_reflected(float* R, const double* M, int r, int ld, double* scratch) {
+template <class Real>
+inline void flip_if_reflected(Real* R, const double* M, int r, int ld, double* scratch) {
   double *H = scratch, *V = scratch + r * r;
   for (int j = 0; j < r; j++)
     for (int k = 0; k < r; k++) H[j * r + k] = R[j * ld + k];
@@ -258,7 +267,7 @@ inline void flip_if_reflected(float* R, const double* M, int r, int ld, double* 
   for (int j = 0; j < r; j++) {
     double along = 0;
     for (int k = 0; k < r; k++) along += R[j * ld + k] * v[k];
-    for (int k = 0; k < r; k++) R[j * ld + k] -= (float)(2 * along * v[k]);
+    for (int k = 0; k < r; k++) R[j * ld + k] -= (Real)(2 * along * v[k]);
   }
 }
 

@@ -1,7 +1,6 @@
 """Alignment and averaging of a whole model in one call, adapter by adapter while its factors are in the cache."""
 
-import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -13,7 +12,6 @@ from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
 from ..types import Aligned, Clients, Estimates
 from .call import Call, floats
-from .library import Sweeps
 
 
 def align_average(
@@ -26,14 +24,14 @@ def align_average(
     strength: float,
     reflections: bool,
     sketch_seed: int | None = None,
-    sweeps: Sweeps | None = None,
+    fields: Mapping[str, int | Tensor] | None = None,
     instructions: str | None = None,
 ) -> Aligned:
     """Align and average checked factors on a CPU; see ``dispatch.align_average``.
 
     Args:
         A, B, weights, A_ref, B_ref, strength, reflections, sketch_seed: as there; without a reference nothing is rotated.
-        sweeps: those of a consensus to which clients are rotated, and their mean to both references.
+        fields: more fields of the call, by which clients are aligned to each other, and their mean to both references.
         instructions: the instruction set, at most what the machine has; by default that.
     """
     call, L, n = Call(A, B, instructions), len(A), len(A[0])
@@ -52,8 +50,7 @@ def align_average(
         lost = floats(L, SKETCH_SIZE, SKETCH_SIZE)
         call.sketch(sketch_seed)
         call.set(estimates=estimates, lost=lost)
-    if sweeps is not None:
-        call.set(sweeps=ctypes.addressof(sweeps))
+    call.set(**fields or {})
     search = Search(call, A, B, A_ref, B_ref, strength, reflections)
     search.run()
     found = None if estimates is None or lost is None else Estimates(estimates, lost.double().square().sum(0))
