@@ -36,7 +36,7 @@ UNBOUNDED_STEP = 4.0
 ERROR_ROUNDING_SQUARED = 1e-15
 """Rounding of a squared error, relative to the squared update.
 
-A bend of the parabola below it is rounding. A step along which the error falls then becomes ``LONGER_STEP`` times longer, until
-it is so long that it shows the bend. Squared errors below it are left. Where clients differ by 1e-3 of their factors, errors
-end 2 % lower by this rule.
+A bend of the parabola below it is rounding. A step along which the error falls then becomes ``LONGER_STEP`` times longer,
+until it is so long that it shows the bend. Squared errors below it are left. Where clients differ by 1e-3 of their factors,
+errors end 2 % lower by this rule.
 """
