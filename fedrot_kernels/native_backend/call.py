@@ -54,6 +54,25 @@ def is_writable(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> 
     return all(x.dtype == (dtype or x.dtype) and x.is_contiguous() and x.device.type == "cpu" for x in tensors)
 
 
+def readable_references(
+    A: Sequence[Tensor] | None, B: Sequence[Tensor] | None
+) -> tuple[dict[str, Sequence[Tensor]], list[int] | None]:
+    """The references that are given, by their fields' names; copies in float32 of those that the library cannot read.
+
+    Returns:
+        The references, and per adapter their dtype; None for float32.
+    """
+    given: dict[str, Sequence[Tensor]] = {
+        name: [x.resolve_neg() for x in refs] for name, refs in (("A_ref", A), ("B_ref", B)) if refs is not None
+    }
+    if all(is_writable(refs, torch.float32) for refs in given.values()):
+        return given, None
+    dtypes = [[x.dtype for x in refs] for refs in given.values()]
+    if dtypes[0] == dtypes[-1] and DTYPES.keys() >= {*dtypes[0]} and all(is_writable(refs) for refs in given.values()):
+        return given, [DTYPES[dtype] for dtype in dtypes[0]]
+    return {n: [x.detach().to("cpu", torch.float32).contiguous() for x in refs] for n, refs in given.items()}, None
+
+
 class Call:
     """A call for the adapters of N clients.
 
@@ -107,13 +126,9 @@ class Call:
 
     def refer_to(self, A: Sequence[Tensor] | None, B: Sequence[Tensor] | None) -> None:
         """Set the references. Those that the library cannot read are copied as float32."""
-        given = {name: refs for name, refs in (("A_ref", A), ("B_ref", B)) if refs is not None}
-        if not all(is_writable(refs, torch.float32) for refs in given.values()):
-            dtypes = [[x.dtype for x in refs] for refs in given.values()]
-            if dtypes[0] == dtypes[-1] and DTYPES.keys() >= {*dtypes[0]} and all(is_writable(refs) for refs in given.values()):
-                self._fields["ref_dtypes"] = self._table("i", [DTYPES[dtype] for dtype in dtypes[0]])
-            else:
-                given = {name: [x.detach().to("cpu", torch.float32) for x in refs] for name, refs in given.items()}
+        given, dtypes = readable_references(A, B)
+        if dtypes is not None:
+            self._fields["ref_dtypes"] = self._table("i", dtypes)
         self._fields |= {name: self._addresses(refs) for name, refs in given.items()}
 
     def sketch(self, seed: int) -> None:

@@ -15,7 +15,7 @@ from ..tolerances import CONVERGED
 from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
 from ..types import Estimates
-from .call import DTYPES, floats, is_writable, projections
+from .call import DTYPES, floats, projections, readable_references
 from .library import INSTRUCTION_SETS, Problem, load
 from .library import Stream as Structure
 from .tensors import TensorTable
@@ -133,12 +133,12 @@ class Stream:
         self._R = floats(squares[-1])
         p, here = self._stream.problem, self._R.data_ptr()
         p.strength, p.reflections, p.R = strength, reflections, self._table("Q", [here + 4 * i for i in squares[:-1]])
-        for name, refs in (("A_ref", A_ref), ("B_ref", B_ref)):
-            if refs is not None:
-                if not is_writable(refs, torch.float32):
-                    refs = [x.detach().resolve_neg().to("cpu", torch.float32).contiguous() for x in refs]
-                self._kept.append(refs)
-                setattr(p, name, self._table("Q", [x.data_ptr() for x in refs]))
+        given, dtypes = readable_references(A_ref, B_ref)
+        self._kept.append(given)
+        for name, references in given.items():
+            setattr(p, name, self._table("Q", [x.data_ptr() for x in references]))
+        if dtypes is not None:
+            p.ref_dtypes = self._table("i", dtypes)
 
     def sketch(self, sums: Sequence[Tensor], seed: int) -> None:
         """Have every client's factors sketched.

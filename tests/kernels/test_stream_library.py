@@ -77,6 +77,8 @@ def test_every_rank_and_width_on_every_instruction_set(on, r, dtype, instruction
     shapes = [(r, 1, 7), (r, 37, 270), (r, 530, 1)] if r <= 16 else [(r, 2 * r + 3, 3 * r + 1)]
     A, B, A_ref, B_ref = model(shapes, len(WEIGHTS), dtype, seed=r)
     refs = {"A_ref": A_ref if "A" in on else None, "B_ref": B_ref if "B" in on else None}
+    if r % 2:  # half-precision references are read where they lie
+        refs = {name: x and [y.to(dtype) for y in x] for name, x in refs.items()}
     placed = {name: x if x is None else [inside(y, 1) for y in x] for name, x in refs.items()}
     streamed = added(place=lambda x, i: inside(x, i + 1), A=A, B=B, instructions=instructions, **placed)
     eye = torch.eye(r).expand(len(WEIGHTS), r, r)
@@ -235,6 +237,14 @@ def test_rotations_that_float32_does_not_find_are_found_as_by_pytorch(reflection
         expected = found.R[j].mT @ A[j][0]
         assert (streamed.sums[2 * j] - expected).abs().max() <= 3e-6 * A[j][0].abs().max()
     assert streamed.stream.residual.max() <= 1e-6
+
+
+def test_references_that_do_not_lie_in_a_row_or_whose_sign_is_a_flag():
+    A, B, A_ref, _ = model([(4, 33, 20)], 1)
+    expected = added([1.0], A=A, B=B, A_ref=A_ref)
+    for odd in (A_ref[0].t().contiguous().t(), torch._neg_view(-A_ref[0]), torch.nn.Parameter(A_ref[0])):
+        found = added([1.0], A=A, B=B, A_ref=[odd])
+        assert all(torch.equal(x, y) for x, y in zip(found.sums, expected.sums, strict=True))
 
 
 def test_products_that_overflow_have_no_rotation():
