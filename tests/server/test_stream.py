@@ -9,10 +9,13 @@ import pytest
 import torch
 
 import fedrot
-from fedrot import PartialAggregate
+from fedrot import FedRotAggregator, PartialAggregate
 from fedrot.adapters.config import plain_config
+from fedrot.server import compiled
+from fedrot_kernels.native_backend.library import instruction_set
 from fedrot_kernels.sketch import SKETCH_SIZE as SIZE
 
+from ..definitions import assert_same_bits
 from ..dense import UNEQUAL, lora_config
 from ..peft_models import KINDS, client_updates, factor_keys
 from ..refusals import A, refused
@@ -230,3 +233,51 @@ def test_an_empty_update_is_refused_whatever_began_the_round(tmp_path):
     for stream in begun:
         with refused("another lacks", "lora_A"):
             stream.add({}, 1.0, "another")
+
+
+@pytest.mark.skipif(instruction_set() is None, reason="the compiled library is not there")
+@pytest.mark.parametrize("kind", [KINDS[name] for name in ("modules to save", "convolution", "bfloat16")] + [MIXED])
+@pytest.mark.parametrize("method", ["fedrot", "fedit", "random-rotation", "scalar"])
+def test_the_compiled_library_and_pytorch_stream_alike(method, kind, monkeypatch):
+    """Clients that the library does not take, strided ones, are added to the same sums by PyTorch."""
+    reference, clients = inputs(method, kind)
+
+    def stream(strided):
+        aggregator = started(reference, method=method)
+        for i, client in enumerate(clients):
+            odd = {key: x.t().contiguous().t() if x.dim() == 2 else x for key, x in client.items()}
+            aggregator.add(odd if i in strided else client, WEIGHTS[i])
+        return aggregator.finish()
+
+    found, mixed = stream(()), stream((0, 3))
+    monkeypatch.setattr(compiled, "open_stream", lambda *args: None)
+    expected = stream(())
+    for result in (found, mixed):
+        for key, x in expected.state_dict.items():
+            own = torch.finfo(x.dtype).eps
+            torch.testing.assert_close(result.state_dict[key], x, rtol=own + 4e-6, atol=4e-6 * float(x.abs().max()))
+        for a, b in zip(result.report.adapters, expected.report.adapters, strict=True):
+            assert a.angles == pytest.approx(b.angles, abs=1e-3)
+            assert (a.undetermined, a.directions) == (b.undetermined, b.directions)
+            assert (a.error, a.update_norm) == pytest.approx((b.error, b.update_norm), rel=1e-4)
+            assert a.plain_error == (None if b.plain_error is None else pytest.approx(b.plain_error, rel=1e-4))
+
+
+@pytest.mark.parametrize("on_invalid", ["raise", "drop"])
+def test_a_client_that_is_refused_leaves_the_round_as_it_was(on_invalid):
+    reference, clients = inputs("fedrot")
+    last = list(reference)[-1]
+    stream, expected = (started(reference, on_invalid=on_invalid) for _ in range(2))
+    for i in range(3):
+        stream.add(clients[i], WEIGHTS[i])
+        expected.add(clients[i], WEIGHTS[i])
+        broken = clients[i] | {last: clients[i][last] / 0}
+        if on_invalid == "drop":
+            stream.add(broken, name=f"broken {i}")
+        else:
+            with refused("broken", last, "NaN or Inf"):
+                stream.add(broken, name="broken")
+        huge = {key: x * 1e30 for key, x in clients[i].items()}
+        with refused("huge", "overflow"):
+            FedRotAggregator({k: x * 1e30 for k, x in reference.items()}, round=1).add(huge, name="huge")
+    assert_same_bits(stream.finish().state_dict, expected.finish().state_dict)
