@@ -30,6 +30,7 @@ class FedRotAggregator(ServerState):
     Args:
         reference: the adapter that the clients start from: a PEFT state dict, a folder, or a pair of a state dict and its
             LoRA configuration. None if clients have no adapter in common yet; then aggregate the first round at once.
+            Its tensors are not copied: do not train them further while a round is under way.
         round: the index of the next round, from 0.
         configs: the LoRA configuration of clients that send bare state dicts, as in ``aggregate``.
         server_optimizer: steps from the reference towards each round's mean; None takes the mean itself.

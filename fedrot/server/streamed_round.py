@@ -90,8 +90,7 @@ def add_client(streamed: StreamedRound, client: Update, weight: float, method: M
     if not streamed.weights:
         streamed.frozen = untrained_factors(streamed, client, method, index)
     check_frozen(client, streamed.frozen, streamed.frozen, method.name)
-    if weight:
-        streamed.counters = carry(streamed.counters, client, layout)
+    counters = carry(streamed.counters, client, layout) if weight else streamed.counters
     if method.unequal_ranks == "pad" and not streamed.has_layout(client):
         s = round_scalings([streamed.first, client], layout, streamed.reference, method.unequal_ranks)
         if s is not None:
@@ -100,6 +99,7 @@ def add_client(streamed: StreamedRound, client: Update, weight: float, method: M
         streamed.add_looked_at(client.name, weight)
     else:
         streamed.add(client.name, weight, *method.prepare(index, client, streamed.seen, layout, streamed.reference))
+    streamed.counters = counters
 
 
 def untrained_factors(streamed: StreamedRound, first: Update, method: Method, index: int) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ class Stream:
     def rotate_towards(
         self, A_ref: Sequence[Tensor] | None, B_ref: Sequence[Tensor] | None, *, strength: float, reflections: bool
     ) -> None:
-        """Have every client rotated towards references, which are read whenever a client is looked at.
+        """Have every client rotated towards references, which must stay as they are: they are read for every client.
 
         Args:
             A_ref, B_ref: per adapter, on a CPU; None for a factor that does not count.

@@ -153,6 +153,17 @@ def test_what_is_zero():
     torch.testing.assert_close(found.error, exact.error, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-23, 1e-24, 1e-30])
+def test_factors_whose_squares_underflow_are_not_zero(size):
+    A, B, A_ref, B_ref = near_a_reference(4, [(33, 20)], 5)
+    small = [[x * size for x in A[0]]], [A_ref[0] * size]
+    found = fk.align_together(small[0], B, [1.0] * 5, A_ref=small[1], B_ref=B_ref)
+    exact = exactly(small[0], B, [1.0] * 5, A_ref=small[1], B_ref=B_ref)
+    assert exact.error > 0 and exact.update_norm > 0
+    torch.testing.assert_close(found.error, exact.error, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.update_norm, exact.update_norm, rtol=1e-5, atol=0)
+
+
 def test_more_rows_than_memory_is_taken_for_are_pytorchs(monkeypatch):
     A, B, A_ref, B_ref = near_a_reference(4, [(33, 20)], 5)
     monkeypatch.setattr(fk.groupwise.together, "MOST_ROWS", 27)

@@ -281,3 +281,18 @@ def test_a_client_that_is_refused_leaves_the_round_as_it_was(on_invalid):
         with refused("huge", "overflow"):
             FedRotAggregator({k: x * 1e30 for k, x in reference.items()}, round=1).add(huge, name="huge")
     assert_same_bits(stream.finish().state_dict, expected.finish().state_dict)
+
+
+def test_a_refused_client_leaves_no_counter():
+    """Its integers are carried when it is added, not before: products that overflow are found last."""
+
+    def client(scale, steps):
+        a, b = torch.ones(4, 16) * scale, torch.ones(8, 4) * scale
+        factors = {"base_model.model.l.lora_A.weight": a, "base_model.model.l.lora_B.weight": b}
+        return factors | {"base_model.model.norm.num_batches_tracked": torch.tensor(steps)}
+
+    aggregator = FedRotAggregator(client(1e18, 1))
+    aggregator.add(client(1.0, 1))
+    with pytest.raises(fedrot.UpdateError, match="overflow"):
+        aggregator.add(client(4e37, 999))
+    assert aggregator.finish().state_dict["base_model.model.norm.num_batches_tracked"] == 1
