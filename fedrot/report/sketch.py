@@ -64,7 +64,7 @@ class Sketch:
             share: the client's part of the sum of all weights so far, its own among them.
         """
         left, right = of_B.double().mT, of_A.double()
-        for side, turned in zip(self._sides, (R, None), strict=False):
+        for side, turned in zip(self._sides, (R, None), strict=False):  # one side where no client may be rotated
             theirs = (left, right) if turned is None else (left @ turned.double(), turned.mT.double() @ right)
             _merge(self._parts[index], side, {side + "left": theirs[0], side + "right": theirs[1]}, share)
 
