@@ -165,22 +165,6 @@ enum class Size { regular, tiny, zero, wrong };
 // Below it, products in float32 may have underflowed.
 const double smallest_product = 1e-30;
 
-// M <- M / |M|_F, of any scale.
-inline Size normalize(double* M, int r) {
-  double largest = 0, squares = 0;
-  for (int e = 0; e < r * r; e++) {
-    if (!std::isfinite(M[e])) return Size::wrong;
-    largest = std::fmax(largest, std::fabs(M[e]));
-  }
-  if (largest == 0) return Size::zero;
-  for (int e = 0; e < r * r; e++) {
-    M[e] /= largest;
-    squares += M[e] * M[e];
-  }
-  for (int e = 0; e < r * r; e++) M[e] /= std::sqrt(squares);
-  return largest < smallest_product ? Size::tiny : Size::regular;
-}
-
 inline double inverse_square(const float* x, long n) {
   double total = 0;
   for (long i = 0; i < n; i++) total += (double)x[i] * x[i];
@@ -250,7 +234,9 @@ inline const double* weakest_eigenvector(double* H, double* V, int r) {
 // R <- R (I - 2 v v^T) where det R < 0, v the weakest eigenvector of H = R^T M.
 template <class Real>
 inline void flip_if_reflected(Real* R, const double* M, int r, int ld, double* scratch) {
-  double *H = scratch, *V = scratch + r * r;
+  double *H = scratch, *V = scratch + r * r, trace = 0;
+  for (int j = 0; j < r; j++) trace += R[j * ld + j];
+  if (trace > r - 1.5) return;  // |R - I|_F^2 = 2 (r - trace), which a reflection's eigenvalue of -1 brings to 4 at least
   for (int j = 0; j < r; j++)
     for (int k = 0; k < r; k++) H[j * r + k] = R[j * ld + k];
   if (!is_reflected(H, r)) return;
