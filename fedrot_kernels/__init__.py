@@ -4,6 +4,7 @@ from .dispatch import align_average, average, average_factors, backends
 from .errors import measure_errors
 from .groupwise.together import align_together
 from .measures import aggregation_error, error_bound, product_norm, rotation_angle
+from .native_backend.columns import TensorColumns
 from .native_backend.stream import ClientTensors, Stream
 from .ops import cross_covariance, polar, procrustes, rotate_average
 from .precision import full_precision, widen, working_dtype
@@ -13,7 +14,7 @@ from .streams import add_client_, find_rotations, open_stream
 from .tolerances import FACTOR_FLOOR, PRODUCT_FLOOR
 from .torch_backend.procrustes import soften, special_orthogonal
 from .torch_backend.products import rotate_add_
-from .types import Aligned, Averaged, Backend, Clients, Estimates, Rotations, Target, Together
+from .types import Aligned, Averaged, Backend, Clients, Estimates, Factors, Rotations, Target, Together
 
 __all__ = [
     "FACTOR_FLOOR",
@@ -24,9 +25,11 @@ __all__ = [
     "ClientTensors",
     "Clients",
     "Estimates",
+    "Factors",
     "Rotations",
     "Stream",
     "Target",
+    "TensorColumns",
     "Together",
     "add_client_",
     "aggregation_error",

@@ -7,9 +7,12 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from .native_backend.columns import TensorColumns
 from .native_backend.tensors import read_tensors
 from .tolerances import WEIGHT_RANGE
-from .types import Clients
+from .types import Clients, Factors
+
+_MOST_FITTING = 8  # signatures that are kept
 
 
 def read_weights(weights: Sequence[float] | Tensor, n: int) -> list[float]:
@@ -77,9 +80,17 @@ def check_frames(F: Tensor, F_ref: Tensor) -> None:
         raise ValueError(f"F and F_ref must both end in (r, d), got {tuple(F.shape)} and {tuple(F_ref.shape)}")
 
 
-def check_adapters(
-    A: Sequence[Clients], B: Sequence[Clients], A_ref: Sequence[Tensor] | None, B_ref: Sequence[Tensor] | None
-) -> int:
+def firsts(factors: Factors) -> list[Tensor]:
+    """The first client's factor of every adapter."""
+    return factors.firsts if isinstance(factors, TensorColumns) else [clients[0] for clients in factors]
+
+
+def count_clients(factors: Factors) -> int:
+    """N, the number of the first adapter's clients."""
+    return factors.clients if isinstance(factors, TensorColumns) else len(factors[0])
+
+
+def check_adapters(A: Factors, B: Factors, A_ref: Sequence[Tensor] | None, B_ref: Sequence[Tensor] | None) -> int:
     """Check that adapters, clients and references fit each other.
 
     Returns:
@@ -90,15 +101,16 @@ def check_adapters(
         TypeError: tensors that are not floating-point.
     """
     lengths = [len(x) for x in (A, B, A_ref, B_ref) if x is not None]
-    if len(set(lengths)) > 1 or not lengths[0] or not len(A[0]):
+    if len(set(lengths)) > 1 or not lengths[0] or not count_clients(A):
         raise ValueError(f"A, B and the references must have one entry per adapter, and at least one client; got {lengths}")
-    n = len(A[0])
-    known = are_alike(A, n) and are_alike(B, n)
-    for i, (a, b) in enumerate(zip(A, B, strict=True)):
-        if not known:
-            check_clients(a, n, f"adapter {i}, A", A[0][0].device)
-            check_clients(b, n, f"adapter {i}, B", A[0][0].device)
-        A0, B0 = a[0], b[0]
+    n = count_clients(A)
+    kinds = common_kinds(A, n), common_kinds(B, n), *(kinds_of(refs) for refs in (A_ref, B_ref))
+    if kinds in _fitting:
+        return n
+    for i, (A0, B0) in enumerate(zip(firsts(A), firsts(B), strict=True)):
+        if kinds[0] is None or kinds[1] is None:
+            check_clients(A[i], n, f"adapter {i}, A", A[0][0].device)
+            check_clients(B[i], n, f"adapter {i}, B", A[0][0].device)
         if A0.dim() != 2 or B0.dim() != 2 or A0.shape[0] != B0.shape[1] or not A0.numel() or not B0.numel():
             shapes = f"A {tuple(A0.shape)} and B {tuple(B0.shape)}"
             raise ValueError(f"adapter {i}: expected (r, d_in) and (d_out, r) per client, got {shapes}")
@@ -107,15 +119,32 @@ def check_adapters(
         for name, refs, x in (("A_ref", A_ref, A0), ("B_ref", B_ref, B0)):
             if refs is not None and refs[i].shape != x.shape:
                 raise ValueError(f"adapter {i}: {name} is {tuple(refs[i].shape)}, but the clients have {tuple(x.shape)}")
+    if None not in kinds:
+        while len(_fitting) >= _MOST_FITTING:
+            _fitting.pop(next(iter(_fitting)))
+        _fitting[kinds] = None
     return n
 
 
-def are_alike(tensors: Sequence[Clients], n: int) -> bool:
-    """Whether all are of n contiguous tensors each, on a CPU, floating-point, and alike; False if that is not sure."""
-    if any(isinstance(clients, Tensor) or len(clients) != n for clients in tensors):
-        return False
-    table = read_tensors([x for clients in tensors for x in clients])
-    return table is not None and all(table.describe(n))
+_fitting: dict[tuple[bytes | None, ...], None] = {}
+"""The kinds of factors and references that were found to fit each other."""
+
+
+def common_kinds(factors: Factors, n: int) -> bytes | None:
+    """The kinds that the factors of n clients have; None unless all are sure to be contiguous, on a CPU, floating-point, and
+    alike per adapter."""
+    if isinstance(factors, TensorColumns):
+        return factors.kinds if factors.clients == n and factors.are_plain() else None
+    if any(isinstance(clients, Tensor) or len(clients) != n for clients in factors):
+        return None
+    table = read_tensors([x for clients in factors for x in clients])
+    return table.choose_kinds(range(0, len(table), n)) if table is not None and all(table.describe(n)) else None
+
+
+def kinds_of(tensors: Sequence[Tensor] | None) -> bytes | None:
+    """The kinds of tensors, none of no tensors; None if they cannot be read."""
+    table = None if tensors is None else read_tensors(tensors)
+    return b"" if tensors is None else None if table is None else table.kinds
 
 
 def check_clients(clients: Clients, n: int, name: str, device: torch.device) -> None:

@@ -1,28 +1,30 @@
 """The choice between PyTorch and the Triton kernels, and the functions on whole models that it serves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from . import torch_backend
-from .checks import check_adapters, check_clients, check_strength
+from .checks import check_adapters, check_clients, check_strength, firsts
 from .native_backend.library import instruction_set
 from .precision import full_precision
 from .sketch import estimate_errors
 from .tolerances import LARGEST_TRITON_RANK
-from .types import Aligned, Averaged, Backend, Clients
+from .types import Aligned, Averaged, Backend, Clients, Factors
 
+_kind = attrgetter("dtype", "device")
 _COMPILED_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
 
 @full_precision
 def align_average(
-    A: Sequence[Clients],
-    B: Sequence[Clients],
+    A: Factors,
+    B: Factors,
     weights: Sequence[float] | Tensor,
     *,
     A_ref: Sequence[Tensor] | None = None,
@@ -58,7 +60,7 @@ def align_average(
         raise ValueError("pass A_ref, B_ref or both: what to align to")
     check_adapters(A, B, A_ref, B_ref)
     check_strength(strength)
-    samples, rank = [clients[0] for clients in A], max(clients[0].shape[0] for clients in A)
+    samples, rank = firsts(A), max(x.shape[0] for x in firsts(A))
     options: Any = {"A_ref": A_ref, "B_ref": B_ref, "strength": strength, "reflections": reflections}
     if use_native(backend, samples, rank):
         from .native_backend.whole_model import align_average as native  # not at the top: it imports the torch backend
@@ -72,8 +74,8 @@ def align_average(
 
 @full_precision
 def average_factors(
-    A: Sequence[Clients],
-    B: Sequence[Clients],
+    A: Factors,
+    B: Factors,
     weights: Sequence[float] | Tensor,
     *,
     backend: Backend = "auto",
@@ -89,7 +91,7 @@ def average_factors(
         TypeError: tensors that are not floating-point.
     """
     check_adapters(A, B, None, None)
-    samples, rank = [clients[0] for clients in A], max(clients[0].shape[0] for clients in A)
+    samples, rank = firsts(A), max(x.shape[0] for x in firsts(A))
     if use_native(backend, samples, rank):
         from .native_backend.whole_model import align_average as native
 
@@ -144,7 +146,7 @@ def use_triton(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be auto, native, torch or triton, got {backend!r}")
-    fits = are_compiled([x.dtype for x in samples], rank)
+    fits = are_compiled([dtype for dtype, _ in {*map(_kind, samples)}], rank)
     if backend == "triton" and not fits:
         raise ValueError(
             f"the Triton kernels take float16, bfloat16 and float32 of rank up to {LARGEST_TRITON_RANK}; use torch"
@@ -160,7 +162,8 @@ def use_native(backend: Backend, samples: Sequence[Tensor], rank: int) -> bool:
     Raises:
         ValueError: "native" for inputs that the library does not take, or where it was not built.
     """
-    fits = are_compiled([x.dtype for x in samples], rank) and all(x.device.type == "cpu" for x in samples)
+    kinds = {*map(_kind, samples)}
+    fits = are_compiled([dtype for dtype, _ in kinds], rank) and all(device.type == "cpu" for _, device in kinds)
     if backend == "native" and instruction_set() is None:
         raise ValueError("the compiled library is not there: install fedrot where there is a C++ compiler; or use torch")
     if backend == "native" and not fits:
@@ -181,7 +184,7 @@ def backends() -> dict[str, str]:
     }
 
 
-def are_compiled(dtypes: Sequence[torch.dtype], rank: int) -> bool:
+def are_compiled(dtypes: Iterable[torch.dtype], rank: int) -> bool:
     """Whether there are compiled kernels for tensors of these dtypes and this rank."""
     return {*dtypes} <= _COMPILED_DTYPES and rank <= LARGEST_TRITON_RANK
 
@@ -191,8 +194,8 @@ class _Implementation(Protocol):
 
     def align_average(
         self,
-        A: Sequence[Clients],
-        B: Sequence[Clients],
+        A: Factors,
+        B: Factors,
         weights: Sequence[float] | Tensor,
         *,
         A_ref: Sequence[Tensor] | None,

@@ -5,20 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_adapters, normalize_weights
+from .checks import check_adapters, firsts, normalize_weights
 from .dispatch import use_native
 from .grouping import group_indices
 from .measures import aggregation_error
 from .precision import full_precision, working_dtype
-from .types import Backend, Clients
+from .types import Backend, Clients, Factors
 
 _ENTRIES = 1 << 19  # of factors that PyTorch copies at a time
 
 
 @full_precision
 def measure_errors(
-    A: Sequence[Clients],
-    B: Sequence[Clients],
+    A: Factors,
+    B: Factors,
     R: Sequence[Tensor] | None,
     weights: Sequence[float] | Tensor,
     *,
@@ -46,18 +46,20 @@ def measure_errors(
         TypeError: tensors that are not floating-point.
     """
     n = check_adapters(A, B, None, None)
+    first_A, first_B = firsts(A), firsts(B)
     if R is not None:
-        for i, (a, x) in enumerate(zip(A, R, strict=True)):
-            if x.shape != (expected := (n, a[0].shape[0], a[0].shape[0])):
+        for i, (a, x) in enumerate(zip(first_A, R, strict=True)):
+            if x.shape != (expected := (n, a.shape[0], a.shape[0])):
                 raise ValueError(f"adapter {i}: expected rotations {expected}, got {tuple(x.shape)}")
-    if not use_native(backend, [clients[0] for clients in A], max(clients[0].shape[0] for clients in A)):
+    if not use_native(backend, first_A, max(a.shape[0] for a in first_A)):
         return _by_torch(A, B, R, weights)
     from .native_backend.errors import measure_errors as native  # not at the top: it imports the torch backend
 
-    fitting = [i for i, (a, b) in enumerate(zip(A, B, strict=True)) if _fits(n, a[0].shape, b[0].shape[0])]
+    fitting = [i for i, (a, b) in enumerate(zip(first_A, first_B, strict=True)) if _fits(n, a.shape, b.shape[0])]
     errors, rest = torch.zeros(len(A), 3, dtype=torch.float64, device="cpu"), set(range(len(A))) - {*fitting}
     if fitting:
-        errors[fitting], left = native(*_chosen(A, B, R, fitting), weights)
+        chosen = (A, B, R) if len(fitting) == len(A) else _chosen(A, B, R, fitting)
+        errors[fitting], left = native(*chosen, weights)
         if left:
             left = [fitting[i] for i in left]
             errors[left] = _by_torch(*_chosen(A, B, R, left), weights, torch.float64)
@@ -72,9 +74,6 @@ def _fits(n: int, shape: torch.Size, d_out: int) -> bool:
     return (n + 1) * r * (d_in + d_out) <= 4 * d_in * d_out
 
 
-Factors = Sequence[Clients]
-
-
 def _chosen(
     A: Factors, B: Factors, R: Sequence[Tensor] | None, chosen: list[int]
 ) -> tuple[Factors, Factors, list[Tensor] | None]:
@@ -83,8 +82,8 @@ def _chosen(
 
 
 def _by_torch(
-    A: Sequence[Clients],
-    B: Sequence[Clients],
+    A: Factors,
+    B: Factors,
     R: Sequence[Tensor] | None,
     weights: Sequence[float] | Tensor,
     dtype: torch.dtype | None = None,
@@ -93,7 +92,7 @@ def _by_torch(
     w = normalize_weights(weights, len(A[0]), A[0][0].device)
     indices: list[int] = []
     columns: list[Tensor] = []
-    for group in group_indices((a[0].shape, b[0].shape, a[0].dtype) for a, b in zip(A, B, strict=True)):
+    for group in group_indices((a.shape, b.shape, a.dtype) for a, b in zip(firsts(A), firsts(B), strict=True)):
         (r, d_in), d_out = A[group[0]][0].shape, B[group[0]][0].shape[0]
         size = max(1, _ENTRIES // (len(w) * r * (d_in + d_out)))
         for start in range(0, len(group), size):

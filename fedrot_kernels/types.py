@@ -9,6 +9,9 @@ from torch import Tensor
 Clients = Tensor | Sequence[Tensor]
 """One tensor from each of N clients: stacked, (N, …), or N tensors (…)."""
 
+Factors = Sequence[Clients]
+"""One factor of every adapter of a model, from each of N clients."""
+
 Backend = Literal["auto", "native", "torch", "triton"]
 """The implementation: Triton kernels, the compiled library on a CPU ("native"), PyTorch, or ("auto") the first of these
 that is there and takes the inputs."""
@@ -58,6 +61,7 @@ class Aligned:
         undetermined: (L, N), the number of directions in which a cross-covariance says nothing; see ``Rotations``.
         finite: a bool scalar tensor on the inputs' device: every entry of every average is finite.
         estimates: the errors, if a seed was given to estimate them.
+        angles: (L, N) float64, the rotation angles in degrees; None if the backend leaves them to ``rotation_angle``.
     """
 
     A: list[Tensor]
@@ -67,6 +71,7 @@ class Aligned:
     undetermined: Tensor
     finite: Tensor
     estimates: Estimates | None = None
+    angles: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Together:
         plain_error: (L,) float64, the error of the average without rotations; None likewise.
         undetermined: (L, N), as in ``Aligned``; None unless the target is a reference.
         estimates: the errors, if the compiled library aligned and a seed was given to estimate them.
+        angles: as in ``Aligned``.
     """
 
     A: list[Tensor]
@@ -113,3 +119,4 @@ class Together:
     plain_error: Tensor | None
     undetermined: Tensor | None
     estimates: Estimates | None = None
+    angles: Tensor | None = None

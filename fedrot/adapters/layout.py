@@ -70,6 +70,7 @@ class Layout:
         factor_keys: the keys of A and B of every adapter.
         other_keys: the keys of all other tensors that are averaged, such as heads and biases.
         counters: the keys of integers, which are carried along.
+        has_matrices: whether all factors are matrices, and none is that of a convolution.
         groups: the adapters, those of equal shape together.
     """
 
@@ -81,6 +82,7 @@ class Layout:
         others = [key for key in specs if key not in factors]
         self.other_keys = tuple(key for key in others if specs[key].dtype in DTYPES)
         self.counters = tuple(key for key in others if specs[key].dtype not in DTYPES)
+        self.has_matrices = all(len(specs[key].shape) == 2 for key in factors)
         groups: dict[tuple[Any, ...], list[Adapter]] = {}
         for a in self.adapters:
             groups.setdefault((a.rank, a.d_in, a.d_out, a.dtype), []).append(a)

@@ -76,6 +76,8 @@ def nothing_left(dropped: dict[str, str]) -> UpdateError:
 
 def not_finite(update: Update, keys: Sequence[str] | None = None) -> str | None:
     """The words «key shape holds NaN or Inf» for the first such tensor, or None. One synchronisation with a device."""
+    if (table := update.table) is not None and table.describe(1)[1] and table.is_finite():
+        return None
     keys = list(update) if keys is None else keys
     if is_finite([update[key] for key in keys]):
         return None

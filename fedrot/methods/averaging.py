@@ -1,12 +1,13 @@
 """One round's updates, rotated and averaged."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import fedrot_kernels as fk
 
+from ..adapters.columns import client_factors
 from ..adapters.layout import Layout, as_matrix
 from ..adapters.update import StateDict, Update
 from ..adapters.values import is_finite
@@ -29,21 +30,15 @@ def average_round(round: Round, options: AggregationOptions, on: tuple[Factor, .
     """
     backend, sketch_seed = options.backend, options.seed if options.report_error == "estimate" else None
     layout = round.layout
-    averaged = [key for key in layout.specs if key not in layout.counters]
-    given = [[client.tensors[client.keys_given[key]] for key in averaged] for client in round.clients]
-    tensors = dict(zip(averaged, zip(*given, strict=True), strict=True))
-    shapes = {key: layout.specs[key].shape for keys in layout.factor_keys for key in keys}
-    A, B = (
-        [[*tensors[key]] if len(shapes[key]) == 2 else matrices(tensors[key]) for key in keys]
-        for keys in zip(*layout.factor_keys, strict=True)
-    )
+    A, B = client_factors(layout, round.clients)
     mean: dict[str, Tensor] = {}
     checks: list[Tensor] = []
     if layout.other_keys:
-        means, finite = fk.average([tensors[key] for key in layout.other_keys], round.weights, backend=backend)
+        others = [[client[key] for client in round.clients] for key in layout.other_keys]
+        means, finite = fk.average(others, round.weights, backend=backend)
         mean |= zip(layout.other_keys, means, strict=True)
         checks.append(finite)
-    R = residual = undetermined = None
+    R = residual = undetermined = angles = None
     factors: fk.Aligned | fk.Averaged
     if on:
         A_ref, B_ref = trained_references(layout.adapters, round.reference, on)
@@ -58,16 +53,16 @@ def average_round(round: Round, options: AggregationOptions, on: tuple[Factor, .
             backend=backend,
             sketch_seed=sketch_seed,
         )
-        R, residual, undetermined = factors.R, factors.residual, factors.undetermined
+        R, residual, undetermined, angles = factors.R, factors.residual, factors.undetermined, factors.angles
         checks.append((residual <= LARGEST_RESIDUAL).all())
     else:
         factors = fk.average_factors(A, B, round.weights, backend=backend, sketch_seed=sketch_seed)
     checks.append(factors.finite)
     for (key_A, key_B), mean_A, mean_B in zip(layout.factor_keys, factors.A, factors.B, strict=True):
-        mean[key_A] = mean_A if mean_A.shape == shapes[key_A] else mean_A.view(shapes[key_A])
-        mean[key_B] = mean_B if mean_B.shape == shapes[key_B] else mean_B.view(shapes[key_B])
+        mean[key_A] = mean_A if layout.has_matrices else mean_A.view(layout.specs[key_A].shape)
+        mean[key_B] = mean_B if layout.has_matrices else mean_B.view(layout.specs[key_B].shape)
     sound = bool(torch.stack(checks).all())
-    return Averages(mean, A, B, R, residual, sound, undetermined=undetermined, estimates=factors.estimates)
+    return Averages(mean, A, B, R, residual, sound, undetermined=undetermined, estimates=factors.estimates, angles=angles)
 
 
 def stream_round(round: Round, prepare: Prepare) -> Averages:
@@ -95,8 +90,3 @@ def stream_round(round: Round, prepare: Prepare) -> Averages:
     idle = [client for client, weight in zip(round.clients, round.weights, strict=True) if not weight]
     finite = is_finite([*state_dict.values(), *(x for client in idle for x in client.values())])
     return Averages(state_dict, A, B, rotated, None, finite, undetermined=counts)
-
-
-def matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Factors as matrices, those of convolutions too."""
-    return [as_matrix(x) for x in tensors]

@@ -9,10 +9,11 @@ from torch import Tensor
 
 import fedrot_kernels as fk
 
+from ..adapters.columns import client_factors, matrices
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..ranks.padding import rank_mask
-from .averaging import average_round, matrices
+from .averaging import average_round
 from .base import Method
 from .rotation import LARGEST_RESIDUAL, trained_references
 from .round import Averages, Round
@@ -48,9 +49,7 @@ class GroupwiseMethod(Method):
         if not self.needs_all:
             return average_round(round, self.options)
         layout, clients = round.layout, round.clients
-        A, B = (
-            [matrices([client[key] for client in clients]) for key in keys] for keys in zip(*layout.factor_keys, strict=True)
-        )
+        A, B = client_factors(layout, clients)
         if self.minimises == "reference":
             A_ref, B_ref = trained_references(layout.adapters, round.reference, self.on(round.index))
         else:  # which fixes only the basis of the result
@@ -93,4 +92,5 @@ class GroupwiseMethod(Method):
             strengths=aligned.strengths.tolist() if self.chooses_strength else None,
             undetermined=None if aligned.undetermined is None else aligned.undetermined - padded_rows(layout, clients),
             estimates=aligned.estimates,
+            angles=aligned.angles,
         )

@@ -56,4 +56,4 @@ def _round_padded(averages: Averages, prepared: PreparedRound) -> Averages:
     R = averages.R
     if R is not None:
         R = [x * rank_mask(a, prepared.clients).to(x.device) for a, x in zip(layout.adapters, R, strict=True)]
-    return replace(averages, mean=mean, R=R)
+    return replace(averages, mean=mean, R=R, angles=None)

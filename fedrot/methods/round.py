@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedrot_kernels import Estimates
+from fedrot_kernels import Estimates, Factors
 
 from ..adapters.layout import Layout
 from ..adapters.update import Update
@@ -51,13 +51,14 @@ class Averages:
             the method measured them itself; None in their places where it was to leave them out.
         strengths: per adapter λ, where the method chose it.
         estimates: estimates of errors that the kernels made; else None.
+        angles: (L, N), the rotation angles in degrees, where the kernels measured them; else None.
         undetermined: (L, N), in how many directions of its own nothing determines a client's rotation; None where no client
             was rotated, or the method does not count them.
     """
 
     mean: dict[str, Tensor]
-    A: list[list[Tensor]]
-    B: list[list[Tensor]]
+    A: Factors
+    B: Factors
     R: list[Tensor] | None
     residual: Tensor | None
     sound: bool
@@ -66,3 +67,4 @@ class Averages:
     strengths: Sequence[float] | None = None
     undetermined: Tensor | None = None
     estimates: Estimates | None = None
+    angles: Tensor | None = None

@@ -88,6 +88,8 @@ def _turns(averages: Averages, L: int, n: int) -> tuple[list[tuple[float, ...]],
     """The rotation angles of the n clients in degrees, and the number of directions of all, of each of L adapters."""
     angles: list[tuple[float, ...]] = [(0.0,) * n] * L
     directions = [0] * L
+    if averages.angles is not None and averages.R is not None:
+        return list(map(tuple, averages.angles.tolist())), [n * R.shape[-1] for R in averages.R]
     if averages.R is not None:
         for group in group_indices(R.shape for R in averages.R):
             R = torch.stack([averages.R[i] for i in group])

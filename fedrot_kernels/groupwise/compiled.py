@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measures import rotation_angle
 from ..native_backend.consensus import consensus_average
 from ..native_backend.least_error import least_error_average
 from ..sketch import estimate_errors
@@ -45,7 +46,9 @@ def native_consensus(
             estimates.numbers[left] = of_rest.numbers
             estimates = Estimates(estimates.numbers, estimates.squares + of_rest.squares)
     strengths = torch.full((len(A),), strength, dtype=torch.float64, device="cpu")
-    return Together(found.A, found.B, found.R, found.residual, finite, strengths, None, None, None, None, estimates)
+    return Together(
+        found.A, found.B, found.R, found.residual, finite, strengths, None, None, None, None, estimates, found.angles
+    )
 
 
 @torch.no_grad()
@@ -76,7 +79,9 @@ def native_least_error(
         errors[left] = torch.stack([x for x in (rest.error, rest.update_norm, rest.plain_error) if x is not None], dim=1)
     strengths = torch.full((len(A),), strength, dtype=torch.float64, device="cpu")
     error, norm, plain = errors.unbind(1)
-    return Together(found.A, found.B, found.R, found.residual, finite, strengths, error, norm, plain, None)
+    return Together(
+        found.A, found.B, found.R, found.residual, finite, strengths, error, norm, plain, None, None, found.angles
+    )
 
 
 def _take(found: Aligned, rest: Together, left: list[int]) -> Tensor:
@@ -84,4 +89,6 @@ def _take(found: Aligned, rest: Together, left: list[int]) -> Tensor:
     for k, i in enumerate(left):
         found.A[i], found.B[i], found.R[i] = rest.A[k], rest.B[k], rest.R[k]
     found.residual[left] = rest.residual
+    if found.angles is not None:
+        found.angles[left] = torch.stack([rotation_angle(x) for x in rest.R]).double()
     return found.finite & rest.finite

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_adapters, check_strength, normalize_weights
+from ..checks import check_adapters, check_strength, count_clients, firsts, normalize_weights
 from ..dispatch import align_average, use_native
 from ..grouping import group_indices
 from ..native_backend.least_error import MOST_ROWS
@@ -84,12 +84,12 @@ def align_together(
         check_strength(strength)
     find = partial(_in_gram_space, target=target, on=on, reflections=reflections, strength=strength)
     # λ = 0, where all rotations are I, and a λ to be chosen are left to PyTorch.
-    rank = max(a[0].shape[0] for a in A)
-    native = target != "reference" and strength and use_native(backend, [a[0] for a in A], rank)
+    rank = max(x.shape[0] for x in firsts(A))
+    native = target != "reference" and strength and use_native(backend, firsts(A), rank)
     options: Any = {"A_ref": A_ref, "B_ref": B_ref, "reflections": reflections, "strength": strength, "careful": find}
     if native and target == "consensus":
         return native_consensus(A, B, weights, **options, on=on, sketch_seed=sketch_seed)
-    if native and (len(A[0]) + 2) * rank <= MOST_ROWS:
+    if native and (count_clients(A) + 2) * rank <= MOST_ROWS:
         return native_least_error(A, B, weights, **options)
     return find(A, B, weights, A_ref=A_ref, B_ref=B_ref)
 
@@ -107,13 +107,13 @@ def _in_gram_space(
     strength: float | None,
 ) -> Together:
     """``align_together`` of checked inputs by PyTorch."""
-    n = len(A[0])
-    shares = normalize_weights(weights, n, A[0][0].device)
+    n = count_clients(A)
+    shares = normalize_weights(weights, n, firsts(A)[0].device)
     R, measured = list(A_ref), torch.zeros(4, len(A), dtype=torch.float64, device=shares.device)
     undetermined = torch.zeros(len(A), n, dtype=torch.int64, device=shares.device)
     aligner = _Aligner(target, on, reflections, strength)
     near = None
-    if target == "error" and any(working_dtype(clients[0]) == torch.float32 for clients in A):
+    if target == "error" and any(working_dtype(x) == torch.float32 for x in firsts(A)):
         near = align_average(A, B, weights, A_ref=A_ref, B_ref=B_ref, reflections=reflections)
     for part in _parts(A, B, n + 1):
         frames = [[*A[i], A_ref[i].to(A[i][0].device)] for i in part], [[*B[i], B_ref[i].to(B[i][0].device)] for i in part]

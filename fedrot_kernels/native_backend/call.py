@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import count_clients, firsts
 from ..schedule import SHORT
 from ..sketch import Projection, projection
 from ..tolerances import CONVERGED
-from ..types import Clients
+from ..types import Factors
+from .columns import TensorColumns
 from .library import INSTRUCTION_SETS, Careful, Problem, load
-from .tensors import read_tensors
+from .tensors import TensorTable, read_tensors
 
 # The fields that are not float32, or in the factors' dtype.
 _OF_DTYPE = {"undetermined": torch.int64}
-_OF_DTYPE |= dict.fromkeys(("estimates", "errors"), torch.float64)
+_OF_DTYPE |= dict.fromkeys(("estimates", "errors", "angles"), torch.float64)
 _OF_DTYPE |= dict.fromkeys(("doubtful", "finite", "shifts", "unsure"), torch.uint8)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -50,27 +52,43 @@ def projections(seed: int, widths: tuple[tuple[int, int], ...]) -> Projections:
 def is_writable(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
     """Whether the library can take them as they are: contiguous, on a CPU, and of the dtype, if one is named."""
     if dtype in (None, torch.float32) and (table := read_tensors(tensors)) is not None:
-        return table.is_float32() if dtype else table.describe(1)[1]
+        return _is_fit(table, dtype)
     return all(x.dtype == (dtype or x.dtype) and x.is_contiguous() and x.device.type == "cpu" for x in tensors)
 
 
-def readable_references(
-    A: Sequence[Tensor] | None, B: Sequence[Tensor] | None
-) -> tuple[dict[str, Sequence[Tensor]], list[int] | None]:
-    """The references that are given, by their fields' names; copies in float32 of those that the library cannot read.
+def _is_fit(table: TensorTable, dtype: torch.dtype | None) -> bool:
+    return table.is_float32() if dtype else table.describe(1)[1]
 
-    Returns:
-        The references, and per adapter their dtype; None for float32.
+
+class References(NamedTuple):
+    """Adapters' references as the library reads them.
+
+    Attributes:
+        kept: what must be kept for as long as the library reads.
+        tables: the addresses, by the names of the fields.
+        dtypes: per adapter; None for float32.
     """
-    given: dict[str, Sequence[Tensor]] = {
-        name: [x.resolve_neg() for x in refs] for name, refs in (("A_ref", A), ("B_ref", B)) if refs is not None
-    }
-    if all(is_writable(refs, torch.float32) for refs in given.values()):
-        return given, None
-    dtypes = [[x.dtype for x in refs] for refs in given.values()]
-    if dtypes[0] == dtypes[-1] and DTYPES.keys() >= {*dtypes[0]} and all(is_writable(refs) for refs in given.values()):
-        return given, [DTYPES[dtype] for dtype in dtypes[0]]
-    return {n: [x.detach().to("cpu", torch.float32).contiguous() for x in refs] for n, refs in given.items()}, None
+
+    kept: list[Sequence[Tensor]]
+    tables: dict[str, "array[int]"]
+    dtypes: list[int] | None
+
+
+def readable_references(A: Sequence[Tensor] | None, B: Sequence[Tensor] | None) -> References:
+    """The references that are given; copies in float32 of those that the library cannot read."""
+    given = {name: refs for name, refs in (("A_ref", A), ("B_ref", B)) if refs is not None}
+    tables = {name: read_tensors(refs) for name, refs in given.items()}
+    found = {name: table.addresses for name, table in tables.items() if table is not None and _is_fit(table, None)}
+    if len(found) == len(given):
+        dtypes = [[x.dtype for x in refs] for refs in given.values()]
+        if {*dtypes[0], *dtypes[-1]} == {torch.float32}:
+            return References([*given.values()], found, None)
+        if dtypes[0] == dtypes[-1] and DTYPES.keys() >= {*dtypes[0]}:
+            return References([*given.values()], found, [DTYPES[dtype] for dtype in dtypes[0]])
+    kept: list[Sequence[Tensor]] = [
+        [x.detach().resolve_neg().to("cpu", torch.float32).contiguous() for x in refs] for refs in given.values()
+    ]
+    return References(kept, {n: array("Q", [x.data_ptr() for x in refs]) for n, refs in zip(given, kept, strict=True)}, None)
 
 
 class Call:
@@ -85,27 +103,27 @@ class Call:
         ranks: per adapter.
     """
 
-    def __init__(self, A: Sequence[Clients], B: Sequence[Clients], instructions: str | None = None):
+    def __init__(self, A: Factors, B: Factors, instructions: str | None = None):
         self._kept: list[object] = []
         library = load()
         assert library is not None
         self._library, self._level = library, library.fedrot_level()
         if instructions is not None:
             self._level = INSTRUCTION_SETS.index(instructions)
-        self.first_A, self.first_B = ([clients[0] for clients in of_factor] for of_factor in (A, B))
-        self.ranks = [a.shape[0] for a in self.first_A]
-        shapes = [size for a, b in zip(self.first_A, self.first_B, strict=True) for size in (*a.shape, b.shape[0])]
+        self.first_A, self.first_B = firsts(A), firsts(B)
+        dimensions = [(*a.shape, b.shape[0]) for a, b in zip(self.first_A, self.first_B, strict=True)]
+        self.ranks = [r for r, _, _ in dimensions]
         self._fields: dict[str, Any] = {
             "adapters": len(A),
-            "clients": len(A[0]),
+            "clients": count_clients(A),
             "threads": torch.get_num_threads(),
             "n_steps": len(SHORT),
             "strength": 1.0,
             "converged": CONVERGED[torch.float32],
-            "shapes": self._table("q", shapes),
+            "shapes": self._table("q", [size for sizes in dimensions for size in sizes]),
             "dtypes": self._table("i", [DTYPES[a.dtype] for a in self.first_A]),
-            "A": self._addresses([x for clients in A for x in clients]),
-            "B": self._addresses([x for clients in B for x in clients]),
+            "A": self._addresses_of(A),
+            "B": self._addresses_of(B),
             "steps": self._table("f", [c for step in SHORT for c in step]),
         }
 
@@ -114,22 +132,22 @@ class Call:
         for name, value in fields.items():
             dtype = _OF_DTYPE.get(name, torch.float32)
             if isinstance(value, Tensor):
-                assert is_writable([value], dtype), name
+                assert value.dtype == dtype and value.is_contiguous() and value.device.type == "cpu", name
                 self._kept.append(value)
                 self._fields[name] = value.data_ptr()
             elif isinstance(value, Sequence):
-                # The library writes to them, and not to copies.
-                assert is_writable(value, None if name in ("A_out", "B_out") and "adds" not in fields else dtype), name
-                self._fields[name] = self._addresses(value)
+                any_dtype = name in ("A_out", "B_out") and "adds" not in fields
+                self._fields[name] = self._written(value, None if any_dtype else dtype)
             elif value is not None:
                 self._fields[name] = value
 
     def refer_to(self, A: Sequence[Tensor] | None, B: Sequence[Tensor] | None) -> None:
         """Set the references. Those that the library cannot read are copied as float32."""
-        given, dtypes = readable_references(A, B)
-        if dtypes is not None:
-            self._fields["ref_dtypes"] = self._table("i", dtypes)
-        self._fields |= {name: self._addresses(refs) for name, refs in given.items()}
+        found = readable_references(A, B)
+        if found.dtypes is not None:
+            self._fields["ref_dtypes"] = self._table("i", found.dtypes)
+        self._kept.append(found)
+        self._fields |= {name: table.buffer_info()[0] for name, table in found.tables.items()}
 
     def sketch(self, seed: int) -> None:
         """Have every client's factors sketched, by the projections of a seed."""
@@ -162,16 +180,30 @@ class Call:
 
     def _table(self, kind: str, values: Sequence[float]) -> int:
         """The address of an array of these values."""
-        table = array(kind, values)
+        return self._keep(array(kind, values))
+
+    def _keep(self, table: "array[Any]") -> int:
+        """The address of an array, which is kept."""
         self._kept.append(table)
         return table.buffer_info()[0]
 
-    def _addresses(self, tensors: Sequence[Tensor]) -> int:
-        """The address of a table of the tensors' addresses; tensors that are not contiguous are copied."""
+    def _addresses_of(self, factors: Factors) -> int:
+        """The address of a table of the factors' addresses; factors that are not contiguous are copied."""
+        if isinstance(factors, TensorColumns) and factors.are_plain():
+            self._kept.append(factors)
+            return self._keep(factors.addresses())
+        tensors = [x for clients in factors for x in clients]
         table = read_tensors(tensors)
         if table is not None and table.describe(1)[1]:
-            self._kept += (tensors, table)
-            return table.addresses.buffer_info()[0]
+            self._kept.append(table)
+            return self._keep(table.addresses)
         contiguous = [x.resolve_neg().contiguous() for x in tensors]
         self._kept.append(contiguous)
         return self._table("Q", [x.data_ptr() for x in contiguous])
+
+    def _written(self, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> int:
+        """The address of a table of the addresses of tensors that the library writes to, and not to copies."""
+        table = read_tensors(tensors)
+        assert (table is not None and _is_fit(table, dtype)) or (table is None and is_writable(tensors, dtype))
+        self._kept.append(tensors)
+        return self._keep(array("Q", [x.data_ptr() for x in tensors]) if table is None else table.addresses)

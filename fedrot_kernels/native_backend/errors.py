@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import normalize_weights
+from ..checks import count_clients, normalize_weights
 from ..types import Clients
 from .call import Call
 
@@ -30,7 +30,7 @@ def measure_errors(
     call = Call(A, B, instructions)
     errors = torch.zeros(len(A), 3, dtype=torch.float64, device="cpu")
     unsure = torch.zeros(len(A), dtype=torch.uint8, device="cpu")
-    shares = normalize_weights(weights, len(A[0]), torch.device("cpu")).float()
+    shares = normalize_weights(weights, count_clients(A), torch.device("cpu")).float()
     call.set(shares=shares, errors=errors, unsure=unsure)
     if R is not None:
         call.set(R=[x.detach().to(torch.float32).contiguous() for x in R])

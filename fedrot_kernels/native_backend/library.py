@@ -62,6 +62,7 @@ class Problem(ctypes.Structure):
         ("errors", ctypes.c_void_p),
         ("unsure", ctypes.c_void_p),
         ("descent", ctypes.c_void_p),
+        ("angles", ctypes.c_void_p),
     )
 
 
@@ -72,7 +73,7 @@ class Stream(ctypes.Structure):
         ("problem", Problem),
         ("others", ctypes.c_int32),
         ("sides", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("places", "numels", "kinds", "sums", "sketches", "angles")),
+        *((name, ctypes.c_void_p) for name in ("places", "numels", "kinds", "sums", "sketches")),
         *((name, ctypes.c_void_p) for name in ("undetermined", "directions", "finite", "out", "dead", "numbers", "squares")),
         *((name, ctypes.c_double) for name in ("weight", "share", "total")),
     )

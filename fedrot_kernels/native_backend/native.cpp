@@ -135,6 +135,7 @@ struct Problem {
   double* errors;               // per adapter the result's error, the update's norm and the plain average's error; or null
   uint8_t* unsure;              // per adapter: its errors were not measured
   const Descent* descent;       // to the least error of clients that are averaged, which is measured; or null
+  double* angles;               // (L, N), of the rotations that are found or added, in degrees; or null
 
   bool is_aligned() const { return R != nullptr; }
   bool finds_rotations() const { return A_ref || B_ref; }

@@ -96,6 +96,7 @@ class Stream:
             residual=self.residual.data_ptr(),
             undetermined=_address(self._undetermined),
             doubtful=_address(self._doubtful),
+            angles=_address(self.angles),
         )
         self._stream = Structure(
             problem=problem,
@@ -105,7 +106,6 @@ class Stream:
             numels=self._table("q", [count for count, _ in members.others]),
             kinds=self._table("i", [_OTHERS[dtype] for _, dtype in members.others]),
             sums=self._table("Q", [x.data_ptr() for x in sums]),
-            angles=_address(self.angles),
             undetermined=_address(undetermined),
             directions=_address(directions),
             finite=_address(self._finite),
@@ -133,12 +133,12 @@ class Stream:
         self._R = floats(squares[-1])
         p, here = self._stream.problem, self._R.data_ptr()
         p.strength, p.reflections, p.R = strength, reflections, self._table("Q", [here + 4 * i for i in squares[:-1]])
-        given, dtypes = readable_references(A_ref, B_ref)
-        self._kept.append(given)
-        for name, references in given.items():
-            setattr(p, name, self._table("Q", [x.data_ptr() for x in references]))
-        if dtypes is not None:
-            p.ref_dtypes = self._table("i", dtypes)
+        found = readable_references(A_ref, B_ref)
+        self._kept.append(found)
+        for name, table in found.tables.items():
+            setattr(p, name, table.buffer_info()[0])
+        if found.dtypes is not None:
+            p.ref_dtypes = self._table("i", found.dtypes)
 
     def sketch(self, sums: Sequence[Tensor], seed: int) -> None:
         """Have every client's factors sketched.

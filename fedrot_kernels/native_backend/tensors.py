@@ -3,7 +3,7 @@
 import ctypes
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 from torch import Tensor
@@ -33,15 +33,12 @@ class TensorTable:
         return len(self.addresses)
 
     def describe(self, n: int) -> tuple[bool, bool]:
-        """Describe tensors in runs of n.
+        """Describe tensors in runs of n; see ``describe``."""
+        return describe(self.kinds, len(self) // n, n)
 
-        Returns:
-            Whether in each run all are of one kind; and whether all are contiguous, on a CPU, and floating-point.
-        """
-        library = load()
-        assert library is not None
-        found = library.fedrot_describe(self.kinds, len(self) // n, n)
-        return bool(found & _ALIKE), found & _PLAIN != 0 and found & _FLOATING != 0
+    def choose_kinds(self, places: Iterable[int]) -> bytes:
+        """The kinds of the tensors at these places."""
+        return b"".join([self.kinds[_KIND * place : _KIND * (place + 1)] for place in places])
 
     def is_float32(self) -> bool:
         """Whether all are contiguous, on a CPU, and float32."""
@@ -63,6 +60,18 @@ class TensorTable:
         into = (ctypes.c_uint8 * len(self)).from_buffer(zero)
         library.fedrot_zero(self.addresses.buffer_info()[0], self.kinds, len(self), into)
         return [i for i, is_zero in enumerate(zero) if is_zero]
+
+
+def describe(kinds: bytes, runs: int, n: int) -> tuple[bool, bool]:
+    """Describe the kinds of tensors in runs of n.
+
+    Returns:
+        Whether in each run all are of one kind; and whether all are contiguous, on a CPU, and floating-point.
+    """
+    library = load()
+    assert library is not None
+    found = library.fedrot_describe(kinds, runs, n)
+    return bool(found & _ALIKE), found & _PLAIN != 0 and found & _FLOATING != 0
 
 
 def read_tensors(tensors: Sequence[Tensor]) -> TensorTable | None:

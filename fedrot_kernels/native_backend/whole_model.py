@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..checks import normalize_weights, relative_weights
+from ..checks import count_clients, normalize_weights, relative_weights
 from ..sketch import SKETCH_SIZE
 from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
@@ -34,7 +34,7 @@ def align_average(
         fields: more fields of the call, by which clients are aligned to each other, and their mean to both references.
         instructions: the instruction set, at most what the machine has; by default that.
     """
-    call, L, n = Call(A, B, instructions), len(A), len(A[0])
+    call, L, n = Call(A, B, instructions), len(A), count_clients(A)
     mean_A, mean_B = (
         [torch.empty_like(x, memory_format=torch.contiguous_format) for x in firsts]
         for firsts in (call.first_A, call.first_B)
@@ -54,7 +54,7 @@ def align_average(
     search = Search(call, A, B, A_ref, B_ref, strength, reflections)
     search.run()
     found = None if estimates is None or lost is None else Estimates(estimates, lost.double().square().sum(0))
-    return Aligned(mean_A, mean_B, search.R, search.residual, search.undetermined, finite.all(), found)
+    return Aligned(mean_A, mean_B, search.R, search.residual, search.undetermined, finite.all(), found, search.angles)
 
 
 class Search:
@@ -66,7 +66,7 @@ class Search:
 
     Attributes:
         R: per adapter (N, r, r).
-        residual, undetermined: (L, N), as in ``Aligned``.
+        residual, undetermined, angles: (L, N), as in ``Aligned``.
     """
 
     def __init__(
@@ -79,15 +79,16 @@ class Search:
         strength: float,
         reflections: bool,
     ):
-        L, n = len(A), len(A[0])
+        L, n = len(A), count_clients(A)
         self._call, self._strength, self._reflections = call, strength, reflections
         self.R: list[Tensor] = []
         self.residual, self.undetermined = floats(L, n), torch.zeros(L, n, dtype=torch.int64, device="cpu")
+        self.angles: Tensor | None = None
         self._doubtful = torch.zeros(L, n, dtype=torch.uint8, device="cpu")
         if A_ref is None and B_ref is None:
             return
         self._factors = A, B, A_ref, B_ref
-        self.R = _rotations(n, call.ranks)
+        self.R, self.angles = _rotations(n, call.ranks), torch.zeros(L, n, dtype=torch.float64, device="cpu")
         call.refer_to(A_ref, B_ref)
         call.set(
             strength=strength,
@@ -96,6 +97,7 @@ class Search:
             residual=self.residual,
             undetermined=self.undetermined,
             doubtful=self._doubtful,
+            angles=self.angles,
         )
 
     def run(self) -> None:

@@ -47,6 +47,8 @@ def test_every_rank_and_width_on_every_instruction_set(r, dtype, instructions):
     plain = torch_backend.align_average(A, B, weights, A_ref=A_ref, B_ref=B_ref, strength=0.6, reflections=False)
     assert bool(found.finite) and found.residual.max() <= 1e-6
     assert torch.equal(found.undetermined, plain.undetermined)
+    angles = torch.stack([fk.rotation_angle(x) for x in found.R])
+    assert (found.angles - angles).abs().max() <= 1e-3
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         assert (found.R[i] - plain.R[i]).abs().max() <= 3e-6
         R = list(found.R[i].double())
