@@ -49,7 +49,7 @@ def test_columns_average_as_lists_do(dtype, backend):
 
 
 def test_columns_that_do_not_fit_are_refused():
-    A, B, A_ref, B_ref = model(SHAPES, 3, torch.float32, seed=3)
+    A, B, A_ref, _ = model(SHAPES, 3, torch.float32, seed=3)
     of_A, of_B = columns(A, B)
     assert fk.align_average(of_A, of_B, WEIGHTS, A_ref=A_ref).finite
     for _ in range(2):  # what was refused is refused again
