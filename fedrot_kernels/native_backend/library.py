@@ -123,7 +123,7 @@ def load() -> ctypes.CDLL | None:
             library.fedrot_stream.argtypes = [stream, ctypes.c_int32, level]
             library.fedrot_stream_look.argtypes = [stream, address, ctypes.c_char_p, size, level]
             library.fedrot_describe.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64]
-            library.fedrot_finite.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64]
+            library.fedrot_finite.argtypes = [ctypes.c_void_p, ctypes.c_char_p, size, level]
             library.fedrot_zero.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
             return library
     return None

@@ -51,7 +51,7 @@ class TensorTable:
         """Whether tensors that are contiguous, on a CPU and floating-point hold no NaN and no Inf."""
         library = load()
         assert library is not None
-        return bool(library.fedrot_finite(self.addresses.buffer_info()[0], self.kinds, len(self)))
+        return bool(library.fedrot_finite(self.addresses.buffer_info()[0], self.kinds, len(self), library.fedrot_level()))
 
     def find_zeros(self) -> list[int]:
         """The places of the tensors that are zero in every entry; they are contiguous, on a CPU and floating-point."""
