@@ -9,7 +9,7 @@ from functools import cache
 from torch import Tensor
 from torch.nn import Parameter
 
-from .library import load
+from .library import INSTRUCTION_SETS, load
 
 _KIND = 40  # bytes of fedrot::Kind
 _ALIKE, _PLAIN, _FLOATING, _FLOAT32 = 1, 2, 4, 8
@@ -47,11 +47,16 @@ class TensorTable:
         found: int = library.fedrot_describe(self.kinds, 1, len(self))
         return found & _PLAIN != 0 and found & _FLOAT32 != 0
 
-    def is_finite(self) -> bool:
-        """Whether tensors that are contiguous, on a CPU and floating-point hold no NaN and no Inf."""
+    def is_finite(self, instructions: str | None = None) -> bool:
+        """Whether tensors that are contiguous, on a CPU and floating-point hold no NaN and no Inf.
+
+        Args:
+            instructions: the instruction set, at most what the machine has; by default that.
+        """
         library = load()
         assert library is not None
-        return bool(library.fedrot_finite(self.addresses.buffer_info()[0], self.kinds, len(self), library.fedrot_level()))
+        level = library.fedrot_level() if instructions is None else INSTRUCTION_SETS.index(instructions)
+        return bool(library.fedrot_finite(self.addresses.buffer_info()[0], self.kinds, len(self), level))
 
     def find_zeros(self) -> list[int]:
         """The places of the tensors that are zero in every entry; they are contiguous, on a CPU and floating-point."""

@@ -12,6 +12,8 @@ from fedrot_kernels.native_backend.tensors import read_tensors
 pytestmark = pytest.mark.skipif(
     library.instruction_set() is None, reason="the compiled library is not built, or switched off"
 )
+HERE = library.instruction_set()
+SETS = () if HERE is None else library.INSTRUCTION_SETS[: library.INSTRUCTION_SETS.index(HERE) + 1]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -90,3 +92,16 @@ def test_views_whose_sign_is_a_flag_are_read_with_it():
         assert read_tensors([x]) is None
         found = fk.average_factors([[x, torch.zeros(2, 3)]], [B], [3.0, 1.0])
         assert torch.equal(found.A[0], torch.full((2, 3), -3.0))
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype, instructions):
+    for size in (1, 15, 67, 300):
+        x = torch.linspace(-3, 3, size, dtype=torch.float64).to(dtype)
+        assert read_tensors([x, x[1:]]).is_finite(instructions)
+        for place in range(size):
+            wrong = x.clone()
+            wrong[place] = (float("nan"), float("inf"), -float("inf"))[place % 3]
+            assert not read_tensors([x, wrong]).is_finite(instructions)
+            assert read_tensors([x, wrong[:place], wrong[place + 1 :]]).is_finite(instructions)
