@@ -72,11 +72,10 @@ def adapter_reports(
 def read_estimates(estimates: Estimates) -> tuple[list[Errors], float]:
     """The errors of every adapter, and the standard deviation of the whole model's error."""
     lost, lost_deviation, plain, plain_deviation, added, added_deviation, mean = estimates.numbers.T
-    errors, norms = root(lost, lost_deviation), root(mean + added, added_deviation)
-    values = (*errors, *norms, root(plain, plain_deviation)[0])
-    rows = zip(*(x.tolist() for x in values), strict=True)
-    deviation = root(*sum_and_deviation(estimates.squares))[1]
-    return [Errors(error, norm, other, (e, n)) for error, e, norm, n, other in rows], float(deviation)
+    squares, deviations = [lost, mean + added, plain], [lost_deviation, added_deviation, plain_deviation]
+    roots = (x.tolist() for x in root(torch.stack(squares, 1), torch.stack(deviations, 1)))
+    errors = [Errors(error, norm, other, (e, n)) for (error, norm, other), (e, n, _) in zip(*roots, strict=True)]
+    return errors, float(root(*sum_and_deviation(estimates.squares))[1])
 
 
 def count_directions(R: Tensor) -> Tensor:

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from ..checks import count_clients, firsts
 from ..schedule import SHORT
-from ..sketch import Projection, projection
+from ..sketch import SKETCH_SIZE, Projection, projection
 from ..tolerances import CONVERGED
-from ..types import Factors
+from ..types import Estimates, Factors
 from .columns import TensorColumns
 from .library import INSTRUCTION_SETS, Careful, Problem, load
 from .tensors import TensorTable, read_tensors
 
 # The fields that are not float32, or in the factors' dtype.
 _OF_DTYPE = {"undetermined": torch.int64}
-_OF_DTYPE |= dict.fromkeys(("estimates", "errors", "angles"), torch.float64)
+_OF_DTYPE |= dict.fromkeys(("estimates", "squares", "errors", "angles"), torch.float64)
 _OF_DTYPE |= dict.fromkeys(("doubtful", "finite", "shifts", "unsure"), torch.uint8)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -28,6 +28,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def floats(*shape: int) -> Tensor:
     """Memory for the library's float32 values, whatever PyTorch's default dtype and device are."""
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
+def no_estimates(L: int) -> Estimates:
+    """Memory for the estimates of L adapters."""
+    numbers, squares = (torch.zeros(n, dtype=torch.float64, device="cpu") for n in (7 * L, SKETCH_SIZE**2))
+    return Estimates(numbers.view(L, 7), squares.view(SKETCH_SIZE, SKETCH_SIZE))
 
 
 class Projections(NamedTuple):

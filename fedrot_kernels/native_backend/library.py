@@ -18,7 +18,7 @@ _NUMBERS = [(name, ctypes.c_int32) for name in ("adapters", "clients", "reflecti
 _FACTORS = [(name, ctypes.c_void_p) for name in ("shapes", "dtypes", "A", "B", "A_ref", "B_ref")]
 _INPUTS = [*_FACTORS, *((name, ctypes.c_void_p) for name in ("shares", "weights", "steps"))]
 _OUTPUTS = [(name, ctypes.c_void_p) for name in ("R", "residual", "undetermined", "doubtful", "A_out", "B_out", "finite")]
-_SKETCHES = [(name, ctypes.c_void_p) for name in ("shifts", "signs", "estimates", "lost")]
+_SKETCHES = [(name, ctypes.c_void_p) for name in ("shifts", "signs", "estimates", "lost", "squares")]
 
 
 class Sweeps(ctypes.Structure):
@@ -74,7 +74,7 @@ class Stream(ctypes.Structure):
         ("others", ctypes.c_int32),
         ("sides", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("places", "numels", "kinds", "sums", "sketches")),
-        *((name, ctypes.c_void_p) for name in ("undetermined", "directions", "finite", "out", "dead", "numbers", "squares")),
+        *((name, ctypes.c_void_p) for name in ("undetermined", "directions", "finite", "out", "dead", "numbers")),
         *((name, ctypes.c_double) for name in ("weight", "share", "total")),
     )
 

@@ -124,6 +124,7 @@ struct Problem {
   const float* const* signs;    // likewise
   double* estimates;            // per adapter 7, see estimate; or null
   float* lost;                  // per adapter the sketch of its error (32, 32)
+  double* squares;              // the sum of the squares of these sketches (32, 32)
   int32_t (*careful)(int32_t);  // finds the doubtful rotations of an adapter; not 0 if it could not
   std::atomic<bool>* failed;
 
@@ -285,6 +286,15 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
+// Adds the squares of L sketches, always in one order.
+template <class Sketch>
+void add_squares(Sketch sketch_of, int L, double* squares) {
+  for (int i = 0; i < L; i++) {
+    const auto* lost = sketch_of(i);
+    for (int e = 0; e < 32 * 32; e++) squares[e] += (double)lost[e] * lost[e];
+  }
+}
+
 using Align = void (*)(const Problem&, int, Scratch&);
 
 inline Align implementation(int32_t level) {
@@ -339,6 +349,8 @@ int32_t fedrot_align_average(fedrot::Problem* problem, int32_t level) {
   fedrot::Align align = fedrot::implementation(level);
   fedrot::in_threads(problem->threads, problem->adapters, failed,
                      [&](int32_t adapter, fedrot::Scratch& scratch) { align(*problem, adapter, scratch); });
+  if (problem->squares && !failed)
+    fedrot::add_squares([&](int i) { return problem->lost + i * 32 * 32; }, problem->adapters, problem->squares);
   return failed;
 }
 }

@@ -15,7 +15,7 @@ from ..tolerances import CONVERGED
 from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
 from ..types import Estimates
-from .call import DTYPES, floats, projections, readable_references
+from .call import DTYPES, floats, no_estimates, projections, readable_references
 from .library import INSTRUCTION_SETS, Problem, load
 from .library import Stream as Structure
 from .tensors import TensorTable
@@ -205,11 +205,8 @@ class Stream:
         """
         s, L, estimates = self._stream, len(self._members.shapes), None
         if s.sketches:
-            estimates = Estimates(
-                torch.zeros(L, 7, dtype=torch.float64, device="cpu"),
-                torch.zeros(SKETCH_SIZE, SKETCH_SIZE, dtype=torch.float64, device="cpu"),
-            )
-            s.numbers, s.squares = (x.data_ptr() for x in estimates)
+            estimates = no_estimates(L)
+            s.numbers, s.problem.squares = (x.data_ptr() for x in estimates)
         s.total, s.out = total, self._table("Q", [x.data_ptr() for x in out])
         s.problem.threads = torch.get_num_threads()
         self._library.fedrot_stream(self._pointer, _CLOSE, self._level)

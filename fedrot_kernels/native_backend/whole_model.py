@@ -10,8 +10,8 @@ from ..checks import count_clients, normalize_weights, relative_weights
 from ..sketch import SKETCH_SIZE
 from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
-from ..types import Aligned, Clients, Estimates
-from .call import Call, floats
+from ..types import Aligned, Clients
+from .call import Call, floats, no_estimates
 
 
 def align_average(
@@ -44,17 +44,15 @@ def align_average(
     relative, total = relative_weights(weights, n)
     call.set(A_out=mean_A, B_out=mean_B, finite=finite)
     call.set(shares=shares, weights=torch.tensor(relative, dtype=torch.float32, device="cpu"), total=total)
-    estimates, lost = None, None
+    estimates = None
     if sketch_seed is not None:
-        estimates = torch.zeros(L, 7, dtype=torch.float64, device="cpu")
-        lost = floats(L, SKETCH_SIZE, SKETCH_SIZE)
+        estimates = no_estimates(L)
         call.sketch(sketch_seed)
-        call.set(estimates=estimates, lost=lost)
+        call.set(estimates=estimates.numbers, squares=estimates.squares, lost=floats(L, SKETCH_SIZE, SKETCH_SIZE))
     call.set(**fields or {})
     search = Search(call, A, B, A_ref, B_ref, strength, reflections)
     search.run()
-    found = None if estimates is None or lost is None else Estimates(estimates, lost.double().square().sum(0))
-    return Aligned(mean_A, mean_B, search.R, search.residual, search.undetermined, finite.all(), found, search.angles)
+    return Aligned(mean_A, mean_B, search.R, search.residual, search.undetermined, finite.all(), estimates, search.angles)
 
 
 class Search:
