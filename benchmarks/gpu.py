@@ -1,7 +1,8 @@
 """Everything to be known of the kernels on a GPU, in under ten minutes: ``python -m benchmarks.gpu``.
 
-Correctness compiled for real, memory and race checks, timings beside the targets; one JSON record. Needs the checkout,
-PyTorch with Triton, pytest, tqdm and matplotlib. Every part is a process with a time limit: one that fails costs no other.
+Correctness compiled for real, memory and race checks, timings beside the targets and the roofline's bounds; one JSON record.
+Needs the checkout, PyTorch with Triton, pytest, tqdm and matplotlib. Every part is a process with a time limit, so that one
+that fails costs no other.
 """
 
 import argparse
@@ -17,13 +18,14 @@ from xml.etree import ElementTree
 
 import torch
 
+from .bounds import BOUNDS, lines
 from .parts import Finished, portable, run_part, say
 from .record import RESULTS, environment, record_path, write
 from .targets import summary, targets
 
 TOTAL = 570.0  # seconds; what is left of it limits every part
 # Timings before the sanitizer, which is the first to go without when time runs out.
-LIMITS = {"correctness": 220.0, "kernels": 90.0, "aggregation": 230.0, "memcheck": 70.0, "racecheck": 70.0}
+LIMITS = {"correctness": 220.0, "kernels": 90.0, "roofline": 60.0, "aggregation": 230.0, "memcheck": 70.0, "racecheck": 70.0}
 LONGEST_MESSAGE, MOST_FAILURES = 2000, 50
 
 
@@ -74,6 +76,13 @@ def kernels(limit: float, scratch: Path) -> tuple[Finished, dict[str, Any]]:
     return finished, json.loads(path.read_text()) if path.exists() else {}
 
 
+def roofline(limit: float, scratch: Path) -> tuple[Finished, dict[str, Any]]:
+    """Each kernel's time beside its bound, as far as they came."""
+    path = scratch / "roofline.json"
+    finished = run_part("roofline", [sys.executable, "-m", "benchmarks.gpu_roofline", str(path)], limit)
+    return finished, json.loads(path.read_text()) if path.exists() else {}
+
+
 def aggregation(limit: float, scratch: Path, output: Path) -> tuple[Finished, dict[str, Any]]:
     """The tables of all workloads, as far as they came; their plot is put beside the record."""
     command = [sys.executable, "-m", "benchmarks.aggregation", "--device", "cuda", "--dtype", "float32", "bfloat16"]
@@ -106,6 +115,10 @@ def main() -> None:
         finished, record["kernels"] = kernels(limit("kernels"), scratch)
         record["parts"]["kernels"] = asdict(finished)
         write(path, record)
+        if BOUNDS.exists():
+            finished, record["roofline"] = roofline(limit("roofline"), scratch)
+            record["parts"]["roofline"] = asdict(finished)
+            write(path, record)
         finished, tables = aggregation(limit("aggregation"), scratch, output)
         record["parts"]["aggregation"] = asdict(finished)
         record["skipped"], record["comparisons"] = tables.get("skipped", []), tables.get("comparisons", [])
@@ -132,6 +145,10 @@ def print_summary(record: dict[str, Any]) -> None:
     for name, part in record["parts"].items():
         if part["status"]:
             print(f"{name}: incomplete, {'timed out' if part['timed_out'] else 'exit status ' + str(part['status'])}")
+    rows = record.get("roofline", {}).get("rows", [])
+    print(
+        "\n".join(["kernels beside their bounds:", *lines(rows)] if rows else ["kernels beside their bounds: not measured"])
+    )
     print(summary(record["targets"]), flush=True)
 
 
