@@ -13,8 +13,9 @@ _SQUARE = 1024
 
 
 @cache
-def _measured(device: torch.device) -> tuple[float, float]:
-    """Bytes read a second, and float32 multiply-adds a second, each the best of several."""
+def measured(device: torch.device, threads: int) -> tuple[float, float]:
+    """Bytes read a second, and float32 multiply-adds a second, each the best of several, on as many threads of a CPU."""
+    torch.set_num_threads(threads)
     x = torch.ones(_READ // 4, device=device)
     M = torch.rand(_SQUARE, _SQUARE, device=device)
     return _READ / _best(device, x.sum), _SQUARE**3 / _best(device, lambda: M @ M)
@@ -30,7 +31,7 @@ def limits(workload: Workload, dtype: torch.dtype, device: torch.device) -> dict
 
     A client's cross-covariance takes r² d_in multiply-adds, and its rotated sums r² (d_in + d_out).
     """
-    read, multiplied = _measured(device)
+    read, multiplied = measured(device, torch.get_num_threads())
     A, B = workload.elements
     work = workload.clients * workload.rank * (2 * A + B)
     return {
