@@ -18,26 +18,34 @@ from .timing import stopwatch
 from .workloads import WORKLOADS, Inputs, Workload, build
 
 CPU = torch.device("cpu")
+_ROUNDS = 5  # timed in a turn
 MACHINE = ("read_bytes_per_s", "multiply_adds_per_s")  # what more threads can gain at all
 
 
-def aggregated(inputs: Inputs, threads: int) -> fedrot.AggregationResult:
-    """A round with the default report, on so many threads."""
-    torch.set_num_threads(threads)
+def aggregated(inputs: Inputs) -> fedrot.AggregationResult:
+    """A round with the default report."""
     return fedrot.aggregate(inputs.separate, inputs.weights, inputs.reference, align_on="A", strength=0.5)
 
 
-def compare(workload: Workload, threads: list[int], repetitions: int) -> dict[str, Any]:
-    """Median wall times per number of threads, in turns; whether all results have the same bits; and the peak memory."""
+def compare(workload: Workload, threads: list[int], turns: int) -> dict[str, Any]:
+    """Median wall times per number of threads, in turns; whether all results have the same bits; and the peak memory.
+
+    A turn is of several rounds, of which the first is not timed: where the number of threads has just changed, PyTorch makes
+    threads anew.
+    """
     inputs, watch = build(workload, CPU, torch.float32), stopwatch(CPU)
     times: dict[int, list[float]] = {n: [] for n in threads}
-    results = [aggregated(inputs, n).state_dict for n in threads]
-    same = all(torch.equal(x, other[key]) for other in results[1:] for key, x in results[0].items())
-    del results
-    for _ in tqdm(range(repetitions), desc=workload.label, leave=False, disable=None):
+    first, same = None, True
+    for _ in tqdm(range(turns), desc=workload.label, leave=False, disable=None):
         for n, seconds in times.items():
-            seconds.append(watch.wall(lambda n=n: aggregated(inputs, n)))
-    peak = peak_above(lambda: aggregated(inputs, threads[-1]), CPU)
+            torch.set_num_threads(n)
+            found = aggregated(inputs).state_dict
+            first = first or found
+            same &= all(torch.equal(x, found[key]) for key, x in first.items())
+            del found
+            seconds += [watch.wall(lambda: aggregated(inputs)) for _ in range(_ROUNDS)]
+    del first
+    peak = peak_above(lambda: aggregated(inputs), CPU)
     result, given = workload.update_bytes(torch.float32), (workload.clients + 1) * workload.update_bytes(torch.float32)
     return {
         "workload": workload.label,
@@ -52,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.threads", description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=["roberta-large", "llama-qv"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--repetitions", type=int, default=25)
+    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the record")
     arguments = parser.parse_args()
     where = environment(CPU)
@@ -62,7 +70,7 @@ def main() -> None:
         print(f"{n} threads: " + ", ".join(f"{name} {x / 1e9:.1f}e9" for name, x in found.items()))
     path = record_path("threads", where, arguments.output)
     for workload in (workload for name in arguments.workload for workload in WORKLOADS[name]):
-        row = compare(workload, arguments.threads, arguments.repetitions)
+        row = compare(workload, arguments.threads, arguments.turns)
         record["rows"].append(row)
         write(path, record)
         first, *others = row["wall_median_s"].values()

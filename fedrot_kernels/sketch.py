@@ -143,9 +143,3 @@ def sum_and_deviation(values: Tensor) -> tuple[Tensor, Tensor]:
     between = SKETCH_SIZE * (rows.square().sum(-1) + columns.square().sum(-1)) / (SKETCH_SIZE - 1)
     within = residuals.square().sum((-2, -1)) / (SKETCH_SIZE - 1) ** 2
     return SKETCH_SIZE**2 * mean, SKETCH_SIZE * torch.maximum(between - within, within / 2).sqrt()
-
-
-def root(square: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-    """The roots of estimates, which may be negative, and the roots' standard deviations; NaN stays NaN."""
-    found = square.clamp(min=0).sqrt()
-    return found, torch.where(square <= 0, deviation.sqrt(), deviation / (2 * found))

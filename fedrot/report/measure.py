@@ -3,17 +3,21 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrot_kernels import Backend, Estimates, estimate_errors, full_precision, measure_errors, rotation_angle
 from fedrot_kernels.grouping import group_indices
-from fedrot_kernels.sketch import root, sum_and_deviation
+from fedrot_kernels.sketch import sum_and_deviation
 
 from ..adapters.layout import Layout
 from ..methods.round import Averages
 from ..options import AggregationOptions
 from .report import AdapterReport
+
+Doubles = NDArray[np.float64]
 
 
 class Errors(NamedTuple):
@@ -71,11 +75,22 @@ def adapter_reports(
 
 def read_estimates(estimates: Estimates) -> tuple[list[Errors], float]:
     """The errors of every adapter, and the standard deviation of the whole model's error."""
-    lost, lost_deviation, plain, plain_deviation, added, added_deviation, mean = estimates.numbers.T
-    squares, deviations = [lost, mean + added, plain], [lost_deviation, added_deviation, plain_deviation]
-    roots = (x.tolist() for x in root(torch.stack(squares, 1), torch.stack(deviations, 1)))
+    lost, lost_deviation, plain, plain_deviation, added, added_deviation, mean = estimates.numbers.numpy().T
+    squares, deviations = (lost, mean + added, plain), (lost_deviation, added_deviation, plain_deviation)
+    roots = (x.tolist() for x in _root(np.stack(squares, 1), np.stack(deviations, 1)))
     errors = [Errors(error, norm, other, (e, n)) for (error, norm, other), (e, n, _) in zip(*roots, strict=True)]
-    return errors, float(root(*sum_and_deviation(estimates.squares))[1])
+    return errors, float(_root(*(x.numpy() for x in sum_and_deviation(estimates.squares)))[1])
+
+
+def _root(square: Doubles, deviation: Doubles) -> tuple[Doubles, Doubles]:
+    """The roots of estimates, which may be negative, and the roots' standard deviations; NaN stays NaN.
+
+    In NumPy, because PyTorch's roots of a few hundred values wake all its threads, which then wait for more on the cores
+    that the compiled library works on.
+    """
+    found = np.sqrt(np.maximum(square, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return found, np.where(square <= 0, np.sqrt(deviation), deviation / (2 * found))
 
 
 def count_directions(R: Tensor) -> Tensor:

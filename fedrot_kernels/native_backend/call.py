@@ -1,6 +1,7 @@
 """Calls of the compiled library: one structure of numbers and addresses, whose memory is kept until the call is over."""
 
 import ctypes
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -26,8 +27,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def floats(*shape: int) -> Tensor:
-    """Memory for the library's float32 values, whatever PyTorch's default dtype and device are."""
-    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+    """Memory for the library's float32 values, all 0.
+
+    Not by ``torch.zeros``: PyTorch would fill it in several threads, which then wait for more on the library's cores.
+    """
+    return torch.frombuffer(bytearray(4 * math.prod(shape)), dtype=torch.float32).view(shape)
 
 
 def no_estimates(L: int) -> Estimates:

@@ -18,7 +18,7 @@ _NUMBERS = [(name, ctypes.c_int32) for name in ("adapters", "clients", "reflecti
 _FACTORS = [(name, ctypes.c_void_p) for name in ("shapes", "dtypes", "A", "B", "A_ref", "B_ref")]
 _INPUTS = [*_FACTORS, *((name, ctypes.c_void_p) for name in ("shares", "weights", "steps"))]
 _OUTPUTS = [(name, ctypes.c_void_p) for name in ("R", "residual", "undetermined", "doubtful", "A_out", "B_out", "finite")]
-_SKETCHES = [(name, ctypes.c_void_p) for name in ("shifts", "signs", "estimates", "lost", "squares")]
+_SKETCHES = [(name, ctypes.c_void_p) for name in ("shifts", "signs", "estimates", "squares")]
 
 
 class Sweeps(ctypes.Structure):
@@ -54,6 +54,7 @@ class Problem(ctypes.Structure):
         *_SKETCHES,
         ("careful", Careful),
         ("failed", ctypes.c_void_p),
+        ("lost", ctypes.c_void_p),
         ("sketches", ctypes.c_void_p),
         ("total", ctypes.c_float),
         ("adds", ctypes.c_int32),

@@ -123,10 +123,10 @@ struct Problem {
   const uint8_t* const* shifts;  // of the sketches of A and of B, per adapter two; see sketch.py
   const float* const* signs;    // likewise
   double* estimates;            // per adapter 7, see estimate; or null
-  float* lost;                  // per adapter the sketch of its error (32, 32)
-  double* squares;              // the sum of the squares of these sketches (32, 32)
+  double* squares;              // the sum over adapters of the squares of their errors' sketches (32, 32)
   int32_t (*careful)(int32_t);  // finds the doubtful rotations of an adapter; not 0 if it could not
   std::atomic<bool>* failed;
+  float* lost;                  // per adapter the sketch of its error (32, 32); the library's own
 
   float* const* sketches;       // per adapter the sketches of B^T and then of A, (2, N, r, 32); or null
   float total;                  // the sum of the weights
@@ -345,12 +345,14 @@ int32_t fedrot_level() {
 
 int32_t fedrot_align_average(fedrot::Problem* problem, int32_t level) {
   std::atomic<bool> failed{false};
+  std::vector<float> lost(problem->squares ? (size_t)problem->adapters * 32 * 32 : 0);
   problem->failed = &failed;
+  problem->lost = lost.data();
   fedrot::Align align = fedrot::implementation(level);
   fedrot::in_threads(problem->threads, problem->adapters, failed,
                      [&](int32_t adapter, fedrot::Scratch& scratch) { align(*problem, adapter, scratch); });
   if (problem->squares && !failed)
-    fedrot::add_squares([&](int i) { return problem->lost + i * 32 * 32; }, problem->adapters, problem->squares);
+    fedrot::add_squares([&](int i) { return lost.data() + i * 32 * 32; }, problem->adapters, problem->squares);
   return failed;
 }
 }

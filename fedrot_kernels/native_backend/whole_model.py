@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..checks import count_clients, normalize_weights, relative_weights
-from ..sketch import SKETCH_SIZE
 from ..torch_backend.exact import ExactProducts
 from ..torch_backend.procrustes import rotations
 from ..types import Aligned, Clients
@@ -48,7 +47,7 @@ def align_average(
     if sketch_seed is not None:
         estimates = no_estimates(L)
         call.sketch(sketch_seed)
-        call.set(estimates=estimates.numbers, squares=estimates.squares, lost=floats(L, SKETCH_SIZE, SKETCH_SIZE))
+        call.set(estimates=estimates.numbers, squares=estimates.squares)
     call.set(**fields or {})
     search = Search(call, A, B, A_ref, B_ref, strength, reflections)
     search.run()
