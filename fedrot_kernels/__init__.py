@@ -1,6 +1,7 @@
 """Aligning and averaging the factors of LoRA adapters: tensors in, tensors out."""
 
 from .dispatch import align_average, average, average_factors, backends
+from .distances import squared_distances, squared_distances_plain
 from .errors import measure_errors
 from .groupwise.together import align_together
 from .measures import aggregation_error, error_bound, product_norm, rotation_angle
@@ -54,6 +55,8 @@ __all__ = [
     "rotation_angle",
     "soften",
     "special_orthogonal",
+    "squared_distances",
+    "squared_distances_plain",
     "widen",
     "working_dtype",
 ]
