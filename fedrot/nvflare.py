@@ -69,7 +69,8 @@ class FedRotModelAggregator(ModelAggregator):
     UpdateError, upon which NVFlare's controllers log the error, do not count the client and go on. Answers are kept until
     the round ends, so that the result does not depend on their order and its aggregation error can be computed. The metrics
     of the result are those that all clients sent as finite numbers, averaged, and "aggregation_error", "relative_error",
-    "plain_relative_error" (of the plain average of the same updates), "rotation_angle" (degrees), "clients" and "dropped".
+    "plain_relative_error" (of the plain average of the same updates), "rotation_angle" (degrees), "clients" and "dropped";
+    with ``robust`` or ``clip`` also "refused" and "clipped", the numbers of such clients.
     Logs and errors count rounds from 1, and add NVFlare's own
     ``current_round``, which counts from 0.
 
@@ -199,7 +200,11 @@ class FedRotModelAggregator(ModelAggregator):
         errors["plain_relative_error"] = report.plain_relative_error
         metrics = _average([answer.metrics for answer in answers], weights)
         metrics |= {key: x for key, x in errors.items() if x is not None}
-        metrics |= {"rotation_angle": report.angle, "clients": len(names), "dropped": len(report.dropped)}
+        metrics |= {"rotation_angle": report.angle, "clients": len(report.clients), "dropped": len(report.dropped)}
+        if (choice := report.choice) is not None:
+            metrics |= {"refused": len(choice.refused), "clipped": len(choice.clipped or {})}
+            for line in choice.lines():
+                self.info(f"{when}: {line}")
         self.info(f"{when}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
         arrays = any(isinstance(x, np.ndarray) for x in model.params.values())
         params = {key: x.numpy() if arrays else x for key, x in result.state_dict.items()}

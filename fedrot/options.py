@@ -4,6 +4,7 @@ The API, the Flower strategy, NVIDIA FLARE, the command line, the simulator and 
 """
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,8 @@ Factor = Literal["A", "B"]
 AlignOn = Literal["alternate", "A", "B", "joint"]
 OnInvalid = Literal["raise", "drop"]
 ReportError = bool | Literal["estimate"]
+Robust = Literal["none", "krum", "multi-krum", "geometric-median"]
+Clip = float | Literal["median"] | None
 
 
 Check = Callable[[str, Any], Any]
@@ -60,6 +63,19 @@ def _strength(name: str, value: Any) -> Any:
     if value is not None and (not is_number or not 0 <= value <= 1):
         raise ValueError(f"{name} must be between 0 (no rotation) and 1 (full rotation), got {value!r}")
     return value if value is None else float(value)
+
+
+def _byzantine(name: str, value: Any) -> int | None:
+    return None if value is None else whole_number(name, value)
+
+
+def _clip(name: str, value: Any) -> Any:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is None or (isinstance(value, str) and value == "median"):
+        return value
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f'{name} must be a positive bound, "median" or None (no bound), got {value!r}')
+    return float(value)
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -144,11 +160,46 @@ class AggregationOptions:
         ),
     )
 
+    robust: Robust = field(
+        default="none",
+        metadata=_option(
+            """Which clients count, by the distances of their updates s·B·A, which no client's basis changes: krum takes the
+            one client nearest to its neighbours, multi-krum leaves out the byzantine clients that are furthest from theirs,
+            and geometric-median weighs each client the less, the further it is from the others. Whole rounds only.""",
+            _one_of(get_args(Robust)),
+        ),
+    )
+    byzantine: int | None = field(
+        default=None,
+        metadata=_option(
+            """f, how many clients may be attackers, for krum and multi-krum, which need at least 2f + 3 clients. If not set,
+            it is as many as that allows.""",
+            _byzantine,
+        ),
+    )
+    clip: Clip = field(
+        default=None,
+        metadata=_option(
+            """The norm that no client's change exceeds: a larger one is shortened to it. A change is that from the reference
+            or, without one, the update s·B·A itself. median takes the median norm of the round's clients.""",
+            _clip,
+        ),
+    )
+
     def __post_init__(self) -> None:
         """Check every option."""
         refuse_old_spellings({f.name: getattr(self, f.name) for f in fields(AggregationOptions)})
         for f in fields(AggregationOptions):
             object.__setattr__(self, f.name, f.metadata["check"](f.name, getattr(self, f.name)))
+        if self.byzantine is not None and self.robust not in KRUM:
+            raise ValueError(
+                f"byzantine={self.byzantine} plays no part in robust={self.robust!r}; it is for {' and '.join(KRUM)}"
+            )
+
+    @property
+    def compares_clients(self) -> bool:
+        """Whether clients' updates are compared before they are averaged."""
+        return self.robust != "none" or self.clip is not None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
@@ -172,6 +223,10 @@ class AggregationOptions:
             ValueError: as ``of`` does.
         """
         options = cls.of(given)
+        if options.compares_clients:
+            raise TypeError(
+                "robust and clip compare the updates of all clients, which no client has, nor a server whose sums are secure"
+            )
         if others := [name for name in given if name not in OF_ALIGNMENT]:
             raise TypeError(f"{others[0]} plays no part on a client; what does is {', '.join(OF_ALIGNMENT)}")
         return options
@@ -209,6 +264,7 @@ def shows_options(*names: str, **defaults: Any) -> Callable[[Function], Function
 
 OPTION_NAMES = tuple(f.name for f in fields(AggregationOptions))
 OF_ALIGNMENT = ("align_on", "strength", "reflections")
+KRUM = ("krum", "multi-krum")
 
 _OLD_VALUES: dict[tuple[str, Any], str] = {
     ("align_on", "error"): 'method="fedrot-least-error"',

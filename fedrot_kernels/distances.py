@@ -4,13 +4,14 @@ Let c be one client, the centre, and aᵢ = Aᵢ − A_c and bᵢ = Bᵢ − B_c
 
     ⟨Eᵢ, Eⱼ⟩ = ⟨BᵢᵀBⱼ, aᵢaⱼᵀ⟩ + ⟨Bᵢᵀbⱼ, aᵢA_cᵀ⟩ + ⟨bᵢᵀBⱼ, A_c aⱼᵀ⟩ + ⟨bᵢᵀbⱼ, A_cA_cᵀ⟩.
 
-All of it follows from the Gram matrices of [a₁; …; A_c; …; a_N] and [b₁ … B_c … b_N], whose cost is linear in d. Clients that
-differ little have small aᵢ and bᵢ, so that nothing cancels. Clients that differ by their bases alone cancel, down to the
-rounding of float64. A centre that is larger than most clients would spoil the distances of all. So the centre is the client
-of the median ‖A‖‖B‖, after A and B of every client have been scaled to the ratio that most clients have.
+All of it follows from the Gram matrices of [a₁; …; A_c; …; a_N] and [b₁ … B_c … b_N], whose cost is linear in d. Clients
+that differ little have small aᵢ and bᵢ, so that nothing cancels. Clients that differ by their bases alone cancel, down to
+the rounding of float64. A centre that is larger than most clients would spoil the distances of all. So the centre is the
+client of the median ‖A‖‖B‖, after A and B of every client have been scaled to the ratio that most clients have.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,8 +84,7 @@ def squared_distances_plain(tensors: Sequence[Clients]) -> Tensor:
             S = torch.stack([x[part] for x in flat]).double()
             S = S - S.index_select(0, centre[(n - 1) // 2 :][:1])
             K += S @ S.mT
-    sizes = found.diagonal(dim1=1, dim2=2)
-    return _between(found, sizes)
+    return _between(found, found.diagonal(dim1=1, dim2=2))
 
 
 def _with_rank(F: Tensor, r: int, axis: int) -> Tensor:
@@ -148,14 +148,14 @@ def _gram(S: Tensor) -> Tensor:
     blocks = max(1, min(8, k // 24)) if S.device.type == "cpu" else 1
     K = S.new_empty(len(S), k, k)
     edges = [k * i // blocks for i in range(blocks + 1)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         K[:, start:end, start:] = S[:, start:end] @ S[:, start:].mT
         K[:, end:, start:end] = K[:, start:end, end:].mT
     return K
 
 
 def _between(products: Tensor, sizes: Tensor) -> Tensor:
-    """Squared distances (K, N, N) from products ⟨Eᵢ, Eⱼ⟩; zero where the rounding of sizes uᵢ² (K, N) is all that is left."""
+    """Squared distances (K, N, N) from products ⟨Eᵢ, Eⱼ⟩; zero where rounding of sizes uᵢ² (K, N) is all that is left."""
     own = products.diagonal(dim1=1, dim2=2)
     squares = own[:, :, None] + own[:, None] - (products + products.mT)
     rounding = _ROUNDING * (sizes[:, :, None] + sizes[:, None])

@@ -18,6 +18,7 @@ FLOORS = [
     {"adapters"},
     {"ranks"},
     {"methods"},
+    {"robust"},
     {"report"},
     {"server"},
     {"merging", "admission"},

@@ -23,6 +23,9 @@ WRONG = {
     "backend": ["cuda", None],
     "report_error": [0, 1, "exact", None],
     "seed": [-1, 1.5, "a", None, True],
+    "robust": ["Krum", "median", None, True],
+    "byzantine": [-1, 1.5, "a", True],
+    "clip": [0, -1.0, math.nan, math.inf, "mean", True],
 }
 # What the message must name besides the option and the value.
 CHOICES = {
@@ -33,6 +36,9 @@ CHOICES = {
     "backend": "auto, native, torch, triton",
     "report_error": '"estimate", True (exact) or False (none)',
     "seed": "whole number from 0",
+    "robust": "none, krum, multi-krum, geometric-median",
+    "byzantine": "whole number from 0",
+    "clip": 'a positive bound, "median" or None',
 }
 RIGHT = {
     "method": ["fedit", "fedrot-consensus"],
@@ -43,6 +49,9 @@ RIGHT = {
     "backend": ["auto", "torch"],
     "report_error": [False, True, "estimate"],
     "seed": [0, 1 << 70],
+    "robust": ["none", "geometric-median"],
+    "byzantine": [None],
+    "clip": [None, "median", 0.5, 2],
 }
 DEFAULTS = {
     "method": "fedrot",
@@ -53,6 +62,9 @@ DEFAULTS = {
     "backend": "auto",
     "report_error": "estimate",
     "seed": 0,
+    "robust": "none",
+    "byzantine": None,
+    "clip": None,
 }
 
 

@@ -11,6 +11,7 @@ from ..admission import find_largest_entry, make_one_line
 from ..agreement import find_unlike
 from ..errors import UpdateError
 from ..report.result import AggregationResult
+from ..robust.rules import least_clients
 from ..server.aggregator import FedRotAggregator
 from .replies import PendingReplies, Reply
 
@@ -67,7 +68,8 @@ def aggregate_replies(
     """
     round = aggregator.round + 1
     _leave_out_unlike(good, dropped, aggregator.options.on_invalid)
-    while sum(reply.weight > 0 for reply in good) >= least:
+    needed = max(least, least_clients(aggregator.options))
+    while sum(reply.weight > 0 for reply in good) >= needed:
         updates = [reply.update for reply in good if reply.update is not None]
         try:
             result = aggregator.aggregate(updates, [reply.weight for reply in good])
@@ -78,12 +80,13 @@ def aggregate_replies(
             dropped[good.pop(largest).name] = make_one_line(f"{error}; its entries were the largest")
         else:
             log_dropped(f"round {round}", dropped)
+            for line in result.report.choice.lines() if result.report.choice is not None else ():
+                _log.info("round %d: %s", round, line)
             return replace(result, report=replace(result.report, dropped=dropped))
     idle = name_idle(good)
     reasons = "".join(f"; {name}: {why}" for name, why in (dropped | idle).items())
-    raise AggregationError(
-        f"round {round}: {len(good) - len(idle)} good answers with examples, but min_train_replies is {least}{reasons}"
-    )
+    why = f"min_train_replies is {least}" if needed == least else f"robust={aggregator.options.robust!r} needs {needed}"
+    raise AggregationError(f"round {round}: {len(good) - len(idle)} good answers with examples, but {why}{reasons}")
 
 
 def _leave_out_unlike(good: list[Reply], dropped: dict[str, str], on_invalid: str) -> None:

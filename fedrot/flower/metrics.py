@@ -48,12 +48,18 @@ def extract_metrics(report: Report) -> dict[str, float | int]:
     """Extract what an aggregation measured, under the names of metrics; errors only if they were measured."""
     errors = {"aggregation-error": report.error, "relative-error": report.relative_error}
     errors["plain-relative-error"] = report.plain_relative_error
-    return {key: x for key, x in errors.items() if x is not None} | {
-        "rotation-angle": report.angle,
-        "rotation-angle-max": max(angle for a in report.adapters for angle in a.angles),
-        "clients": len(report.clients),
-        "dropped": len(report.dropped),
-    }
+    choice = report.choice
+    chosen = {} if choice is None else {"refused": len(choice.refused), "clipped": len(choice.clipped or {})}
+    return (
+        {key: x for key, x in errors.items() if x is not None}
+        | chosen
+        | {
+            "rotation-angle": report.angle,
+            "rotation-angle-max": max(angle for a in report.adapters for angle in a.angles),
+            "clients": len(report.clients),
+            "dropped": len(report.dropped),
+        }
+    )
 
 
 def log_metrics(when: str, metrics: MetricRecord) -> None:

@@ -43,9 +43,10 @@ class FedRot(FedAvg):
     ``result.report.dropped``, beside clients that sent an error or nothing. A round's MetricRecord holds the clients' own
     metrics, averaged, and "aggregation-error", "relative-error", "plain-relative-error" (of the plain average of the same
     updates), "rotation-angle" and "rotation-angle-max" (the mean and the largest over adapters and clients, in degrees),
-    "clients" and "dropped".
+    "clients" and "dropped"; with ``robust`` or ``clip`` also "refused" and "clipped", the numbers of such clients.
 
     With differential privacy or secure aggregation align on the client instead: FedAvg with ``fedrot.flower.align_mod``.
+    Neither goes together with ``robust`` and ``clip``.
 
     Args:
         configs: the ``peft.LoraConfig`` of all clients, which FLoRA and FedEx-LoRA need; ranks do not differ here. These
@@ -154,6 +155,11 @@ class FedRot(FedAvg):
             if self._checkpoint is not None:
                 self._checkpoint.check_new_run()
             self._start = self._open(arrays, "the server's adapter")
+            if self.options.compares_clients:
+                raise ValueError(
+                    "robust and clip do not go together with a wrapper, such as Flower's differential privacy: its noise "
+                    "hides a mean of all clients, and one of few needs more; leave robust and clip out, or the wrapper"
+                )
             _log.warning("FedRot under a wrapper: rotation may move an update beyond what was clipped; see align_mod")
         self._sent, round = arrays, self._rounds_before + server_round
         return self._instruct(super().configure_train(round, arrays, config, grid), round)

@@ -31,11 +31,17 @@ def make_method(options: AggregationOptions) -> Method:
     """Make the method that the options name.
 
     Raises:
-        ValueError: no such method.
+        ValueError: no such method, or one that has no updates to compare, with ``robust`` or ``clip``.
     """
     if options.method not in METHODS:
         raise ValueError(f"unknown method {options.method!r}; known methods: {', '.join(METHODS)}")
-    return METHODS[options.method](options)
+    method = METHODS[options.method](options)
+    if options.compares_clients and method.returns() != ("A", "B"):
+        raise ValueError(
+            f"robust and clip weigh the updates B·A, and {method.name} averages {' and '.join(method.returns())} alone: "
+            "leave both out, or take another method"
+        )
+    return method
 
 
 def methods_table() -> str:

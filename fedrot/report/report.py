@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..robust.choice import Choice
+
 _EXPERT = re.compile(r"\[\d+\]$")
 _WORSE = 1.1  # times the plain average's error, from which on rotating did harm
 _ROUNDING = 1e-6  # of the update: errors below it are those of float32
@@ -62,6 +64,8 @@ class Report:
         adapters: one report per adapter.
         target: what clients were rotated towards, in words; None if they were not, as towards an untrained reference.
         deviation: the standard deviation of ``error`` where it is estimated; None where it is exact.
+        choice: which clients were refused or clipped by ``robust`` and ``clip``; None without them. ``clients`` and
+            ``weights`` are of those that count, without the reference that clipping may add.
     """
 
     method: str
@@ -72,6 +76,7 @@ class Report:
     adapters: tuple[AdapterReport, ...]
     target: str | None
     deviation: float | None = None
+    choice: Choice | None = None
 
     @property
     def error(self) -> float | None:
@@ -152,6 +157,7 @@ class Report:
         if self.deviation is not None:
             lines.append(f"errors are estimated: {_number(self.error, '.3e')} ± {self.deviation:.1e} for all adapters")
         lines += [f"dropped {client}: {why}" for client, why in self.dropped.items()]
+        lines += [] if self.choice is None else self.choice.lines()
         if self.target is None:
             why = ": the reference, or every client, is untrained" if is_unrotated(self.adapters) else ""
             lines.append(f"nothing was rotated{why}")

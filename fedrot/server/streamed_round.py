@@ -25,6 +25,9 @@ def check_streams(method: Method, name: str | None, *, merges: bool = False) -> 
     """Raise ValueError unless the method can add updates one by one, or merge their sums, under such a name."""
     if method.needs_all:
         raise ValueError(f"{method.name} needs all updates of a round at once: aggregate(updates)")
+    if method.options.compares_clients:
+        given = f"robust={method.options.robust!r}" if method.options.robust != "none" else f"clip={method.options.clip!r}"
+        raise ValueError(f"{given} compares all updates of a round, which a stream does not keep: aggregate(updates)")
     if merges and not method.supports_server_optimizer:
         raise ValueError(
             f"{method.name} draws for every client by its number in the round, which two servers would give twice: "

@@ -1,6 +1,7 @@
 """A round whose updates are all at hand: bring them to one layout, average, measure."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..ranks.padding import widest_client
 from ..ranks.prepare import PreparedRound, prepare_round
 from ..report.measure import adapter_reports
 from ..report.report import Report, is_unrotated, without_plain_errors
+from ..robust.select import select_clients
 from .finish import AveragedRound, factors_except
 
 
@@ -49,6 +51,7 @@ def average_whole(
         finite=averaging.needs_all,
         on_invalid=options.on_invalid,
     )
+    prepared, choice = select_clients(prepared, options)
     prepared, averages = average_prepared(prepared, averaging, index)
     given, layout, first = prepared.given, prepared.layout, prepared.given[0]
     for client in given:
@@ -58,8 +61,11 @@ def average_whole(
     if averaging.rescales:
         adapters = without_plain_errors(adapters)
     names = tuple(client.name for client in given)
+    if choice is not None and choice.kept:  # the reference, which is the last of them, is no client
+        names, shares = names[:-1], shares_of(shares[:-1])
+        adapters = tuple(replace(a, angles=a.angles[:-1]) for a in adapters)
     target = None if is_unrotated(adapters) else averaging.target(index, _name_reference(prepared))
-    report = Report(method.name, index, names, shares, prepared.dropped, adapters, target, deviation)
+    report = Report(method.name, index, names, shares, prepared.dropped, adapters, target, deviation, choice)
     own_config = prepared.scalings.config if prepared.scalings else first.config
     counters: dict[str, Tensor] = {}
     for client, weight in zip(given, prepared.weights, strict=True):

@@ -15,9 +15,11 @@ from tqdm import tqdm
 from ..adapters.files import check_new, new_folder
 from ..methods.registry import METHODS
 from ..options import refuse_old_spellings
+from ..robust.choice import Choice
 from ..server.checkpoint import load_checkpoint, save_checkpoint
 from .clients import Clients
 from .config import EMBEDDED, SimulationConfig
+from .distances import plot_distances, read_distances, write_distances
 from .metrics import SCORES, read_metrics, write_metrics
 from .partition import histograms, plot_partition, small_clients
 from .plots import plot_geometry, plot_run
@@ -26,7 +28,7 @@ from .tasks import Task, load_task
 
 _log = logging.getLogger(__name__)
 
-CONFIG, METRICS, CURVES = "config.yaml", "metrics.jsonl", "curves.png"
+CONFIG, METRICS, CURVES, DISTANCES = "config.yaml", "metrics.jsonl", "curves.png", "distances.csv"
 PARTITION_PLOT, BASE_MODEL, FOLDED_MODEL = "partition.png", "base_model", "folded_model"
 
 
@@ -40,7 +42,9 @@ class SimulationResult:
         metrics: a row per round, whose "round" counts from 1. "aggregation_error" and "relative_error" are None in a run
             without ``report_error``. So is "plain_relative_error", that of the plain average of the same updates, where the
             method does not tell. "norm_A" and "norm_B" are the Frobenius norms of the global adapter's factors after the
-            aggregation, over all layers; None for a factor that clients do not share.
+            aggregation, over all layers; None for a factor that clients do not share. With ``robust`` or ``clip``, "refused"
+            are the numbers of the clients that had no weight, "clipped" is client → what was left of its change, and
+            "client_weights" are the weights by client.
     """
 
     config: SimulationConfig
@@ -118,7 +122,10 @@ def simulate(
         disable=not progress,
     ) as bar:
         for round in range(rounds_done, config.rounds):
-            metrics.append(_run_round(round, clients, server, bar))
+            row, choice = _run_round(round, clients, server, bar)
+            metrics.append(row)
+            if choice is not None:
+                write_distances(choice, folder / DISTANCES)
             write_metrics(folder / METRICS, metrics)
             save_checkpoint(folder, server.checkpoint(), round + 1)
             bar.set_postfix(_shown(metrics[-1], config.rounds))
@@ -128,6 +135,8 @@ def simulate(
     plot_run(metrics, config, folder / CURVES)
     if config.geometry:
         plot_geometry(pd.DataFrame(metrics), folder / "geometry.png")
+    if (folder / DISTANCES).exists():
+        plot_distances(read_distances(folder / DISTANCES), metrics[-1].get("refused", []), folder / "distances.png")
     _save_adapters(server, folder)
     return SimulationResult(config, folder, metrics)
 
@@ -141,8 +150,8 @@ def _check_same(config: SimulationConfig, folder: Path) -> None:
         raise ValueError(f"{folder} was run with another {', '.join(changed)}; resume it as it was, or start another run")
 
 
-def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> dict[str, Any]:
-    """Train, aggregate and evaluate the round of this index, and return its row, which counts rounds from 1."""
+def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> tuple[dict[str, Any], Choice | None]:
+    """Train, aggregate and evaluate the round of this index; return its row, which counts rounds from 1, and the choice."""
     config = clients.config
     chosen = clients.sample(round)
     trained = clients.train(round, chosen, [server.start_of(c) for c in chosen], bar.update, server.trained())
@@ -158,12 +167,24 @@ def _run_round(round: int, clients: Clients, server: Server, bar: tqdm) -> dict[
         "relative_error": result.report.relative_error,
         "plain_relative_error": result.report.plain_relative_error,
         "rotation_angle": result.report.angle,
+        **_describe_choice(result.report.choice),
         **server.norms(),
         **geometry,
     }
     if (round + 1) % config.eval_every == 0 or round + 1 == config.rounds:
         row |= server.evaluate()
-    return row
+    return row, result.report.choice
+
+
+def _describe_choice(choice: Choice | None) -> dict[str, Any]:
+    """Describe which clients were refused or clipped, for a round's row; nothing where clients are not compared."""
+    if choice is None:
+        return {}
+    return {
+        "refused": [int(name.removeprefix("client ")) for name in choice.refused],
+        "clipped": {name.removeprefix("client "): left for name, left in (choice.clipped or {}).items()},
+        "client_weights": {name.removeprefix("client "): w for name, w in zip(choice.clients, choice.weights, strict=True)},
+    }
 
 
 def _shown(row: dict[str, Any], rounds: int) -> dict[str, str]:

@@ -93,7 +93,7 @@ class Server:
         weights = [1.0 if equal else float(len(self.clients.examples[c])) for c in chosen]
         start = self.state
         result = self._aggregator.aggregate(states, weights, names=[f"client {c}" for c in chosen])
-        used = [i for i, c in enumerate(chosen) if f"client {c}" not in result.report.dropped]
+        used = [i for i, c in enumerate(chosen) if f"client {c}" in result.report.clients]
         geometry = {}
         if self.config.geometry:
             whole = start if start is None or len(start) == len(self._initial) else None

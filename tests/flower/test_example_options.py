@@ -30,6 +30,9 @@ OTHERS = {
     "backend": "torch",
     "report_error": False,
     "seed": 7,
+    "robust": "multi-krum",
+    "byzantine": 1,
+    "clip": 0.5,
 }
 
 

@@ -84,6 +84,14 @@ def test_a_client_of_another_magnitude_spoils_no_one_elses_distances(factors):
     torch.testing.assert_close(squared_distances([A], [B])[0, 1:, 1:], expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("client", range(5))
+def test_a_client_whose_factors_have_another_ratio_spoils_nothing(client):
+    A, B = draw(5, SHAPES[0], 1e-6)
+    expected = squared_distances([A], [B])[0]
+    A[client], B[client] = A[client] * 2.0**40, B[client] * 2.0**-40
+    torch.testing.assert_close(squared_distances([A], [B])[0], expected, rtol=1e-6, atol=0)
+
+
 def test_scales_and_unequal_ranks():
     A, B = draw(3, SHAPES[0])
     A[1], B[1] = A[1][:2], B[1][:, :2]
