@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from fedrot_kernels import Rotations
 
 from ..adapters.common import UnequalRanks
@@ -51,6 +53,8 @@ class Method(ABC):
             optimizer can step.
         updates_base: whether a part of the result is to be added to the base weights.
         cannot_merge: endings of keys that clients' updates may not have.
+        draws_per_client: whether what is drawn depends on a client's place in the round, which servers that share a round
+            would give twice.
         options: the options of the aggregation.
         strength: λ, as the options or the method's default give it.
     """
@@ -70,6 +74,7 @@ class Method(ABC):
     supports_server_optimizer: ClassVar[bool] = True
     updates_base: ClassVar[bool] = False
     cannot_merge: ClassVar[tuple[str, ...]] = ()
+    draws_per_client: ClassVar[bool] = False
     needs_all: bool = False
 
     def __init__(self, options: AggregationOptions):
@@ -84,6 +89,16 @@ class Method(ABC):
     def returns(self) -> tuple[Factor, ...]:
         """The factors that the server averages and returns; each client keeps its own of the others."""
         return ("A", "B")
+
+    def recast(self, mean: dict[str, Tensor], layout: Layout, round: int) -> dict[str, Tensor]:
+        """Give a round's mean the factors that the next round starts from, with the same B·A.
+
+        Args:
+            mean: canonical key → mean, frozen factors as clients have them.
+            layout: of the mean.
+            round: the round's index.
+        """
+        return mean
 
     def check(self, layout: Layout) -> None:
         """Raise UpdateError if the method cannot aggregate updates of this layout."""

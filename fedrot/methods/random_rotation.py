@@ -22,6 +22,7 @@ class RandomRotation(Method):
     ablation = True
     uses = frozenset({"strength", "reflections", "seed"})
     supports_server_optimizer = False
+    draws_per_client = True
 
     def target(self, round: int, reference: str) -> str | None:
         """See ``Method.target``."""

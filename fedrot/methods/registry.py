@@ -8,6 +8,7 @@ from .fedex_lora import FedExLoRA
 from .fedit import FedIT
 from .fedrot import FedRot
 from .fedsa_lora import FedSALoRA
+from .fedsvd import FedSVD
 from .ffa_lora import FFALoRA
 from .flexlora import FlexLoRA
 from .flora import FLoRA
@@ -20,8 +21,8 @@ from .scalar import Scalar
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(FedIT, FedRot, FedRotConsensus, FedRotLeastError, FedRotAdaptive, FFALoRA, RoLoRA, FlexLoRA, FLoRA, FedExLoRA),
-        *(FedSALoRA, LoRAFAIR, RandomRotation, Scalar),
+        *(FedIT, FedRot, FedRotConsensus, FedRotLeastError, FedRotAdaptive, FFALoRA, FedSVD, RoLoRA),
+        *(FlexLoRA, FLoRA, FedExLoRA, FedSALoRA, LoRAFAIR, RandomRotation, Scalar),
     )
 }
 """The aggregation methods, name → class."""

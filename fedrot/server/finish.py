@@ -67,7 +67,7 @@ def restore(round: AveragedRound, method: Method) -> dict[str, Tensor]:
         copies = round.first.storage.tied_modules
         changed = {f"{module}.base_layer.weight" for module in (*(a.module for a in layout.adapters), *copies)}
         mean = {key: x for key, x in mean.items() if key not in changed}
-    return mean
+    return method.recast(mean, layout, round.report.round or 0)
 
 
 def finish(

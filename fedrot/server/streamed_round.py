@@ -28,7 +28,7 @@ def check_streams(method: Method, name: str | None, *, merges: bool = False) -> 
     if method.options.compares_clients:
         given = f"robust={method.options.robust!r}" if method.options.robust != "none" else f"clip={method.options.clip!r}"
         raise ValueError(f"{given} compares all updates of a round, which a stream does not keep: aggregate(updates)")
-    if merges and not method.supports_server_optimizer:
+    if merges and method.draws_per_client:
         raise ValueError(
             f"{method.name} draws for every client by its number in the round, which two servers would give twice: "
             "add all clients to one aggregator"

@@ -84,7 +84,7 @@ def test_why_no_client_was_rotated(folders, capsys):
 def test_every_method_writes_what_the_api_returns(folders, tmp_path, capsys, method):
     output = tmp_path / "merged"
     # Where clients freeze a factor, they must agree on it.
-    clients = folders[:1] * 2 if method in ("ffa-lora", "rolora") else folders
+    clients = folders[:1] * 2 if method in ("ffa-lora", "fedsvd", "rolora") else folders
     assert main(["aggregate", *clients, "--method", method, "--output", str(output)]) == 0
     expected = fedrot.aggregate(clients, method=method)
     printed = capsys.readouterr().out

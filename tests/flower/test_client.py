@@ -43,7 +43,7 @@ def test_only_the_factors_of_the_round_are_trained(method):
         message, context = message_of(KINDS["linear"], round, **options_of(method, KINDS["linear"]))
         receive(model, message, context)
         trained = {factor_of(name) for name, p in model.named_parameters() if p.requires_grad}
-        assert trained == set({"ffa-lora": "B", "rolora": "BA"[round - 1]}.get(method, "AB"))
+        assert trained == set({"ffa-lora": "B", "fedsvd": "B", "rolora": "BA"[round - 1]}.get(method, "AB"))
 
 
 def test_an_evaluation_freezes_nothing():

@@ -199,7 +199,9 @@ def test_answers_without_steps_are_named(start, updates):
         run_round(FedRotModelAggregator(), start, updates, 2, steps=(0, 0, 0))
 
 
-@pytest.mark.parametrize(("method", "round", "frozen"), [("ffa-lora", 1, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")])
+@pytest.mark.parametrize(
+    ("method", "round", "frozen"), [("ffa-lora", 1, "A"), ("fedsvd", 1, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")]
+)
 def test_frozen_factors_must_be_what_was_sent(start, updates, method, round, frozen):
     aggregator = FedRotModelAggregator(method=method)
     alike = [u | {key: x for key, x in start.items() if f"lora_{frozen}" in key} for u in updates]

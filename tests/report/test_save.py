@@ -40,7 +40,7 @@ def assert_same(first, second):
     "method", [name for name, m in fedrot.METHODS.items() if not m.updates_base and name != "fedsa-lora"]
 )
 def test_peft_loads_the_folder_of_a_plain_result(paths, tmp_path, method):
-    if frozen := {"ffa-lora": A, "rolora": A}.get(method):
+    if frozen := {"ffa-lora": A, "fedsvd": A, "rolora": A}.get(method):
         paths = [paths[0]] * 3
         assert frozen in fedrot.read_adapter(paths[0])[0]
     result = fedrot.aggregate(paths, WEIGHTS.tolist(), method=method)

@@ -97,7 +97,7 @@ def test_the_folded_global_model_is_the_mean_of_the_clients(task):
     assert server.state[f"{name}.lora_B.default.weight"].abs().max() == 0
 
 
-@pytest.mark.parametrize(("method", "moved"), [("ffa-lora", ["B", "B"]), ("rolora", ["B", "A"])])
+@pytest.mark.parametrize(("method", "moved"), [("ffa-lora", ["B", "B"]), ("fedsvd", ["B", "B"]), ("rolora", ["B", "A"])])
 def test_only_what_the_method_trains_moves(task, method, moved):
     lora = {"r": 4, "lora_alpha": 8, "modules_to_save": ["classifier"]}
     config = SimulationConfig(**QUICK, method=method, lora=lora)
