@@ -120,6 +120,7 @@ class FedRotModelAggregator(ModelAggregator):
         for name, value in chosen.as_dict().items():
             setattr(self, name, value)
         method = self._aggregator.method
+        method.check_one_rank()
         if method.updates_base or method.returns() != ("A", "B"):
             raise ValueError(
                 f"{method.name} exchanges more or less than whole adapters, which NVFlare cannot; take another method"

@@ -21,6 +21,7 @@ OnInvalid = Literal["raise", "drop"]
 ReportError = bool | Literal["estimate"]
 Robust = Literal["none", "krum", "multi-krum", "geometric-median"]
 Clip = float | Literal["median"] | None
+Collapse = Literal["none", "raflora"]
 
 
 Check = Callable[[str, Any], Any]
@@ -76,6 +77,21 @@ def _clip(name: str, value: Any) -> Any:
     if not is_number or not 0 < value < math.inf:
         raise ValueError(f'{name} must be a positive bound, "median" or None (no bound), got {value!r}')
     return float(value)
+
+
+def _energy(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1 (all of the mean update), got {value!r}")
+    return float(value)
+
+
+def _server_rank(name: str, value: Any) -> int | None:
+    rank = None if value is None else whole_number(name, value)
+    if rank == 0:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return rank
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -185,6 +201,30 @@ class AggregationOptions:
             _clip,
         ),
     )
+    energy: float | None = field(
+        default=None,
+        metadata=_option(
+            """The part of the squared singular values of the mean update that the result keeps, above 0 and at most 1. In
+            flexlora it chooses the rank of every module; if not set, the rank is server_rank.""",
+            _energy,
+        ),
+    )
+    server_rank: int | None = field(
+        default=None,
+        metadata=_option(
+            """The rank of flexlora's result. If not set, the largest of the clients'. With energy, the rank is at most this
+            one. fedrot.truncate brings the result to the rank of a client.""",
+            _server_rank,
+        ),
+    )
+    collapse: Collapse = field(
+        default="none",
+        metadata=_option(
+            """What keeps the ranks that few clients have from shrinking in the mean: raflora averages each row of the
+            factors over the clients that have it. For clients of unequal ranks, in flexlora.""",
+            _one_of(get_args(Collapse)),
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check every option."""
@@ -264,6 +304,7 @@ def shows_options(*names: str, **defaults: Any) -> Callable[[Function], Function
 
 OPTION_NAMES = tuple(f.name for f in fields(AggregationOptions))
 OF_ALIGNMENT = ("align_on", "strength", "reflections")
+OF_UNEQUAL_RANKS = ("energy", "server_rank", "collapse")
 KRUM = ("krum", "multi-krum")
 
 _OLD_VALUES: dict[tuple[str, Any], str] = {

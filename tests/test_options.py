@@ -26,6 +26,9 @@ WRONG = {
     "robust": ["Krum", "median", None, True],
     "byzantine": [-1, 1.5, "a", True],
     "clip": [0, -1.0, math.nan, math.inf, "mean", True],
+    "energy": [0, -0.5, 1.1, math.nan, "a", True],
+    "server_rank": [0, -1, 1.5, "a", True],
+    "collapse": ["raFLoRA", None, True],
 }
 # What the message must name besides the option and the value.
 CHOICES = {
@@ -39,6 +42,9 @@ CHOICES = {
     "robust": "none, krum, multi-krum, geometric-median",
     "byzantine": "whole number from 0",
     "clip": 'a positive bound, "median" or None',
+    "energy": "above 0 and at most 1",
+    "server_rank": "whole number from",
+    "collapse": "none, raflora",
 }
 RIGHT = {
     "method": ["fedit", "fedrot-consensus"],
@@ -52,6 +58,9 @@ RIGHT = {
     "robust": ["none", "geometric-median"],
     "byzantine": [None],
     "clip": [None, "median", 0.5, 2],
+    "energy": [None],
+    "server_rank": [None],
+    "collapse": ["none"],
 }
 DEFAULTS = {
     "method": "fedrot",
@@ -65,6 +74,9 @@ DEFAULTS = {
     "robust": "none",
     "byzantine": None,
     "clip": None,
+    "energy": None,
+    "server_rank": None,
+    "collapse": "none",
 }
 
 

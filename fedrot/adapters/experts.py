@@ -160,3 +160,8 @@ def parse_module(key: str) -> str:
     parsed = parse_factor(key)
     assert parsed is not None
     return parsed.module
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module is one of several experts of a parameter, whose name ends in its number."""
+    return module.endswith("]")

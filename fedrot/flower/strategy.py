@@ -94,6 +94,7 @@ class FedRot(FedAvg):
             chosen = replace(chosen, report_error=False)
         self._aggregator = FedRotAggregator(configs=configs, server_optimizer=server_optimizer, **chosen.as_dict())
         self.options, self.method = self._aggregator.options, self._aggregator.method
+        self.method.check_one_rank()
         self._config = read_one_config(configs, self.method)
         if min_train_replies < 1:
             raise ValueError(f"min_train_replies must be at least 1, got {min_train_replies}")

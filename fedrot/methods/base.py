@@ -12,7 +12,7 @@ from ..adapters.common import UnequalRanks
 from ..adapters.layout import Layout
 from ..adapters.update import StateDict, Update
 from ..errors import UpdateError
-from ..options import AggregationOptions, Factor
+from ..options import OF_UNEQUAL_RANKS, AggregationOptions, Factor
 from .round import Averages, Round
 
 
@@ -89,6 +89,21 @@ class Method(ABC):
     def returns(self) -> tuple[Factor, ...]:
         """The factors that the server averages and returns; each client keeps its own of the others."""
         return ("A", "B")
+
+    @property
+    def changes_ranks(self) -> bool:
+        """Whether the server chooses the ranks of the result, which then need not be those of a client."""
+        options = self.options
+        return "server_rank" in self.uses and (options.server_rank is not None or options.energy is not None)
+
+    def check_one_rank(self) -> None:
+        """Raise ValueError for an option that is for clients of unequal ranks, where clients have one rank."""
+        for name in OF_UNEQUAL_RANKS if self.changes_ranks or self.options.collapse != "none" else ():
+            if (value := getattr(self.options, name)) not in (None, "none"):
+                raise ValueError(
+                    f"{name}={value!r} is for clients of unequal ranks, and these have one rank, that of the server's "
+                    f"adapter: leave {name} out, or take fedrot.aggregate and fedrot.truncate"
+                )
 
     def recast(self, mean: dict[str, Tensor], layout: Layout, round: int) -> dict[str, Tensor]:
         """Give a round's mean the factors that the next round starts from, with the same B·A.

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fedrot_kernels import average, full_precision, product_norm, working_dtype
 
-from ..adapters.layout import Adapter
+from ..adapters.experts import is_expert
+from ..adapters.layout import Adapter, Layout
 from ..errors import UpdateError
+from ..ranks.collapse import inverse_shares
 from .base import Method
 from .round import Averages, Round
 from .running_mean import shares_of
@@ -25,11 +27,15 @@ class Combined:
     Attributes:
         A, B: the factors that clients continue from, (G, r, d_in) and (G, d_out, r).
         base: factors (G, K, d_in) and (G, d_out, K) of what is to be added to the base weight, or None.
+        ranks: how many rows of A and columns of B each adapter keeps, where the method chooses that; None for all.
+        base_ranks: how many rows and columns of ``base`` each adapter keeps, likewise.
     """
 
     A: Tensor
     B: Tensor
     base: tuple[Tensor, Tensor] | None = None
+    ranks: Sequence[int] | None = None
+    base_ranks: Sequence[int] | None = None
 
 
 class LowRankMethod(Method):
@@ -48,38 +54,73 @@ class LowRankMethod(Method):
             dtype: that the result is rounded to.
         """
 
+    def check(self, layout: Layout) -> None:
+        """See ``Method.check``."""
+        super().check(layout)
+        experts = (a for a in layout.adapters if self.changes_ranks and is_expert(a.module))
+        if self.options.energy is not None and (a := next(experts, None)):
+            raise UpdateError(
+                f"{a.key_A}: energy={self.options.energy} chooses a rank for every adapter, and the experts of one "
+                "parameter have one rank; pass server_rank= instead"
+            )
+
     @full_precision
     def aggregate(self, round: Round) -> Averages:
         """Combine the adapters of one shape at a time, and average what is no factor."""
         layout, mean, base, errors = round.layout, dict[str, Tensor](), dict[str, Tensor](), dict[str, tuple[float, float]]()
-        if self.updates_base and round.scalings is None:
+        ranks: dict[str, int] = {}
+        if (self.updates_base or self.changes_ranks) and round.scalings is None:
+            does = "adds s·B·A to the base weights" if self.updates_base else "changes the ranks of s·B·A"
             raise UpdateError(
-                f"{self.name} adds s·B·A to the base weights and needs the scaling s: pass folders, or the clients' LoRA "
-                "configuration (configs=model.peft_config['default'])"
+                f"{self.name} {does} and needs the scaling s: pass folders, or the clients' LoRA configuration "
+                "(configs=model.peft_config['default'])"
             )
         if layout.other_keys:
             tensors = [[client[key] for client in round.clients] for key in layout.other_keys]
             means, _ = average(tensors, round.weights, backend=self.options.backend)
             mean |= zip(layout.other_keys, means, strict=True)
+        shares = shares_of(round.weights)
         for adapters, A, B in _stacks(round):
-            w = torch.tensor(shares_of(round.weights), dtype=A.dtype, device=A.device)
-            combined = self.combine(A, B, w, adapters[0].dtype)
+            w = torch.tensor(shares, dtype=A.dtype, device=A.device)
+            B_counted = B
+            if self.options.collapse == "raflora":
+                rows = torch.stack([inverse_shares(a, round.clients, shares) for a in adapters])
+                B_counted = B * rows.to(B.device, B.dtype)[:, None, None]
+            combined = self.combine(A, B_counted, w, adapters[0].dtype)
             for i, a in enumerate(adapters):
-                for key, factor in ((a.key_A, combined.A[i]), (a.key_B, combined.B[i])):
-                    spec = layout.specs[key]
-                    mean[key] = factor.to(spec.dtype, copy=True).reshape(spec.shape)
+                r = ranks[a.key_A] = combined.A.shape[1] if combined.ranks is None else combined.ranks[i]
+                shape_A, shape_B = layout.specs[a.key_A].shape, layout.specs[a.key_B].shape
+                mean[a.key_A] = combined.A[i, :r].to(a.dtype, copy=True).reshape(r, *shape_A[1:])
+                mean[a.key_B] = combined.B[i, :, :r].to(a.dtype, copy=True).reshape(shape_B[0], r, *shape_B[2:])
                 if combined.base is not None:
                     assert round.scalings is not None
-                    A_base, B_base = combined.base[0][i], round.scalings.result[a.module] * combined.base[1][i]
+                    K = None if combined.base_ranks is None else combined.base_ranks[i]
+                    A_base, B_base = combined.base[0][i, :K], round.scalings.result[a.module] * combined.base[1][i, :, :K]
                     base[a.key_A] = A_base.reshape(-1, *layout.specs[a.key_A].shape[1:]).clone()
                     base[a.key_B] = B_base.reshape(*B_base.shape, *layout.specs[a.key_B].shape[2:]).clone()
             if self.options.report_error:
-                measured = zip(*_errors(A, B, w, combined, adapters[0].dtype), strict=True)
+                measured = zip(*_errors(A, B, w, _cut(combined), adapters[0].dtype), strict=True)
                 errors |= {a.key_A: values for a, values in zip(adapters, measured, strict=True)}
         sound = bool(torch.stack([x.isfinite().all() for x in (*mean.values(), *base.values())]).all())
         in_order = [errors[a.key_A] for a in layout.adapters] if self.options.report_error else None
         mean = {key: mean[key] for key in layout.specs if key in mean}
-        return Averages(mean, [], [], None, None, sound, base or None, in_order)
+        chosen = [ranks[a.key_A] for a in layout.adapters] if self.changes_ranks else None
+        return Averages(mean, [], [], None, None, sound, base or None, in_order, ranks=chosen)
+
+
+def _cut(combined: Combined) -> Combined:
+    """The result with zeros beyond the ranks that adapters keep."""
+    A, B, base = combined.A, combined.B, combined.base
+    if combined.ranks is not None:
+        A, B = _keep(A, B, combined.ranks)
+    if base is not None and combined.base_ranks is not None:
+        base = _keep(*base, combined.base_ranks)
+    return Combined(A, B, base)
+
+
+def _keep(A: Tensor, B: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    kept = torch.arange(A.shape[1], device=A.device) < torch.tensor(ranks, device=A.device)[:, None]
+    return A * kept[:, :, None], B * kept[:, None]
 
 
 def _stacks(round: Round) -> Iterator[tuple[Sequence[Adapter], Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from ..ranks.collapse import check_ranks_configured
 from ..ranks.padding import rank_mask, revive_dead_ranks, widest_client
 from ..ranks.prepare import PreparedRound, drop_invalid
 from .base import Method
@@ -25,6 +26,8 @@ def average_prepared(prepared: PreparedRound, method: Method, index: int) -> tup
             factors whose products overflow.
     """
     method.check(prepared.layout)
+    if method.options.collapse == "raflora":
+        check_ranks_configured(prepared.given)
     averages = _average(prepared, method, index)
     if not averages.sound:
         kept = drop_invalid(prepared, method.options.on_invalid)

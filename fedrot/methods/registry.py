@@ -1,6 +1,6 @@
 """The registry of aggregation methods: one name for the API, the command line and the simulator."""
 
-from ..options import AggregationOptions
+from ..options import OF_UNEQUAL_RANKS, AggregationOptions
 from .adaptive import FedRotAdaptive
 from .base import Method
 from .consensus import FedRotConsensus
@@ -32,11 +32,16 @@ def make_method(options: AggregationOptions) -> Method:
     """Make the method that the options name.
 
     Raises:
-        ValueError: no such method, or one that has no updates to compare, with ``robust`` or ``clip``.
+        ValueError: no such method, an option that plays no part in it, or, with ``robust`` or ``clip``, a method that has no
+            updates to compare.
     """
     if options.method not in METHODS:
         raise ValueError(f"unknown method {options.method!r}; known methods: {', '.join(METHODS)}")
     method = METHODS[options.method](options)
+    for name in OF_UNEQUAL_RANKS:
+        if (value := getattr(options, name)) not in (None, "none") and name not in method.uses:
+            users = [other.name for other in METHODS.values() if name in other.uses]
+            raise ValueError(f"{name}={value!r} plays no part in {method.name}; it is for {', '.join(users)}")
     if options.compares_clients and method.returns() != ("A", "B"):
         raise ValueError(
             f"robust and clip weigh the updates B·A, and {method.name} averages {' and '.join(method.returns())} alone: "

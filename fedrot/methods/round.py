@@ -52,6 +52,7 @@ class Averages:
         strengths: per adapter λ, where the method chose it.
         estimates: estimates of errors that the kernels made; else None.
         angles: (L, N), the rotation angles in degrees, where the kernels measured them; else None.
+        ranks: per adapter the rank of the result, where the method chose it; else None.
         undetermined: (L, N), in how many directions of its own nothing determines a client's rotation; None where no client
             was rotated, or the method does not count them.
     """
@@ -65,6 +66,7 @@ class Averages:
     base: dict[str, Tensor] | None = None
     errors: Sequence[tuple[float | None, float | None] | tuple[float | None, float | None, float | None]] | None = None
     strengths: Sequence[float] | None = None
+    ranks: Sequence[int] | None = None
     undetermined: Tensor | None = None
     estimates: Estimates | None = None
     angles: Tensor | None = None

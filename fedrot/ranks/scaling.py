@@ -1,13 +1,13 @@
 """The scalings s of ΔW = s·B·A of a round's clients and of its result."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adapters.checks import own_scalings
 from ..adapters.common import UnequalRanks, are_alike
-from ..adapters.config import scaling, whole_name
+from ..adapters.config import rank_fields, scaling, whole_name
 from ..adapters.layout import Layout
 from ..adapters.update import Update
 from ..errors import UpdateError
@@ -82,6 +82,20 @@ def scalings(clients: Sequence[Update], layout: Layout, config: dict[str, Any] |
         config = dict((widest or clients[0]).config or {}) | ({} if widest else _spelt_out(clients, layout, per_client))
     result = {a.module: scaling(config, a.module, a.rank, "the result") for a in layout.adapters}
     return Scalings(config, result, per_client)
+
+
+def config_of_ranks(scalings: Scalings, ranks: Mapping[str, int], tied: Mapping[str, str]) -> dict[str, Any]:
+    """The result's configuration with other ranks, which keeps every module's scaling.
+
+    Args:
+        scalings: the scalings of the round.
+        ranks: module → rank.
+        tied: module of a copy → the module whose adapter it repeats.
+    """
+    config, s = scalings.config, scalings.result
+    per_rank = {m: s[m] / math.sqrt(r) if config.get("use_rslora") else s[m] for m, r in ranks.items()}
+    all_ranks = {**ranks, **{copy: ranks[module] for copy, module in tied.items()}}
+    return config | rank_fields(all_ranks, per_rank | {copy: per_rank[module] for copy, module in tied.items()})
 
 
 def check_biases(layout: Layout, scalings: Scalings) -> None:

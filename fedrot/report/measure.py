@@ -63,12 +63,11 @@ def adapter_reports(
         undetermined = averages.undetermined.sum(1).tolist()
         directions = rows_of_R
     strengths: Sequence[float | None] = averages.strengths or [None] * L
-    rows = zip(layout.adapters, errors, angles, strengths, undetermined, directions, strict=True)
+    ranks = averages.ranks or [a.rank for a in layout.adapters]
+    rows = zip(layout.adapters, ranks, errors, angles, strengths, undetermined, directions, strict=True)
     reports = tuple(
-        AdapterReport(
-            a.module, a.rank, of.error, of.update_norm, turned, strength, of.deviations, left, every, of.plain_error
-        )
-        for a, of, turned, strength, left, every in rows
+        AdapterReport(a.module, rank, of.error, of.update_norm, turned, strength, of.deviations, left, every, of.plain_error)
+        for a, rank, of, turned, strength, left, every in rows
     )
     return reports, deviation
 

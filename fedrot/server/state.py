@@ -122,5 +122,6 @@ class ServerState:
             mean, check = optimizer.step(reference, mean, averaged.layout.specs, frozen), True
         config = (reference.config if reference is not None else None) or self._config or averaged.config
         result = finish(averaged, mean, method, config, check=check)
-        self._reference, self._config, self.round = result.state_dict, config, self.round + 1
+        self._config = result.config if method.changes_ranks else config
+        self._reference, self.round = result.state_dict, self.round + 1
         return result

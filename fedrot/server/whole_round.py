@@ -13,6 +13,7 @@ from ..methods.prepared import average_prepared
 from ..methods.running_mean import shares_of
 from ..ranks.padding import widest_client
 from ..ranks.prepare import PreparedRound, prepare_round
+from ..ranks.scaling import config_of_ranks
 from ..report.measure import adapter_reports
 from ..report.report import Report, is_unrotated, without_plain_errors
 from ..robust.select import select_clients
@@ -67,6 +68,9 @@ def average_whole(
     target = None if is_unrotated(adapters) else averaging.target(index, _name_reference(prepared))
     report = Report(method.name, index, names, shares, prepared.dropped, adapters, target, deviation, choice)
     own_config = prepared.scalings.config if prepared.scalings else first.config
+    if averages.ranks is not None and prepared.scalings is not None:
+        ranks = {a.module: rank for a, rank in zip(layout.adapters, averages.ranks, strict=True)}
+        own_config = config_of_ranks(prepared.scalings, ranks, first.storage.tied_modules)
     counters: dict[str, Tensor] = {}
     for client, weight in zip(given, prepared.weights, strict=True):
         counters = carry(counters, client, layout) if weight else counters

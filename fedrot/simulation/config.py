@@ -168,6 +168,7 @@ class SimulationConfig(AggregationOptions):
             if f.name not in OPTION_NAMES:
                 self._set(f.name, check_type(f.name, getattr(self, f.name), hints[f.name]))
         method = make_method(self)
+        method.check_one_rank()
         self._set("strength", method.strength if "strength" in method.uses else None)
         if method.needs_shared_start and self.start != "shared":
             raise ValueError(f"{self.method} freezes a factor that all clients have in common: it needs a shared start")

@@ -10,8 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import fedrot
 from fedrot.cli.commands import main
+from fedrot.options import OF_UNEQUAL_RANKS
 
 from .adapters import assert_equal, assert_written, base_model
+
+WHOLE_ROUNDS = ("robust", "byzantine", "clip", *OF_UNEQUAL_RANKS)
 
 
 def test_methods_lists_ablations_last_and_apart(capsys):
@@ -119,7 +122,7 @@ def test_aggregate_and_inspect_show_every_option(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         printed = " ".join(capsys.readouterr().out.split())
-        left_out = set() if command == "aggregate" else {"on_invalid", "report_error", "robust", "byzantine", "clip"}
+        left_out = set() if command == "aggregate" else {"on_invalid", "report_error", *WHOLE_ROUNDS}
         for f in fields(fedrot.AggregationOptions):
             assert (f"--{f.name.replace('_', '-')}" in printed) == (f.name not in left_out)
         assert "--group" not in printed and "--previous" not in printed

@@ -162,6 +162,9 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
         ({"method": "flexlora", "server_optimizer": ServerOptimizer("adam", 0.1)}, "server optimizer"),
         ({"server_optimizer": "momentum"}, "got 'momentum'; pass fedrot.ServerOptimizer"),
         ({"server_optimizer": "none"}, "None for none"),
+        ({"method": "flexlora", "energy": 0.9}, "energy=0.9 is for clients of unequal ranks"),
+        ({"method": "flexlora", "server_rank": 3}, "server_rank=3 is for clients of unequal ranks"),
+        ({"method": "flexlora", "collapse": "raflora"}, "collapse='raflora' is for clients of unequal ranks"),
     ):
         with pytest.raises(ValueError, match=said):
             FedRot(**options)

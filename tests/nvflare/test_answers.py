@@ -271,6 +271,9 @@ def test_options():
         FedRotModelAggregator(on_invalid="ignore")
     with refused("flexlora", "server optimizer", error=ValueError):
         FedRotModelAggregator(fedrot.ServerOptimizer("adam", 0.1), method="flexlora")
+    for name, value in (("energy", 0.9), ("server_rank", 3), ("collapse", "raflora")):
+        with refused(f"{name}={value!r}", "unequal ranks", error=ValueError):
+            FedRotModelAggregator(method="flexlora", **{name: value})
     for name in ("momentum", "none"):
         with refused(f"got {name!r}", "pass fedrot.ServerOptimizer", "None for none", error=ValueError):
             FedRotModelAggregator(server_optimizer=name)

@@ -164,6 +164,7 @@ def test_a_server_optimizer_steps_in_the_run(task, tmp_path):
         ({"method": "rolora", "start": "independent"}, "rolora .* needs a shared start"),
         ({"method": "flora", "server_optimizer": "adam"}, "flora's result .* cannot have a server optimizer"),
         ({"method": "fedex-lora", "dtype": "bfloat16"}, "fedex-lora .* bfloat16 would round away"),
+        ({"method": "flexlora", "energy": 0.9}, "energy=0.9 is for clients of unequal ranks"),
         ({"server_lr": 0.0}, "server_lr must be positive"),
     ],
 )
