@@ -188,8 +188,8 @@ class AggregationOptions:
     byzantine: int | None = field(
         default=None,
         metadata=_option(
-            """f, how many clients may be attackers, for krum and multi-krum, which need at least 2f + 3 clients. If not set,
-            it is as many as that allows.""",
+            """The number f of clients that may be attackers, for krum and multi-krum, which need at least 2f + 3 clients. If
+            not set, it is as many as that allows.""",
             _byzantine,
         ),
     )
@@ -212,8 +212,8 @@ class AggregationOptions:
     server_rank: int | None = field(
         default=None,
         metadata=_option(
-            """The rank of flexlora's result. If not set, the largest of the clients'. With energy, the rank is at most this
-            one. fedrot.truncate brings the result to the rank of a client.""",
+            """The rank of the result of flexlora and glora. If not set, it is the largest of the clients'. With energy, it
+            is at most this one. fedrot.truncate brings the result to the rank of a client.""",
             _server_rank,
         ),
     )

@@ -12,6 +12,7 @@ from .fedsvd import FedSVD
 from .ffa_lora import FFALoRA
 from .flexlora import FlexLoRA
 from .flora import FLoRA
+from .glora import GLoRA
 from .least_error import FedRotLeastError
 from .lora_fair import LoRAFAIR
 from .random_rotation import RandomRotation
@@ -22,7 +23,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(FedIT, FedRot, FedRotConsensus, FedRotLeastError, FedRotAdaptive, FFALoRA, FedSVD, RoLoRA),
-        *(FlexLoRA, FLoRA, FedExLoRA, FedSALoRA, LoRAFAIR, RandomRotation, Scalar),
+        *(FlexLoRA, GLoRA, FLoRA, FedExLoRA, FedSALoRA, LoRAFAIR, RandomRotation, Scalar),
     )
 }
 """The aggregation methods, name → class."""

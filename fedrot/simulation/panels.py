@@ -15,7 +15,11 @@ from .metrics import SCORES
 Style = dict[str, Any]
 
 Y_LABELS = {**SCORES, "relative_error": "relative aggregation error"}
-_COLOURS = (*(f"C{i}" for i in range(10)), "black", "darkgoldenrod", "navy", "magenta", "limegreen", "teal", "salmon")
+_COLOURS = (
+    *(f"C{i}" for i in range(10)),
+    *("black", "darkgoldenrod", "navy", "magenta", "limegreen", "teal", "salmon"),
+    *("indigo", "darkred", "darkgreen", "tan", "deepskyblue", "gold"),
+)
 _DASHES, _MARKERS = ("-", "--", "-.", ":"), "os^Dv<P"
 
 
@@ -26,9 +30,9 @@ def make_panels(rows: int, columns: int, height: float) -> tuple[Figure, np.ndar
 
 
 def line_styles(rows: pd.DataFrame) -> dict[str, Style]:
-    """Choose a line style per method: colours, dashes and markers have periods 17, 4 and 7, so that none comes twice."""
+    """Choose a line style per method: colours, dashes and markers have periods 23, 4 and 7, so that none comes twice."""
     return {
-        method: {"label": method, "color": _COLOURS[i % 17], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]}
+        method: {"label": method, "color": _COLOURS[i % 23], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]}
         for i, method in enumerate(dict.fromkeys(rows["method"]))
     }
 
