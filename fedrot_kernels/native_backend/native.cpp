@@ -142,6 +142,9 @@ struct Problem {
   bool finds_rotations() const { return A_ref || B_ref; }
 };
 
+// The number of doubles that a flip needs; see flip.inc.
+inline size_t flip_room(size_t r) { return 3 * r * (r + 8) + 5 * (r + 8); }
+
 // Memory of one thread.
 struct Scratch {
   std::vector<double> doubles, more, wide;
@@ -151,7 +154,7 @@ struct Scratch {
 
   void reserve(size_t r, size_t values, size_t in_vectors, size_t size_A, size_t size_B) {
     doubles.resize(2 * r * r);
-    more.resize(4 * r * r);
+    more.resize(flip_room(r));
     floats.resize(values);
     vectors.resize(in_vectors + 16);
     if (sum_A.size() < size_A) sum_A.resize(size_A);
@@ -171,92 +174,6 @@ inline double inverse_square(const float* x, long n) {
   double total = 0;
   for (long i = 0; i < n; i++) total += (double)x[i] * x[i];
   return total == 0 ? 1 : 1 / total;
-}
-
-// Whether det A < 0, by elimination with row pivots; destroys A (r × r).
-inline bool is_reflected(double* A, int r) {
-  bool negative = false;
-  for (int c = 0; c < r; c++) {
-    int pivot = c;
-    for (int j = c + 1; j < r; j++)
-      if (std::fabs(A[j * r + c]) > std::fabs(A[pivot * r + c])) pivot = j;
-    if (pivot != c) {
-      negative = !negative;
-      for (int k = c; k < r; k++) std::swap(A[c * r + k], A[pivot * r + k]);
-    }
-    if (A[c * r + c] < 0) negative = !negative;
-    if (A[c * r + c] == 0) return false;
-    for (int j = c + 1; j < r; j++) {
-      double factor = A[j * r + c] / A[c * r + c];
-      for (int k = c; k < r; k++) A[j * r + k] -= factor * A[c * r + k];
-    }
-  }
-  return negative;
-}
-
-// The eigenvector of the smallest eigenvalue of the symmetric H (r × r), by cyclic Jacobi rotations; destroys H.
-inline const double* weakest_eigenvector(double* H, double* V, int r) {
-  for (int e = 0; e < r * r; e++) V[e] = e % (r + 1) == 0;
-  for (int sweep = 0; sweep < 60; sweep++) {
-    double off = 0, all = 0;
-    for (int j = 0; j < r; j++)
-      for (int k = 0; k < r; k++) (j == k ? all : off) += H[j * r + k] * H[j * r + k];
-    if (off <= 1e-31 * (all + off)) break;
-    for (int p = 0; p < r - 1; p++) {
-      for (int q = p + 1; q < r; q++) {
-        double h = H[p * r + q];
-        if (h == 0) continue;
-        double theta = (H[q * r + q] - H[p * r + p]) / (2 * h);
-        double t = (theta < 0 ? -1 : 1) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
-        double c = 1 / std::sqrt(t * t + 1), s = t * c;
-        for (int k = 0; k < r; k++) {
-          double x = H[p * r + k], y = H[q * r + k];
-          H[p * r + k] = c * x - s * y;
-          H[q * r + k] = s * x + c * y;
-        }
-        for (int k = 0; k < r; k++) {
-          double x = H[k * r + p], y = H[k * r + q];
-          H[k * r + p] = c * x - s * y;
-          H[k * r + q] = s * x + c * y;
-        }
-        for (int k = 0; k < r; k++) {
-          double x = V[p * r + k], y = V[q * r + k];
-          V[p * r + k] = c * x - s * y;
-          V[q * r + k] = s * x + c * y;
-        }
-      }
-    }
-  }
-  int weakest = 0;
-  for (int j = 1; j < r; j++)
-    if (H[j * r + j] < H[weakest * r + weakest]) weakest = j;
-  return V + weakest * r;
-}
-
-// R <- R (I - 2 v v^T) where det R < 0, v the weakest eigenvector of H = R^T M.
-template <class Real>
-inline void flip_if_reflected(Real* R, const double* M, int r, int ld, double* scratch) {
-  double *H = scratch, *V = scratch + r * r, trace = 0;
-  for (int j = 0; j < r; j++) trace += R[j * ld + j];
-  if (trace > r - 1.5) return;  // |R - I|_F^2 = 2 (r - trace), which a reflection's eigenvalue of -1 brings to 4 at least
-  for (int j = 0; j < r; j++)
-    for (int k = 0; k < r; k++) H[j * r + k] = R[j * ld + k];
-  if (!is_reflected(H, r)) return;
-  for (int j = 0; j < r; j++) {
-    for (int k = 0; k < r; k++) {
-      double sum = 0;
-      for (int i = 0; i < r; i++) sum += R[i * ld + j] * M[i * r + k];
-      V[j * r + k] = sum;
-    }
-  }
-  for (int j = 0; j < r; j++)
-    for (int k = 0; k < r; k++) H[j * r + k] = (V[j * r + k] + V[k * r + j]) / 2;
-  const double* v = weakest_eigenvector(H, V, r);
-  for (int j = 0; j < r; j++) {
-    double along = 0;
-    for (int k = 0; k < r; k++) along += R[j * ld + k] * v[k];
-    for (int k = 0; k < r; k++) R[j * ld + k] -= (Real)(2 * along * v[k]);
-  }
 }
 
 #include "stream_state.inc"
