@@ -205,7 +205,8 @@ class AggregationOptions:
         default=None,
         metadata=_option(
             """The part of the squared singular values of the mean update that the result keeps, above 0 and at most 1. In
-            flexlora it chooses the rank of every module; if not set, the rank is server_rank.""",
+            flexlora it chooses the rank of every module; if not set, the rank is server_rank. In fedmomentum it is the part
+            that adapter and base weights hold together, 0.9999 if not set.""",
             _energy,
         ),
     )

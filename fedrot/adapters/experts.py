@@ -162,6 +162,6 @@ def parse_module(key: str) -> str:
     return parsed.module
 
 
-def is_expert(module: str) -> bool:
-    """Whether a module is one of several experts of a parameter, whose name ends in its number."""
-    return module.endswith("]")
+def parameter_of(module: str) -> str | None:
+    """The parameter that a module is one of several experts of; None if it is no expert, whose names end in a number."""
+    return module.rpartition("[")[0] or None

@@ -49,8 +49,8 @@ class FedRot(FedAvg):
     Neither goes together with ``robust`` and ``clip``.
 
     Args:
-        configs: the ``peft.LoraConfig`` of all clients, which FLoRA and FedEx-LoRA need; ranks do not differ here. These
-            methods send every change of the base weights so far with every message.
+        configs: the ``peft.LoraConfig`` of all clients, which methods that change the base weights need; ranks do not differ
+            here. These methods send every change of the base weights so far with every message.
         server_optimizer: as in ``fedrot.FedRotAggregator``.
         device: where to aggregate; on a GPU by the Triton kernels.
         checkpoint: a folder; after every round what a restart needs is written there. A folder that has a checkpoint
@@ -68,7 +68,7 @@ class FedRot(FedAvg):
         result: the result of the last round.
         train_metrics, evaluate_metrics: what Flower logs of the last round: the clients' averages and, of training, what
             aggregation measured; empty before.
-        base_updates: what FLoRA and FedEx-LoRA have changed in the base weights so far.
+        base_updates: what the method has changed in the base weights so far.
 
     Raises:
         ValueError: an option's value that there is not, or options that do not go together.

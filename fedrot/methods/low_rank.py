@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedrot_kernels import average, full_precision, product_norm, working_dtype
 
-from ..adapters.experts import is_expert
+from ..adapters.experts import parameter_of
 from ..adapters.layout import Adapter, Layout
 from ..errors import UpdateError
 from ..ranks.collapse import inverse_shares
@@ -57,7 +57,7 @@ class LowRankMethod(Method):
     def check(self, layout: Layout) -> None:
         """See ``Method.check``."""
         super().check(layout)
-        experts = (a for a in layout.adapters if self.changes_ranks and is_expert(a.module))
+        experts = (a for a in layout.adapters if self.changes_ranks and parameter_of(a.module))
         if self.options.energy is not None and (a := next(experts, None)):
             raise UpdateError(
                 f"{a.key_A}: energy={self.options.energy} chooses a rank for every adapter, and the experts of one "
@@ -101,11 +101,25 @@ class LowRankMethod(Method):
             if self.options.report_error:
                 measured = zip(*_errors(A, B, w, _cut(combined), adapters[0].dtype), strict=True)
                 errors |= {a.key_A: values for a, values in zip(adapters, measured, strict=True)}
+        _pad_experts(base, layout)
         sound = bool(torch.stack([x.isfinite().all() for x in (*mean.values(), *base.values())]).all())
         in_order = [errors[a.key_A] for a in layout.adapters] if self.options.report_error else None
         mean = {key: mean[key] for key in layout.specs if key in mean}
         chosen = [ranks[a.key_A] for a in layout.adapters] if self.changes_ranks else None
         return Averages(mean, [], [], None, None, sound, base or None, in_order, ranks=chosen)
+
+
+def _pad_experts(base: dict[str, Tensor], layout: Layout) -> None:
+    """Bring the base factors of the experts of one parameter, which are stored together, to one rank by zeros."""
+    most: dict[str, int] = {}
+    experts = [(a, name) for a in layout.adapters if a.key_A in base and (name := parameter_of(a.module)) is not None]
+    for a, name in experts:
+        most[name] = max(most.get(name, 0), base[a.key_A].shape[0])
+    for a, name in experts:
+        A, B = base[a.key_A], base[a.key_B]
+        if (lacking := most[name] - A.shape[0]) > 0:
+            base[a.key_A] = torch.cat([A, A.new_zeros(lacking, *A.shape[1:])])
+            base[a.key_B] = torch.cat([B, B.new_zeros(B.shape[0], lacking, *B.shape[2:])], 1)
 
 
 def _cut(combined: Combined) -> Combined:

@@ -6,6 +6,7 @@ from .base import Method
 from .consensus import FedRotConsensus
 from .fedex_lora import FedExLoRA
 from .fedit import FedIT
+from .fedmomentum import FedMomentum
 from .fedrot import FedRot
 from .fedsa_lora import FedSALoRA
 from .fedsvd import FedSVD
@@ -23,7 +24,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(FedIT, FedRot, FedRotConsensus, FedRotLeastError, FedRotAdaptive, FFALoRA, FedSVD, RoLoRA),
-        *(FlexLoRA, GLoRA, FLoRA, FedExLoRA, FedSALoRA, LoRAFAIR, RandomRotation, Scalar),
+        *(FlexLoRA, GLoRA, FLoRA, FedExLoRA, FedMomentum, FedSALoRA, LoRAFAIR, RandomRotation, Scalar),
     )
 }
 """The aggregation methods, name → class."""

@@ -27,9 +27,9 @@ class AggregationResult:
         report: aggregation error and rotation angles per adapter, clients used and dropped.
         options: the options that the adapters were aggregated with.
         config: the adapter's adapter_config.json, from the reference's or else the clients' folders or configs, or None.
-        base_update: the change of the base weights that FLoRA and FedEx-LoRA leave, as the PEFT state dict of an adapter to
-            be merged into the base before ``state_dict`` is used, under the keys of a saved one: see ``fedrot.fold``. None
-            for other methods.
+        base_update: the change of the base weights that FLoRA, FedEx-LoRA and FedMomentum leave, as the PEFT state dict of
+            an adapter to be merged into the base before ``state_dict`` is used, under the keys of a saved one: see
+            ``fedrot.fold``. None for other methods.
         base_config: the adapter_config.json of that adapter.
         personal: keys that are not in ``state_dict``, of which each client keeps its own (B of FedSA-LoRA).
     """

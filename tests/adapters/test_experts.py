@@ -70,8 +70,8 @@ def test_methods_take_each_expert_as_an_adapter(base, config, count, method):
 
 
 @every_model
-@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
-def test_what_goes_into_the_base_is_the_mean_update(base, config, count, method):
+@pytest.mark.parametrize(("method", "lost"), [("flora", 1e-12), ("fedex-lora", 1e-12), ("fedmomentum", 0.01)])
+def test_what_goes_into_the_base_is_the_mean_update(base, config, count, method, lost):
     lora, updates = clients(base, config, 3)
     result = fedrot.aggregate(updates, SHARES, updates[0], method=method, configs=lora)
     model, untouched = adapted(base, config, result.state_dict), base_weights(adapted(base, config))
@@ -79,7 +79,7 @@ def test_what_goes_into_the_base_is_the_mean_update(base, config, count, method)
     fedrot.fold(model, result)
     changed = base_weights(model)
     total = {name: (changed[name] - untouched[name]).double() + kept[name] for name in kept}
-    assert relative(total, mean_delta(base, config, updates)) < 1e-12
+    assert relative(total, mean_delta(base, config, updates)) < lost
     assert all(torch.equal(x, kept[name]) for name, x in deltas(model).items()) and set(model.peft_config) == {"default"}
 
 

@@ -31,7 +31,7 @@ def outcome(folder: Path, method: str = "fedrot") -> dict[str, torch.Tensor]:
     else:
         found = load_file(folder / "adapter/adapter_model.safetensors")
     found = {key: x.double() for key, x in found.items()}
-    if method in ("fedsvd", "flexlora", "glora"):  # the signs of singular vectors are anybody's choice
+    if method in ("fedmomentum", "fedsvd", "flexlora", "glora"):  # the signs of singular vectors are anybody's choice
         for key_B in [key for key in found if factor_of(key) == "B"]:
             found[key_B] = found[key_B] @ found.pop(key_B.replace("lora_B", "lora_A"))
     if METHODS[method].updates_base:

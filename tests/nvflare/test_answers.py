@@ -264,7 +264,7 @@ def test_scatter_and_gather(start, updates):
 
 
 def test_options():
-    for method in ("flora", "fedex-lora", "fedsa-lora"):
+    for method in ("flora", "fedex-lora", "fedmomentum", "fedsa-lora"):
         with refused(method, "whole adapters", error=ValueError):
             FedRotModelAggregator(method=method)
     with refused("on_invalid", "ignore", error=ValueError):
