@@ -222,7 +222,8 @@ class AggregationOptions:
         default="none",
         metadata=_option(
             """What keeps the ranks that few clients have from shrinking in the mean: raflora averages each row of the
-            factors over the clients that have it. For clients of unequal ranks, in flexlora.""",
+            factors, or each direction after rotation, over the clients that have it. For whole rounds of clients of unequal
+            ranks, in flexlora and the fedrot methods.""",
             _one_of(get_args(Collapse)),
         ),
     )

@@ -15,7 +15,7 @@ class FedRotAdaptive(GroupwiseMethod):
     paper = "fedrot"
     cost = "N² r² d + N² r³"
     exact = "when the clients' updates differ by rotations only"
-    uses = frozenset({"align_on", "reflections"})
+    uses = frozenset({"align_on", "reflections", "collapse"})
     minimises = "reference"
 
     @property

@@ -14,13 +14,13 @@ class FedRotConsensus(GroupwiseMethod):
     paper = "Gower, 1975, on LoRA factors"
     cost = "N² r² d + N² r³"
     exact = "when the clients' updates differ by rotations only (λ = 1)"
-    uses = frozenset({"align_on", "strength", "reflections"})
+    uses = frozenset({"align_on", "strength", "reflections", "collapse"})
     default_strength = 1.0
     minimises = "consensus"
 
     def target(self, round: int, reference: str) -> str | None:
         """See ``Method.target``."""
-        return f"the consensus of all clients, which is itself turned towards {reference}" if self.needs_all else None
+        return f"the consensus of all clients, which is itself turned towards {reference}" if self.aligns else None
 
     def on(self, round: int) -> str:
         """See ``GroupwiseMethod.on``."""

@@ -22,8 +22,13 @@ class FedRot(Method):
     paper = "arXiv 2602.23638"
     cost = "N r² d + N r³"
     exact = "when the clients' updates differ by rotations only (λ = 1)"
-    uses = frozenset({"align_on", "strength", "reflections"})
+    uses = frozenset({"align_on", "strength", "reflections", "collapse"})
     unequal_ranks = "pad"
+
+    @property
+    def needs_all(self) -> bool:  # type: ignore[override]
+        """Whether all updates are needed at once: to know the ranks of all."""
+        return self.options.collapse != "none"
 
     def _on(self, round: int) -> tuple[Factor, ...]:
         """The factors that are aligned in a round, none at λ = 0."""

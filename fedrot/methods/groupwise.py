@@ -40,13 +40,18 @@ class GroupwiseMethod(Method):
         return False
 
     @property
-    def needs_all(self) -> bool:  # type: ignore[override]
-        """Whether all updates are needed at once: unless λ is 0, which is FedIT to the bit."""
+    def aligns(self) -> bool:
+        """Whether clients are aligned: unless λ is 0, which is FedIT to the bit."""
         return self.chooses_strength or self.strength > 0
+
+    @property
+    def needs_all(self) -> bool:  # type: ignore[override]
+        """Whether all updates are needed at once, to align them or to know the ranks of all."""
+        return self.aligns or self.options.collapse != "none"
 
     def aggregate(self, round: Round) -> Averages:
         """Align all clients of a round together and average them. The report's errors come with it where PyTorch aligns."""
-        if not self.needs_all:
+        if not self.aligns:
             return average_round(round, self.options)
         layout, clients = round.layout, round.clients
         A, B = client_factors(layout, clients)

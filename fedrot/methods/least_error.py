@@ -13,16 +13,14 @@ class FedRotLeastError(GroupwiseMethod):
     paper = "fedrot"
     cost = "N² r² d + N² r³"
     exact = "when rotations can make it so (λ = 1)"
-    uses = frozenset({"strength", "reflections"})
+    uses = frozenset({"strength", "reflections", "collapse"})
     default_strength = 1.0
     minimises = "error"
 
     def target(self, round: int, reference: str) -> str | None:
         """See ``Method.target``."""
         return (
-            f"each other, so that averaging loses least; the result is turned towards {reference}"
-            if self.needs_all
-            else None
+            f"each other, so that averaging loses least; the result is turned towards {reference}" if self.aligns else None
         )
 
     def on(self, round: int) -> str:

@@ -6,6 +6,7 @@ from ..ranks.collapse import check_ranks_configured
 from ..ranks.padding import rank_mask, revive_dead_ranks, widest_client
 from ..ranks.prepare import PreparedRound, drop_invalid
 from .base import Method
+from .collapse import undo_collapse
 from .rotation import check_rotations
 from .round import Averages, Round
 
@@ -44,6 +45,8 @@ def _average(prepared: PreparedRound, method: Method, index: int) -> Averages:
     reference = prepared.reference or widest_client(clients, weights, layout)
     positions = [prepared.positions[client.name] for client in clients]
     averages = method.aggregate(Round(index, layout, clients, positions, weights, reference, prepared.scalings))
+    if method.options.collapse == "raflora" and prepared.is_padded:
+        averages = undo_collapse(averages, prepared, measure=bool(method.options.report_error))
     return _round_padded(averages, prepared) if prepared.is_padded else averages
 
 

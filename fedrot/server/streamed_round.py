@@ -24,7 +24,8 @@ from .stream import StreamedRound
 def check_streams(method: Method, name: str | None, *, merges: bool = False) -> None:
     """Raise ValueError unless the method can add updates one by one, or merge their sums, under such a name."""
     if method.needs_all:
-        raise ValueError(f"{method.name} needs all updates of a round at once: aggregate(updates)")
+        given = "" if method.options.collapse == "none" else f" with collapse={method.options.collapse!r}"
+        raise ValueError(f"{method.name}{given} needs all updates of a round at once: aggregate(updates)")
     if method.options.compares_clients:
         given = f"robust={method.options.robust!r}" if method.options.robust != "none" else f"clip={method.options.clip!r}"
         raise ValueError(f"{given} compares all updates of a round, which a stream does not keep: aggregate(updates)")
