@@ -13,6 +13,7 @@ from .fedsvd import FedSVD
 from .ffa_lora import FFALoRA
 from .flexlora import FlexLoRA
 from .flora import FLoRA
+from .flora_na import FLoRANA
 from .glora import GLoRA
 from .least_error import FedRotLeastError
 from .lora_fair import LoRAFAIR
@@ -24,7 +25,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(FedIT, FedRot, FedRotConsensus, FedRotLeastError, FedRotAdaptive, FFALoRA, FedSVD, RoLoRA),
-        *(FlexLoRA, GLoRA, FLoRA, FedExLoRA, FedMomentum, FedSALoRA, LoRAFAIR, RandomRotation, Scalar),
+        *(FlexLoRA, GLoRA, FLoRA, FedExLoRA, FedMomentum, FedSALoRA, LoRAFAIR, FLoRANA, RandomRotation, Scalar),
     )
 }
 """The aggregation methods, name → class."""

@@ -120,7 +120,7 @@ def test_wrong_settings_are_named():
     for given in ("momentum", "none", "adam", ServerOptimizer, torch.optim.SGD):
         with refused("server_optimizer", repr(given), 'fedrot.ServerOptimizer("momentum", lr=…)', "None", error=ValueError):
             FedRotAggregator(server_optimizer=given)
-    for method in ("flora", "flexlora", "fedex-lora", "fedmomentum", "fedsvd", "glora", "random-rotation"):
+    for method in ("flora", "flexlora", "fedex-lora", "fedmomentum", "fedsvd", "flora-na", "glora", "random-rotation"):
         with pytest.raises(ValueError, match=f"{method}'s result is no mean"):
             FedRotAggregator(method=method, server_optimizer=ServerOptimizer("adam", 1.0))
     updates = client_updates(KIND, 2)
