@@ -1,7 +1,9 @@
 """The compiled library alone: every instruction set, every rank, any place in memory, threads, and what goes wrong."""
 
+import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fedrot_kernels import reference
 from fedrot_kernels.native_backend import library
 from fedrot_kernels.torch_backend import whole_model as torch_backend
 
+from .spectra import orthogonal
 from .test_whole_model import model
 
 HERE = library.instruction_set()
@@ -175,6 +178,58 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(library, "hash_sources", lambda: 1)
     with pytest.warns(UserWarning, match="was built from other sources and is not used; pip install fedrot anew"):
         assert library.load.__wrapped__() is None
+
+
+def reflections(r, seed):
+    """(n, r, r), float64, det < 0: at random, with close weakest directions, permutations, and with equal values."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = orthogonal(6, r, generator), orthogonal(6, r, generator)
+    U[3:], V[3:] = torch.eye(r)[torch.randperm(r, generator=generator)], torch.eye(r)
+    S = torch.linspace(3, 1, r, dtype=torch.float64).repeat(6, 1)
+    if r > 1:
+        S[1, -2] = S[1, -1] * 1.003
+        S[[2, 4], : r - 1] = 1
+        S[[2, 4], -1] = 0.5
+    ones = torch.ones(r, r, dtype=torch.float64) + r * torch.eye(r, dtype=torch.float64)
+    chain = 2 * torch.eye(r, dtype=torch.float64) - 0.9 * torch.ones(r, r, dtype=torch.float64).triu(1).tril(1)
+    M = torch.cat([(U * S[:, None]) @ V.mT, ones[None], (chain + chain.T)[None]])
+    M[:, 0] *= -torch.linalg.det(M / torch.linalg.matrix_norm(M, 2)[:, None, None] * 2).sign()[:, None]
+    return M.float().double()
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("r", [1, 2, 3, 4, 7, 8, 16, 17, 33, 64, 128])
+def test_flips_are_of_the_weakest_direction_on_every_instruction_set(r, instructions):
+    """R where M determines it to 1e-4, as in test_exactness.py; its objective also among equal directions."""
+    M = reflections(r, seed=r)
+    zero = torch.zeros(len(M), 2, r)
+    found = native([list(M.float())], [list(zero)], [1.0] * len(M), A_ref=[torch.eye(r)], instructions=instructions).R[0]
+    S, determined = torch.linalg.svdvals(M), 0
+    for m, R, s in zip(M, found.double(), S, strict=True):
+        assert torch.linalg.det(R) > 0.99
+        assert s.sum() - 2 * s[-1] - (R * m).sum() <= 2e-6 * s.sum()
+        bound = EPS * s.norm() / (s[-2] - s[-1]) if r > 1 else EPS
+        if bound <= 1e-4:
+            determined += 1
+            assert torch.linalg.matrix_norm(R - reference.special_orthogonal(m)) <= 1e-5 + 3 * bound
+    assert determined >= 2
+
+
+def test_flips_of_all_clients_do_not_multiply_the_cost_of_an_aggregation():
+    """They add a fifth. Finding every eigenvector by Jacobi's rotations took over fifty times an aggregation."""
+    r = 128
+    generator = torch.Generator().manual_seed(0)
+    turns = orthogonal(8, r, generator)
+    turns[:, :, 0] *= -torch.linalg.det(turns).sign()[:, None]
+    F = torch.randn(r, 1024, generator=generator)
+    A, B = [list(turns.float() @ F)], [list(torch.zeros(8, 1024, r))]
+    seconds = {True: [], False: []}
+    for _ in range(7):
+        for flipped, taken in seconds.items():
+            start = time.process_time()
+            native(A, B, [1.0] * 8, A_ref=[F], reflections=not flipped)
+            taken.append(time.process_time() - start)
+    assert statistics.median(seconds[True]) <= 3 * statistics.median(seconds[False])
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
