@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import Combined, LowRankMethod
-from .mean_update import count_energy, mean_svd, shared_evenly
+from .mean_update import count_energy, leading_svd, mean_svd, shared_evenly
 
 
 class FlexLoRA(LowRankMethod):
@@ -25,7 +25,7 @@ class FlexLoRA(LowRankMethod):
     def combine(self, A: Tensor, B: Tensor, w: Tensor, dtype: torch.dtype) -> Combined:
         """See ``LowRankMethod.combine``."""
         r, energy = self.options.server_rank or A.shape[2], self.options.energy
-        svd = mean_svd(A, B, w, None if energy else r)
+        svd = leading_svd(A, B, w, r) if energy is None else mean_svd(A, B, w)
         if svd is None:
             return Combined(torch.full_like(A[:, 0], torch.nan), torch.full_like(B[:, 0], torch.nan))
         if energy is None:

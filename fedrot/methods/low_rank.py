@@ -146,8 +146,10 @@ def _stacks(round: Round) -> Iterator[tuple[Sequence[Adapter], Tensor, Tensor]]:
         for start in range(0, len(group.adapters), size):
             part = group.adapters[start : start + size]
             device = round.clients[0].device
-            A = torch.zeros(len(part), len(round.clients), a.rank, a.d_in, dtype=dtype, device=device)
-            B = torch.zeros(len(part), len(round.clients), a.d_out, a.rank, dtype=dtype, device=device)
+            N, G = len(round.clients), len(part)
+            A = torch.zeros(G, N, a.rank, a.d_in, dtype=dtype, device=device)
+            # Columns of all clients side by side, as products of all clients take them.
+            B = torch.zeros(G, a.d_out, N, a.rank, dtype=dtype, device=device).transpose(1, 2)
             for g, adapter in enumerate(part):
                 for n, client in enumerate(round.clients):
                     A_n, B_n = (client[key].detach().flatten(1) for key in (adapter.key_A, adapter.key_B))

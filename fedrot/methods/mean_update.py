@@ -5,7 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..seeding import generator
 from .low_rank import stacked
+
+_OVERSAMPLED, _PASSES = 8, 4
+_BLOCKS = 4  # times the block's vectors: of fewer rows the SVD takes less time
+_ROUNDING = 128  # times eps and σ₁: what rounding leaves of M V − U Σ in products of some hundred rows
 
 
 class Svd(NamedTuple):
@@ -34,6 +39,48 @@ def mean_svd(A: Tensor, B: Tensor, w: Tensor, k: int | None = None) -> Svd | Non
         return None
     U, sigma, Vt = torch.linalg.svd(M, full_matrices=False)
     return Svd(Q_B @ U[:, :, :k], sigma, Vt[:, :k] @ Q_A.mT)
+
+
+def leading_svd(A: Tensor, B: Tensor, w: Tensor, k: int) -> Svd | None:
+    """The leading k singular triplets of Σ wᵢBᵢAᵢ, as ``mean_svd`` has them, in less time where N r is large beside k.
+
+    Subspace iteration on k + 8 vectors (Halko, Martinsson and Tropp, arXiv 0909.4061) from the clients' mean rows and random
+    ones, with U and V of every pass from the small matrix QᵀM. A pass ends it when ‖M V_k − U_kΣ_k‖_F is rounding, and
+    UᵀM = ΣVᵀ always holds. Adapters that four passes do not bring there have singular values too close to each other, and
+    take ``mean_svd``.
+
+    Args:
+        A, B, w, k: as for ``mean_svd``.
+    """
+    N, r, block = A.shape[1], A.shape[2], k + _OVERSAMPLED
+    if N * r < _BLOCKS * block or min(A.shape[3], B.shape[2]) < 2 * block:
+        return mean_svd(A, B, w, k)
+    S_A, S_B, rows = A.flatten(1, 2), B.transpose(1, 2).flatten(2), w.repeat_interleave(r)[:, None]
+    start = torch.randn(N * r, block, generator=generator(0, N * r, block), dtype=A.dtype).to(A.device)
+    shared = min(r, block)
+    start[:, :shared] = rows * torch.eye(r, shared, dtype=A.dtype, device=A.device).repeat(N, 1)
+    V, U, sigma = S_A.mT @ start, B.new_zeros(()), B.new_zeros(())
+    converged = torch.zeros(len(A), dtype=torch.bool, device=A.device)
+    for step in range(_PASSES + 1):
+        MV = S_B @ (rows * (S_A @ V))
+        if not bool(MV.isfinite().all()):
+            return None
+        if step:
+            left = torch.linalg.vector_norm(MV[..., :k] - U[..., :k] * sigma[:, None, :k], dim=(1, 2))
+            converged = left <= _ROUNDING * torch.finfo(A.dtype).eps * sigma[:, 0]
+            if step == _PASSES or bool(converged.all()):
+                break
+        Q = torch.linalg.qr(MV).Q
+        Q_V, T = torch.linalg.qr((((Q.mT @ S_B) * rows.mT) @ S_A).mT)
+        X, sigma, Yt = torch.linalg.svd(T.mT)
+        U, V = Q @ X, Q_V @ Yt.mT
+    U, sigma, Vt = U[..., :k].contiguous(), sigma[:, :k].contiguous(), V.mT[:, :k].contiguous()
+    if len(others := (~converged).nonzero()[:, 0]):
+        found = mean_svd(A[others], B[others], w, k)
+        if found is None:
+            return None
+        U[others], sigma[others], Vt[others] = found.U, found.sigma[:, :k], found.Vt
+    return Svd(U, sigma, Vt)
 
 
 def shared_evenly(svd: Svd, ranks: slice, size: int) -> tuple[Tensor, Tensor]:
