@@ -32,8 +32,9 @@ def aggregate(
     Args:
         updates: for every client a PEFT state dict (as from ``peft.get_peft_model_state_dict`` or with the adapter's name
             in the keys), a PEFT folder, or a pair of a state dict and its LoRA configuration. float16, bfloat16, float32 or
-            float64. All clients must be alike, but for ranks and scalings in the "fedrot" methods, "flexlora", "flora" and
-            "fedex-lora", which then need the clients' configurations.
+            float64. All clients must be alike, but for ranks and scalings in the "fedrot" methods and those that combine all
+            factors ("flexlora", "glora", "flora", "fedex-lora", "fedmomentum", "flora-na"), which then need
+            the clients' configurations.
         weights: a non-negative number per update, such as the client's example count; None for equal weights.
         reference: the global adapter that the clients started from, in either form. None is for clients without a common
             start: "fedrot" then takes their consensus, as "fedrot-consensus" does, and in other methods that rotate the
@@ -41,7 +42,8 @@ def aggregate(
         round: the round's index, from 0, which no call can know by itself. It decides what ``align_on="alternate"`` aligns,
             what RoLoRA trained and what is drawn at random.
         configs: the LoRA configuration of state dicts, a ``peft.LoraConfig`` for all or one each: needed where s of
-            ΔW = s·B·A plays a part (FLoRA, FedEx-LoRA, unequal ranks or scalings), and for experts. Folders have theirs.
+            ΔW = s·B·A plays a part (FLoRA, FedEx-LoRA, FedMomentum, unequal ranks or scalings), and for experts. Folders
+            have theirs.
         **options: fields of ``AggregationOptions``: ``method``, ``strength``, ``align_on`` and others.
 
     Returns:
