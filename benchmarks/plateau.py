@@ -25,11 +25,12 @@ TITLES = {"relative_error": "Relative aggregation error", "norm_B": "‖B̄‖ o
 EXPLANATION = """\
 A run leaves the plateau in the first round in which its smoothed accuracy reaches the threshold. Smoothed is the centred
 median of five evaluations (of fewer at either end). The threshold lies halfway between chance and the best accuracy that any
-run with the same task, dtype and clients reaches in any round. Chance is {chance}. "Back below" counts the evaluations under
-the threshold after that, by seed.
+run of FedIT with the same task, dtype and clients reaches in any round. Chance is {chance}.
+"Back below" counts the evaluations under the threshold after that, by seed.
 
 Brackets are 95 % t intervals over seeds. The difference to FedIT pairs runs of the same seed: below 0 the method leaves
-earlier. A seed that does not leave counts as its last round in a mean that is marked by >, and then there is no interval.
+earlier. "Over thresholds" is the mean of that difference over nine thresholds, 30 to 70 % of the way. A seed that does not
+leave counts as its last round in a mean that is marked by >, and then there is no interval.
 Scores are mean ± standard deviation over seeds, best is each run's best round on the test data. Factors (×) are means of the
 ratio to FedIT's run of the same seed."""
 
@@ -51,9 +52,18 @@ def report(folders: Sequence[Path], output: Path, chance: float | None = None) -
     if not runs:
         raise ValueError("no run is finished")
     summary = summarize(runs, chance)
+    most = summary.groupby(PLACE[:-1])["seeds"].transform("max")
+    lines += [
+        f"{', '.join(str(row[x]) for x in PLACE)}: {row['seeds']} of {row['most']} seeds, left out below"
+        for row in summary.assign(most=most)[summary["seeds"] < most].to_dict("records")
+    ]
+    summary = summary[summary["seeds"] == most]
+    whole = {tuple(row) for row in summary[PLACE].itertuples(index=False)}
+    runs = [run for run in runs if (*run.setting.place, run.setting.method) in whole]
     output.mkdir(parents=True, exist_ok=True)
     summary.to_csv(output / "plateau.csv", index=False)
-    given = "the median accuracy of the first three evaluations of all runs of the task" if chance is None else f"{chance:g}"
+    early = "the median accuracy of the first three evaluations of FedIT's runs of the task"
+    given = early if chance is None else f"{chance:g}"
     tables = {"Leaving the plateau": leaving_table(summary)} | {TITLES[x]: round_table(summary, x) for x in MEASURES}
     texts = ["# Plateau", "\n".join(f"- {line}" for line in lines), EXPLANATION.format(chance=given)]
     texts += [f"## {title}\n\n{as_markdown({'': table}, [])}" for title, table in tables.items()]
@@ -70,6 +80,7 @@ def leaving_table(summary: pd.DataFrame) -> pd.DataFrame:
         "by seed": [row["left_by_seed"] for row in records],
         "back below": [row["back_by_seed"] for row in records],
         "minus FedIT": [_difference(row) for row in records],
+        "the same, over thresholds": [_over(row) for row in records],
         "minus FedIT by seed": [row["minus_fedit_by_seed"] or "–" for row in records],
         "last accuracy": [_spread(row, "last", ".3f") for row in records],
         "best accuracy": [_spread(row, "best", ".3f") for row in records],
@@ -104,6 +115,10 @@ def _difference(row: Mapping[str, Any]) -> str:
     return (
         "not every run leaves; no interval" if math.isnan(row["minus_fedit_mean"]) else _interval(row, "minus_fedit", "+.1f")
     )
+
+
+def _over(row: Mapping[str, Any]) -> str:
+    return "–" if math.isnan(row["minus_fedit_over_mean"]) else _interval(row, "minus_fedit_over", "+.1f")
 
 
 def _interval(row: Mapping[str, Any], name: str, form: str) -> str:

@@ -13,6 +13,7 @@ from .plateau_runs import FinishedRun, Setting
 
 BASELINE = "fedit"
 ROUNDS = (2, 5, 10, 20, 50, 100)
+FRACTIONS = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # of the way from chance to FedIT's best
 MEASURES = ("relative_error", "norm_B")
 
 Seeds = dict[int, FinishedRun]
@@ -64,7 +65,7 @@ def accuracy_by_round(run: FinishedRun) -> pd.Series:
 
 
 def early_accuracy(runs: Sequence[FinishedRun]) -> float:
-    """The median accuracy of the first three evaluations of all runs: chance, if all begin on the plateau."""
+    """The median accuracy of the first three evaluations of the runs: chance, if all begin on the plateau."""
     return float(np.median(np.concatenate([accuracy_by_round(run).iloc[:3] for run in runs])))
 
 
@@ -85,12 +86,17 @@ def baseline_of(setting: Setting, groups: Mapping[Setting, Seeds]) -> Seeds:
     return {}
 
 
+def baseline_runs(runs: Sequence[FinishedRun]) -> Sequence[FinishedRun]:
+    """FedIT's among the runs, or all if there are none: what thresholds rest on must not change with every run that ends."""
+    return [run for run in runs if run.method == BASELINE] or runs
+
+
 def summarize(runs: Sequence[FinishedRun], chance: float | None = None) -> pd.DataFrame:
     """Measure every setting.
 
     Args:
         runs: finished runs.
-        chance: the accuracy on the plateau; if None, ``early_accuracy`` of each task.
+        chance: the accuracy on the plateau; if None, ``early_accuracy`` of FedIT on each task.
 
     Returns:
         A row per setting. "left" is the round in which the plateau is left. Its mean and interval are NaN where a seed did
@@ -99,8 +105,9 @@ def summarize(runs: Sequence[FinishedRun], chance: float | None = None) -> pd.Da
     groups = by_setting(runs)
     rows = []
     for setting, seeds in groups.items():
-        alike = [run for run in runs if run.setting.place == setting.place]
-        on_plateau = early_accuracy([run for run in runs if run.setting.task == setting.task]) if chance is None else chance
+        alike = baseline_runs([run for run in runs if run.setting.place == setting.place])
+        of_task = baseline_runs([run for run in runs if run.setting.task == setting.task])
+        on_plateau = early_accuracy(of_task) if chance is None else chance
         best = max(accuracy_by_round(run).max() for run in alike)
         threshold = (on_plateau + best) / 2
         total = next(iter(seeds.values())).config.rounds
@@ -109,10 +116,11 @@ def summarize(runs: Sequence[FinishedRun], chance: float | None = None) -> pd.Da
         others_left = {seed: leaving_round(accuracy_by_round(run), threshold) for seed, run in others.items()}
         row: dict[str, Any] = {"task": setting.task, "dtype": setting.dtype, "clients": setting.clients}
         row |= {"method": setting.method, "seeds": len(seeds), "rounds": total}
-        row |= {"chance": on_plateau, "best_of_all": best, "threshold": threshold}
+        row |= {"chance": on_plateau, "best_of_fedit": best, "threshold": threshold}
         back = [evaluations_back(accuracy_by_round(run), threshold) for run in seeds.values()]
         row |= {"back_by_seed": ", ".join(map(str, back))}
-        row |= _leaving(left, total) | _differences(left, others_left, total) | _scores(seeds)
+        row |= _leaving(left, total) | _differences(left, others_left, total)
+        row |= _over_thresholds(seeds, others, on_plateau, best) | _scores(seeds)
         for measure in MEASURES:
             row |= _by_round(measure, seeds, others, total)
         rows.append(row)
@@ -148,6 +156,22 @@ def _differences(left: Mapping[int, int | None], others: Mapping[int, int | None
     pairs = len(left.keys() & others.keys())
     row = _columns("minus_fedit", t_interval(exact if len(exact) == pairs else []))
     return row | {"minus_fedit_by_seed": ", ".join(shown) if pairs else ""}
+
+
+def _over_thresholds(seeds: Seeds, others: Seeds, on_plateau: float, best: float) -> dict[str, Any]:
+    """Subtract FedIT's round from the setting's by seed, as a mean over thresholds.
+
+    Where accuracy climbs slowly, a little more or less of a threshold is many rounds. There is no interval if a run does not
+    reach one of the thresholds.
+    """
+    means = []
+    for seed in seeds.keys() & others.keys():
+        own, other = (accuracy_by_round(some[seed]) for some in (seeds, others))
+        rounds = [
+            [leaving_round(x, on_plateau + f * (best - on_plateau)) or math.nan for x in (own, other)] for f in FRACTIONS
+        ]
+        means.append(float(np.mean([a - b for a, b in rounds])))
+    return _columns("minus_fedit_over", t_interval([] if any(map(math.isnan, means)) else means))
 
 
 def _scores(seeds: Seeds) -> dict[str, float]:
