@@ -33,7 +33,8 @@ sanitize: .venv/test
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		OMP_NUM_THREADS=1 FEDROT_NATIVE=$(abspath $(SANITIZED)) $(BIN)/pytest -q tests/kernels/test_native.py \
 		tests/kernels/test_native_consensus.py tests/kernels/test_whole_model.py tests/kernels/test_errors.py \
-		tests/kernels/test_native_least_error.py tests/kernels/test_stream_library.py tests/kernels/test_streams.py
+		tests/kernels/test_native_least_error.py tests/kernels/test_stream_library.py tests/kernels/test_streams.py \
+		tests/kernels/test_distances.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -16,16 +16,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .checks import common_kinds, count_clients, firsts
+from .dispatch import use_native
 from .grouping import group_indices
 from .precision import full_precision
-from .types import Clients, Factors
+from .types import Backend, Clients, Factors
 
 _ENTRIES, _ENTRIES_ON_GPU = 1 << 18, 1 << 25  # in float64 that are stacked at a time: on a CPU they stay in its cache
 _ROUNDING = 64 * torch.finfo(torch.float64).eps  # of the products whose difference a squared distance is
 
 
 @full_precision
-def squared_distances(A: Factors, B: Factors, scales: Sequence[Sequence[float]] | None = None) -> Tensor:
+def squared_distances(
+    A: Factors, B: Factors, scales: Sequence[Sequence[float]] | None = None, *, backend: Backend = "auto"
+) -> Tensor:
     """Compute ‖sᵢBᵢAᵢ − sⱼBⱼAⱼ‖² of L adapters and all pairs of N clients. No synchronisation with a GPU.
 
     An invertible G that turns a client's factors into BG and G⁻¹A leaves the distances as they are, to rounding.
@@ -34,12 +38,17 @@ def squared_distances(A: Factors, B: Factors, scales: Sequence[Sequence[float]] 
         A: per adapter (N, r, d_in), or a sequence of N tensors (r, d_in), whose ranks may differ. Any floating-point dtype.
         B: per adapter (N, d_out, r), or a sequence of N tensors (d_out, r).
         scales: per adapter the N clients' sᵢ; None for 1.
+        backend: as in ``align_average``. The compiled library takes clients of one rank per adapter, without scales.
 
     Returns:
         (L, N, N) float64 on the factors' device, symmetric, zero on the diagonal, not negative. With
         uᵢ = ‖Bᵢ‖‖Aᵢ − A_c‖ + ‖Bᵢ − B_c‖‖A_c‖, an entry is off by at most a few eps · (uᵢ² + uⱼ²), eps being that of float64;
         entries below 64 eps · (uᵢ² + uⱼ²) count as zero. Factors with NaN, or whose products overflow, give NaN or Inf.
     """
+    if scales is None and _is_compiled(A, B, backend):
+        from .native_backend.distances import measure_products  # not at the top: it imports the torch backend
+
+        return between_updates(*measure_products(A, B))
     n, device = len(A[0]), A[0][0].device
     found = torch.empty(len(A), n, n, dtype=torch.float64, device=device)
     ranks = [max(x.shape[0] for x in clients) for clients in A]
@@ -84,7 +93,15 @@ def squared_distances_plain(tensors: Sequence[Clients]) -> Tensor:
             S = torch.stack([x[part] for x in flat]).double()
             S = S - S.index_select(0, centre[(n - 1) // 2 :][:1])
             K += S @ S.mT
-    return _between(found, found.diagonal(dim1=1, dim2=2))
+    return between_updates(found, found.diagonal(dim1=1, dim2=2))
+
+
+def _is_compiled(A: Factors, B: Factors, backend: Backend) -> bool:
+    """Whether the compiled library takes all factors: on a CPU, in one of its dtypes, of one rank per adapter."""
+    samples = firsts(A)
+    if not use_native(backend, samples, max(a.shape[0] for a in samples)):
+        return False
+    return None not in (common_kinds(A, count_clients(A)), common_kinds(B, count_clients(B)))
 
 
 def _with_rank(F: Tensor, r: int, axis: int) -> Tensor:
@@ -127,7 +144,7 @@ def _square_distances(rows: Tensor, columns: Tensor, n: int) -> Tensor:
     # uᵢ, from the traces of the Gram matrices
     a, b = (K.diagonal(dim1=1, dim2=3).diagonal(dim1=1, dim2=2).sum(2).sqrt() for K in (K_A, K_B))
     C_a, C_b = (x[adapters, centre][:, None] for x in (a, b))
-    return _between(products, (((C_b + b) * a + b * C_a) * moved).square())
+    return between_updates(products, (((C_b + b) * a + b * C_a) * moved).square())
 
 
 def _usual_ratio(norm_A: Tensor, norm_B: Tensor) -> Tensor:
@@ -154,7 +171,7 @@ def _gram(S: Tensor) -> Tensor:
     return K
 
 
-def _between(products: Tensor, sizes: Tensor) -> Tensor:
+def between_updates(products: Tensor, sizes: Tensor) -> Tensor:
     """Squared distances (K, N, N) from products ⟨Eᵢ, Eⱼ⟩; zero where rounding of sizes uᵢ² (K, N) is all that is left."""
     own = products.diagonal(dim1=1, dim2=2)
     squares = own[:, :, None] + own[:, None] - (products + products.mT)

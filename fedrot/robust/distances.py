@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedrot_kernels import squared_distances, squared_distances_plain
+from fedrot_kernels import Backend, squared_distances, squared_distances_plain
 
 from ..adapters.checks import own_scalings
 from ..adapters.columns import client_factors, matrices
@@ -38,7 +38,7 @@ class Distances:
         return all(bool(x.isfinite().all()) for x in known)
 
 
-def measure_distances(prepared: PreparedRound, *, changes: bool) -> Distances:
+def measure_distances(prepared: PreparedRound, *, changes: bool, backend: Backend = "auto") -> Distances:
     """Measure the distances of a round's clients. One synchronisation with a device.
 
     Tensors that are no LoRA factor enter as they are, unless their usual distance (the median of clients' medians) is larger
@@ -48,13 +48,14 @@ def measure_distances(prepared: PreparedRound, *, changes: bool) -> Distances:
         prepared: the round.
         changes: whether to measure what each client changed: its distance to the reference or, without one, to a zero
             update, in which other tensors have no part.
+        backend: "torch" keeps the compiled library off.
 
     Raises:
         UpdateError: changes of a tensor that the reference lacks.
     """
     layout, clients, n = prepared.layout, prepared.clients, len(prepared.clients)
     start = prepared.reference if changes else None
-    lora = adapter_squares(prepared, changes=changes).sum(0)
+    lora = adapter_squares(prepared, changes=changes, backend=backend).sum(0)
     with_start = [*clients, start] if start is not None else clients
     if start is not None:
         _check_start(start, layout)
@@ -78,12 +79,13 @@ def _check_start(start: Update, layout: Layout) -> None:
             )
 
 
-def adapter_squares(prepared: PreparedRound, *, changes: bool) -> Tensor:
+def adapter_squares(prepared: PreparedRound, *, changes: bool, backend: Backend = "auto") -> Tensor:
     """Squared distances of the updates s·B·A, (L, N, N), on the clients' device; with changes, those to the start come last.
 
     Args:
         prepared: the round.
         changes: whether what clients started from stands at the end as one more client.
+        backend: as in ``measure_distances``.
     """
     layout, s = prepared.layout, prepared.scalings
     common = _common_scalings(prepared)
@@ -99,7 +101,7 @@ def adapter_squares(prepared: PreparedRound, *, changes: bool) -> Tensor:
             known = prepared.reference is not None and prepared.reference.config is not None
             own = own_scalings(prepared.reference, layout) if known and prepared.reference is not None else common
             scales = [[*row, own[a.module] / common[a.module]] for row, a in zip(scales, layout.adapters, strict=True)]
-    squares = squared_distances(A, B, scales)
+    squares = squared_distances(A, B, scales, backend="torch" if backend == "torch" else "auto")
     factor = torch.tensor([common[a.module] ** 2 for a in layout.adapters], dtype=torch.float64, device="cpu")
     return squares * factor.to(squares.device)[:, None, None]
 

@@ -38,14 +38,14 @@ def select_clients(prepared: PreparedRound, options: AggregationOptions) -> tupl
         return prepared, None
     counting = _keep(prepared, [i for i, w in enumerate(prepared.weights) if w > 0])
     check_clients(options, len(counting.clients))
-    distances = measure_distances(counting, changes=options.clip is not None)
+    distances = measure_distances(counting, changes=options.clip is not None, backend=options.backend)
     if not distances.finite:
         valid = drop_invalid(counting, options.on_invalid)
         if valid is counting:
             _refuse_overflow(counting)
         prepared, counting = drop_invalid(prepared, options.on_invalid), valid
         check_clients(options, len(counting.clients))
-        distances = measure_distances(counting, changes=options.clip is not None)
+        distances = measure_distances(counting, changes=options.clip is not None, backend=options.backend)
         if not distances.finite:
             _refuse_overflow(counting)
     return _choose(counting, distances, options)

@@ -21,7 +21,7 @@ from .tensors import TensorTable, read_tensors
 
 # The fields that are not float32, or in the factors' dtype.
 _OF_DTYPE = {"undetermined": torch.int64}
-_OF_DTYPE |= dict.fromkeys(("estimates", "squares", "errors", "angles"), torch.float64)
+_OF_DTYPE |= dict.fromkeys(("estimates", "squares", "errors", "angles", "products", "sizes"), torch.float64)
 _OF_DTYPE |= dict.fromkeys(("doubtful", "finite", "shifts", "unsure"), torch.uint8)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

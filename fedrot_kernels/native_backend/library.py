@@ -64,6 +64,8 @@ class Problem(ctypes.Structure):
         ("unsure", ctypes.c_void_p),
         ("descent", ctypes.c_void_p),
         ("angles", ctypes.c_void_p),
+        ("products", ctypes.c_void_p),
+        ("sizes", ctypes.c_void_p),
     )
 
 

@@ -137,6 +137,8 @@ struct Problem {
   uint8_t* unsure;              // per adapter: its errors were not measured
   const Descent* descent;       // to the least error of clients that are averaged, which is measured; or null
   double* angles;               // (L, N), of the rotations that are found or added, in degrees; or null
+  double* products;             // (L, N, N), of clients' updates with each other, which are measured; or null
+  double* sizes;                // (L, N), of what those products are sums of
 
   bool is_aligned() const { return R != nullptr; }
   bool finds_rotations() const { return A_ref || B_ref; }

@@ -4,6 +4,12 @@ import pytest
 import torch
 
 from fedrot_kernels import squared_distances, squared_distances_plain
+from fedrot_kernels.distances import between_updates
+from fedrot_kernels.native_backend.distances import measure_products
+
+from .test_native import HERE, SETS
+
+needs_library = pytest.mark.skipif(HERE is None, reason="the compiled library is not built, or switched off")
 
 SHAPES = [(4, 30, 33), (8, 5, 7), (1, 16, 3)]  # r, d_in, d_out; one with r larger than either
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -97,6 +103,34 @@ def test_scales_and_unequal_ranks():
     A[1], B[1] = A[1][:2], B[1][:, :2]
     scales = [2.0, 0.5, 1.0]
     torch.testing.assert_close(squared_distances([A], [B], [scales])[0], dense(A, B, scales), rtol=1e-12, atol=0)
+
+
+@needs_library
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 530, 261), (16, 64, 100), (32, 9, 40)], ids=str)
+def test_the_compiled_library_finds_the_same_in_float64(shape, dtype, instructions):
+    for n, spread in ((1, 1.0), (2, 1.0), (5, 1e-2), (11, 1.0)):
+        A, B = draw(n, shape, spread, dtype=dtype)
+        expected = squared_distances([A, A], [B, B], backend="torch")
+        found = between_updates(*measure_products([A, A], [B, B], instructions))
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
+        A[-1], B[-1] = A[-1] * 2.0**10, B[-1] * 2.0**-10
+        torch.testing.assert_close(
+            between_updates(*measure_products([A], [B], instructions))[0], dense(A, B), rtol=1e-7, atol=0
+        )
+
+
+@needs_library
+def test_what_holds_nan_or_is_zero_in_the_compiled_library():
+    A, B = draw(5, SHAPES[0], dtype=torch.float32)
+    for i in (0, 3):
+        zero = [x if j != i else torch.zeros_like(x) for j, x in enumerate(B)]
+        torch.testing.assert_close(squared_distances([A], [zero])[0], dense(A, zero), rtol=1e-12, atol=0)
+        broken = [x if j != i else torch.full_like(x, torch.nan) for j, x in enumerate(B)]
+        found = squared_distances([A], [broken])[0]
+        assert not found[i].isfinite().all()
+    assert not squared_distances([A], [[torch.zeros_like(x) for x in B]]).any()
 
 
 def test_what_overflows_is_not_finite_and_nothing_else_is():
