@@ -69,8 +69,8 @@ def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
         call = partial(fk.align_together, A, B, weights, A_ref=A_ref, B_ref=B_ref, **options)
         return Candidate(call, together, aligns=True)
 
-    def aggregate(method: str, moved: int, report_error: object = False) -> Candidate:
-        options = {"method": method, "align_on": "A", "strength": strength, "report_error": report_error}
+    def aggregate(method: str, moved: int, report_error: object = False, **robust: object) -> Candidate:
+        options = {"method": method, "align_on": "A", "strength": strength, "report_error": report_error} | robust
         call = partial(fedrot.aggregate, inputs.separate, weights, reference, **options)
         return Candidate(call, moved, method != "fedit")
 
@@ -90,6 +90,7 @@ def candidates(inputs: Inputs, strength: float) -> dict[str, Candidate]:
         rows["fedrot, state dicts"] = aggregate("fedrot", aligned)
         rows["fedrot, default report"] = aggregate("fedrot", aligned, "estimate")
         rows["fedrot, exact report"] = aggregate("fedrot", aligned, True)
+        rows["fedrot, geometric median"] = aggregate("fedrot", aligned, robust="geometric-median")
         rows["fedrot, one by one"] = Candidate(partial(stream, report_error=False), aligned, aligns=True)
         rows["fedrot, one by one, default report"] = Candidate(stream, aligned, aligns=True)
         rows["fedrot-consensus, state dicts"] = aggregate("fedrot-consensus", together)
