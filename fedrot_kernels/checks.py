@@ -121,7 +121,7 @@ def check_adapters(A: Factors, B: Factors, A_ref: Sequence[Tensor] | None, B_ref
                 raise ValueError(f"adapter {i}: {name} is {tuple(refs[i].shape)}, but the clients have {tuple(x.shape)}")
     if None not in kinds:
         while len(_fitting) >= _MOST_FITTING:
-            _fitting.pop(next(iter(_fitting)))
+            _fitting.pop(next(iter([*_fitting]), ()), None)  # which another thread may have done
         _fitting[kinds] = None
     return n
 

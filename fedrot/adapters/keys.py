@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import UpdateError
 from .foreign import explain_keys
@@ -102,6 +103,10 @@ def describe(state_dict: Mapping[str, Tensor], client: str) -> tuple[dict[str, T
             raise UpdateError(f"{client}, {key}: not a dense tensor with data, shape {tuple(x.shape)}; send its values")
         if hasattr(x, "full_tensor"):  # a DTensor, of which this process has a part
             raise UpdateError(f"{client}, {key} {tuple(x.shape)}: a part of a sharded tensor; send its full_tensor()")
+        if type(x) in (Tensor, Parameter) and x.numel() and not x.data_ptr():  # of subclasses it is no sign
+            raise UpdateError(
+                f"{client}, {key} {tuple(x.shape)}: its memory was freed, as FSDP does; gather its values first"
+            )
         saved, adapter = parse_key(key)
         check_tensor(saved, TensorSpec(tuple(x.shape), x.dtype), client, f"{x.dtype}", state_dict)
         if adapter is not None:

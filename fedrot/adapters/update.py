@@ -183,10 +183,18 @@ def _read(tensors: StateDict) -> tuple[Signature, TensorTable | None]:
     values = list(tensors.values())
     if (table := read_tensors(values)) is not None:
         return (tuple(tensors), table.kinds), table
-    if not {*map(type, values)} <= {Tensor, Parameter}:
+    if not {*map(type, values)} <= {Tensor, Parameter} or not _have_memory(values):
         return (), None
     kinds = map(attrgetter, ("shape", "dtype", "device", "layout"))
     return (tuple(tensors), *(tuple(get(x) for x in values) for get in kinds)), None
+
+
+def _have_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors, which have entries, lie somewhere: those of sparse layouts and freed ones do not."""
+    try:
+        return all(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return False
 
 
 def is_name(x: object) -> bool:

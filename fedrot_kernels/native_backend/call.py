@@ -98,7 +98,15 @@ def readable_references(A: Sequence[Tensor] | None, B: Sequence[Tensor] | None) 
     kept: list[Sequence[Tensor]] = [
         [x.detach().resolve_neg().to("cpu", torch.float32).contiguous() for x in refs] for refs in given.values()
     ]
-    return References(kept, {n: array("Q", [x.data_ptr() for x in refs]) for n, refs in zip(given, kept, strict=True)}, None)
+    return References(kept, {name: _addresses(refs) for name, refs in zip(given, kept, strict=True)}, None)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
+    """Where tensors with entries lie; ValueError if one lies nowhere."""
+    found = array("Q", [x.data_ptr() for x in tensors])
+    if 0 in found:
+        raise ValueError(f"a factor {tuple(tensors[found.index(0)].shape)} has no memory: it was freed, as FSDP does")
+    return found
 
 
 class Call:
@@ -173,7 +181,9 @@ class Call:
             careful: finds the rotations of an adapter that the library is not sure of.
         """
         failures: list[BaseException] = []
+        inference = torch.is_inference_mode_enabled()  # of this thread; others that call back must be in the same mode
 
+        @torch.inference_mode(inference)
         @torch.no_grad()
         def guarded(adapter: int) -> int:
             try:
@@ -209,7 +219,7 @@ class Call:
             return self._keep(table.addresses)
         contiguous = [x.resolve_neg().contiguous() for x in tensors]
         self._kept.append(contiguous)
-        return self._table("Q", [x.data_ptr() for x in contiguous])
+        return self._keep(_addresses(contiguous))
 
     def _written(self, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> int:
         """The address of a table of the addresses of tensors that the library writes to, and not to copies."""

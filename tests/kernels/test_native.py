@@ -120,6 +120,44 @@ def test_many_clients():
         assert (x - y).abs().max() <= 3e-6
 
 
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("r", [4, 5, 8, 16, 24])
+def test_every_client_rounds_the_sum_once(r, instructions):
+    """400 clients lose what one rounding each of a growing sum does; r roundings each lose about √r times as much."""
+    n = 400
+    A, B, A_ref, _ = model([(r, 53, 31)], n, seed=r)
+    found = native(A, B, [1.0] * n, A_ref=A_ref, instructions=instructions)
+    R = list(found.R[0].double())
+    exact_A = reference.rotate_average(list(A[0].double()), R, [1.0] * n)
+    exact_B = reference.rotate_average(list(B[0].double().mT), R, [1.0] * n).mT
+    for mean, exact in ((found.A[0], exact_A), (found.B[0], exact_B)):
+        # A rounding's deviation is 0.2 eps of the sum, over a binade; of a sum that grows evenly √(N/3) of them add up.
+        assert (mean - exact).norm() <= 1.4 * 0.2 * EPS * (n / 3) ** 0.5 * exact.norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_careful_rotations_in_inference_mode(threads, monkeypatch):
+    """PyTorch has the mode per thread, and the library calls back from threads of its own."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    A, B, A_ref, _ = model([(4, 33, 20)] * 8, 2)
+    for of_adapter in A:
+        of_adapter[0, 3] = 1e-4 * of_adapter[0, 2]
+    expected = native(A, B, [1, 1], A_ref=A_ref)
+    with torch.inference_mode():
+        found = native(A, B, [1, 1], A_ref=A_ref)
+    assert all(torch.equal(x, y) for x, y in zip(found.A + found.R, expected.A + expected.R, strict=True))
+
+
+def test_factors_whose_memory_was_freed_are_refused():
+    A, B, A_ref, _ = model([(4, 33, 20)], 2)
+    freed = torch.zeros(4, 33)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"a factor \(4, 33\) has no memory: it was freed, as FSDP does"):
+        fk.align_average([[A[0][0], freed]], B, [1, 1], A_ref=A_ref)
+    with pytest.raises(ValueError, match=r"a factor \(4, 33\) has no memory: it was freed, as FSDP does"):
+        fk.align_average(A, B, [1, 1], A_ref=[freed])
+
+
 def test_clients_that_share_memory_or_want_gradients():
     A, B, A_ref, B_ref = model([(4, 33, 20)], 3)
     expected = native(A, B, [1, 1, 1], B_ref=B_ref)

@@ -17,6 +17,12 @@ SETS = () if HERE is None else library.INSTRUCTION_SETS[: library.INSTRUCTION_SE
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+def freed(x):
+    """Free the memory of a tensor, as FSDP does between layers."""
+    x.untyped_storage().resize_(0)
+    return x
+
+
 def test_tensors_lie_where_pytorch_says():
     memory = torch.randn(100)
     tensors = [memory, memory[3:7], Parameter(torch.ones(2, 3)), torch.zeros(4, requires_grad=True), torch.tensor(1.5)]
@@ -52,8 +58,9 @@ def test_tensors_are_alike_in_shape_dtype_and_layout(other, alike):
         lambda: torch.zeros(3).to_sparse(),
         lambda: torch.empty(3, device="meta"),
         lambda: torch.zeros(3).as_subclass(type("Own", (torch.Tensor,), {})),
+        lambda: freed(torch.zeros(3)),
     ],
-    ids=["sparse", "meta", "subclass"],
+    ids=["sparse", "meta", "subclass", "freed"],
 )
 def test_what_has_no_memory_of_its_own_is_not_read(make):
     assert read_tensors([torch.zeros(3), make()]) is None

@@ -17,6 +17,12 @@ def with_value(x, value):
     return x
 
 
+def freed(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
 # What is done to an update, and what the error must name besides the client.
 UNLIKE_THE_FIRST = {
     "key missing": (lambda u: u.pop(HEAD), [HEAD, "client 0"]),
@@ -43,6 +49,7 @@ NOT_NUMBERS = {
     "complex numbers": (lambda u: u.update({A: u[A].to(torch.complex64)}), [A, "complex64", "(4, 16)"]),
     "8 bits": (lambda u: u.update({B: u[B].to(torch.float8_e4m3fn)}), [B, "float8_e4m3fn", "(16, 4)"]),
     "an array": (lambda u: u.update({A: u[A].numpy()}), [A, "ndarray"]),
+    "freed": (lambda u: u.update({B: freed(u[B])}), [B, "(16, 4)", "its memory was freed"]),
     "None": (lambda u: u.update({HEAD: None}), [HEAD, "NoneType"]),
 }
 NOT_FINITE = {
