@@ -57,7 +57,7 @@ def find_rotations(
         frames.append((torch.stack([*B]).mT, torch.stack([*B_ref]).mT))
     counted = [x for x in ((A, A_ref), (B, B_ref)) if x[1] is not None]
     floors = [max(FACTOR_FLOOR[x[g].dtype] for pair in counted for x in pair if x is not None) for g in range(len(A))]
-    floor = torch.tensor(floors, dtype=torch.float64)
+    floor = torch.tensor(floors, dtype=torch.float64, device="cpu")
     return frame_rotations(frames, strength=strength, reflections=reflections, rank_mask=rank_mask, floor=floor)
 
 

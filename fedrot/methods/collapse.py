@@ -53,7 +53,7 @@ def inverse_share(has: Tensor, shares: Sequence[float]) -> Tensor:
     Returns:
         S⁻¹ (r, r), the identity where no client has a direction.
     """
-    w = torch.tensor(shares, dtype=torch.float64)
+    w = torch.tensor(shares, dtype=torch.float64, device="cpu")
     share, V = torch.linalg.eigh(torch.einsum("n,nij,nik->jk", w, has, has))
     least = float(w[w > 0].min())
     scale = torch.where(share > 1e-6 * least, 1 / share.clamp(min=least), 1)

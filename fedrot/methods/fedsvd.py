@@ -33,7 +33,7 @@ class FedSVD(FFALoRA):
             A, B = widen(group.A(mean)), widen(group.B(mean))
             # PEFT begins an embedding with A = 0, which has no row space. B·A is zero in any other one, too.
             empty = (A == 0).flatten(1).all(1)[:, None, None]
-            drawn = torch.randn(A.shape, generator=numbers, dtype=A.dtype).to(A.device)
+            drawn = torch.randn(A.shape, generator=numbers, dtype=A.dtype, device="cpu").to(A.device)
             A_new, B_new = to_orthonormal_rows(torch.where(empty, drawn, A), torch.where(empty, 0, B))
             for i, a in enumerate(group.adapters):
                 for key, x in ((a.key_A, A_new[i]), (a.key_B, B_new[i])):

@@ -34,8 +34,8 @@ class FLoRA(LowRankMethod):
         for a in round.layout.adapters:
             A, B = averages.mean[a.key_A], averages.mean[a.key_B]
             if "lora_embedding_" in a.key_A:  # PEFT draws B of embeddings
-                B.copy_(torch.randn(B.shape, generator=numbers))
+                B.copy_(torch.randn(B.shape, generator=numbers, device="cpu"))
             else:  # torch's initialisation of a linear layer
                 bound = a.d_in**-0.5
-                A.copy_((2 * torch.rand(A.shape, generator=numbers) - 1) * bound)
+                A.copy_((2 * torch.rand(A.shape, generator=numbers, device="cpu") - 1) * bound)
         return averages

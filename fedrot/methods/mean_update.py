@@ -56,7 +56,7 @@ def leading_svd(A: Tensor, B: Tensor, w: Tensor, k: int) -> Svd | None:
     if N * r < _BLOCKS * block or min(A.shape[3], B.shape[2]) < 2 * block:
         return mean_svd(A, B, w, k)
     S_A, S_B, rows = A.flatten(1, 2), B.transpose(1, 2).flatten(2), w.repeat_interleave(r)[:, None]
-    start = torch.randn(N * r, block, generator=generator(0, N * r, block), dtype=A.dtype).to(A.device)
+    start = torch.randn(N * r, block, generator=generator(0, N * r, block), dtype=A.dtype, device="cpu").to(A.device)
     shared = min(r, block)
     start[:, :shared] = rows * torch.eye(r, shared, dtype=A.dtype, device=A.device).repeat(N, 1)
     V, U, sigma = S_A.mT @ start, B.new_zeros(()), B.new_zeros(())

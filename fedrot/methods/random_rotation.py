@@ -40,7 +40,8 @@ class RandomRotation(Method):
         rotations = []
         for group in layout.groups:
             a = group.adapters[0]
-            M = torch.randn(len(group.adapters), a.rank, a.rank, generator=numbers, dtype=torch.float64)
+            shape = len(group.adapters), a.rank, a.rank
+            M = torch.randn(shape, generator=numbers, dtype=torch.float64, device="cpu")
             drawn = procrustes(M, strength=self.strength, reflections=self.options.reflections)
             rotations.append(drawn._replace(R=drawn.R.to(client.device, working_dtype(a.dtype))))
         return client, rotations

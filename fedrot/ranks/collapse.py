@@ -36,7 +36,7 @@ def inverse_shares(adapter: Adapter, clients: Sequence[Update], shares: Sequence
     Returns:
         (r,), float64, on the CPU.
     """
-    own = torch.tensor([client.specs[adapter.key_A].shape[0] for client in clients])
-    has = (torch.arange(adapter.rank)[:, None] < own).double()
-    total = has @ torch.tensor(shares, dtype=torch.float64)
+    own = torch.tensor([client.specs[adapter.key_A].shape[0] for client in clients], device="cpu")
+    has = (torch.arange(adapter.rank, device="cpu")[:, None] < own).double()
+    total = has @ torch.tensor(shares, dtype=torch.float64, device="cpu")
     return torch.where(total > 0, 1 / total.clamp(min=torch.finfo(torch.float64).tiny), 0)

@@ -79,7 +79,7 @@ def widest_client(clients: Sequence[Update], weights: Sequence[float], layout: L
 def rank_mask(adapter: Adapter, clients: Sequence[Update]) -> Tensor:
     """Which rows of an adapter are the clients' own and not padding, (N, r, 1), bool."""
     own = [adapter.rank if client.ranks is None else client.ranks[adapter.key_A] for client in clients]
-    return torch.arange(adapter.rank)[None, :, None] < torch.tensor(own)[:, None, None]
+    return torch.arange(adapter.rank, device="cpu")[None, :, None] < torch.tensor(own, device="cpu")[:, None, None]
 
 
 def _with_zeros(x: Tensor, axis: int, rank: int) -> Tensor:

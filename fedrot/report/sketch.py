@@ -91,7 +91,7 @@ class Sketch:
         lost, plain = (torch.stack([parts[key][side + "lost"] for key in keys]) for side in _SIDES)
         product = torch.stack([parts[key]["left"] @ parts[key]["right"] for key in keys])
         columns = [x for of in (lost.square(), plain.square(), lost * (lost + 2 * product)) for x in sum_and_deviation(of)]
-        norms = torch.tensor([mean_norms[key] for key in keys], dtype=torch.float64).square()
+        norms = torch.tensor([mean_norms[key] for key in keys], dtype=torch.float64, device="cpu").square()
         return Estimates(torch.stack([*(x.cpu() for x in columns), norms], dim=1), lost.square().sum(0).cpu())
 
 

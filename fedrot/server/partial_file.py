@@ -59,12 +59,12 @@ def write_stream(path: str | os.PathLike[str], stream: StreamedRound, options: M
     }
     # Copies: the format refuses tensors that share memory.
     tensors = {name: x.detach().cpu().clone().contiguous() for name, x in _tensors(stream).items()}
-    tensors["weights"] = torch.tensor([*stream.weights.values()], dtype=torch.float64)
+    tensors["weights"] = torch.tensor([*stream.weights.values()], dtype=torch.float64, device="cpu")
     keys = [key_A for key_A, _ in stream.layout.factor_keys]
     tensors["angles"] = stream.angle_table(keys).contiguous()
     rotated = stream.counts()
     counts = [rotated.get(key, (0, 0)) for key in keys]
-    tensors["undetermined"] = torch.tensor(counts, dtype=torch.float64)
+    tensors["undetermined"] = torch.tensor(counts, dtype=torch.float64, device="cpu")
     with replace_file(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
@@ -100,10 +100,10 @@ def read_stream(path: str | os.PathLike[str]) -> tuple[StreamedRound, dict[str, 
 
 def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound) -> StreamedRound:
     layout = stream.layout
-    stream.frozen = {key: torch.empty(layout.specs[key].shape, dtype=layout.specs[key].dtype) for key in header["frozen"]}
-    stream.counters = {
-        key: torch.empty(layout.specs[key].shape, dtype=layout.specs[key].dtype) for key in header["counters"]
-    }
+    stream.frozen, stream.counters = (
+        {key: torch.empty(layout.specs[key].shape, dtype=layout.specs[key].dtype, device="cpu") for key in header[of]}
+        for of in ("frozen", "counters")
+    )
     stream.dropped = header["dropped"]
     stream.mean.unit, stream.mean.total_weight = header["unit"], header["total_weight"]
     tables = {key: file.get_tensor(key) for key in ("weights", "angles", "undetermined")}
@@ -121,7 +121,7 @@ def _read(name: str, file: Any, header: Mapping[str, Any], stream: StreamedRound
     in_groups = tables["angles"][:, [columns[a.key_A] for group in layout.groups for a in group.adapters]]
     stream.angles = array("d", in_groups.contiguous().numpy().tobytes())
     left, every = tables["undetermined"].T
-    ranks = torch.tensor([a.rank for a in layout.adapters]) * len(weights)
+    ranks = torch.tensor([a.rank for a in layout.adapters], device="cpu") * len(weights)
     if bool((left < 0).any() or (left > every).any() or (every > ranks).any() or (tables["undetermined"] % 1).any()):
         raise UpdateError(f"{name}: its numbers of directions are not ones of {len(weights)} clients; send it again")
     for i, a in enumerate(stream.adapters):

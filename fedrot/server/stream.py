@@ -153,7 +153,7 @@ class StreamedRound:
     def angle_table(self, keys: list[str]) -> Tensor:
         """The rotation angles (N, L) in float64: a row per client, a column per adapter in the order of these keys of A."""
         if not self.angles:
-            return torch.empty(len(self.weights), len(keys), dtype=torch.float64)
+            return torch.empty(len(self.weights), len(keys), dtype=torch.float64, device="cpu")
         columns = {a.key_A: i for i, a in enumerate(self.adapters)}
         table = torch.frombuffer(self.angles, dtype=torch.float64).view(len(self.weights), -1)
         return table[:, [columns[key] for key in keys]]

@@ -118,9 +118,8 @@ def _in_gram_space(
     for part in _parts(A, B, n + 1):
         frames = [[*A[i], A_ref[i].to(A[i][0].device)] for i in part], [[*B[i], B_ref[i].to(B[i][0].device)] for i in part]
         dtype = working_dtype(A[part[0]][0])
-        floors = torch.tensor(
-            [max(FACTOR_FLOOR[x.dtype] for x in (A[i][0], A_ref[i], B_ref[i])) for i in part], dtype=torch.float64
-        )
+        sizes = [max(FACTOR_FLOOR[x.dtype] for x in (A[i][0], A_ref[i], B_ref[i])) for i in part]
+        floors = torch.tensor(sizes, dtype=torch.float64, device="cpu")
         centred: tuple[Centred, Centred] | tuple[None, None] = (None, None)
         if near is not None and dtype == torch.float32:
             centred, floors = _centred(near, part), floors.clamp_min(PRODUCT_FLOOR[dtype])

@@ -29,9 +29,9 @@ def exact_polar(X: Tensor, floor: float | Tensor, *, reflections: bool) -> tuple
     """
     r = X.shape[-1]
     U, S, Vh = torch.linalg.svd(X)
-    least = torch.as_tensor(floor, dtype=X.dtype).clamp_min(r * torch.finfo(X.dtype).eps)
+    least = torch.as_tensor(floor, dtype=X.dtype, device=X.device).clamp_min(r * torch.finfo(X.dtype).eps)
     rank = (least.reshape(-1, 1) <= S).sum(-1)
-    sign = torch.ones(len(X), dtype=X.dtype)
+    sign = torch.ones(len(X), dtype=X.dtype, device=X.device)
     if not reflections:
         sign = torch.linalg.det(U).sign() * torch.linalg.det(Vh).sign()
     U[:, :, -1] *= torch.where(rank == r, sign, 1)[:, None]
